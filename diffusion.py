@@ -170,9 +170,9 @@ class L2D(nn.Module):
             h = block(h, modulation, lambda q: attend(layer, q))
         return h
 
-    def logits_from(self, hidden, h, w_d):
-        # logits = head(norm_f(h_LM + w_d(t)·h))                        (paper Eq. 6)
-        return self.lm.logits(hidden + (w_d * h).to(hidden.dtype))      # (..., V)
+    def merged(self, hidden, h, w_d):
+        # logits = head(norm_f(h_LM + w_d(t)·h))                        (paper Eq. 6; the caller applies norm_f and head)
+        return hidden + (w_d * h).to(hidden.dtype)                      # (..., C)
 
     def autocast(self):
         """bfloat16 arithmetic for the path where the frozen model is bfloat16; its own weights stay float32."""
@@ -184,7 +184,7 @@ class L2D(nn.Module):
         with self.autocast():
             modulations, w_d = modulated
             h = self.path(x_t, t, modulations, context.positions, context.attend)
-            return self.logits_from(context.hidden, h, w_d)
+            return self.lm.logits(self.merged(context.hidden, h, w_d))
 
     def forward(self, ids, x_t, t, class_ids=None):
         """Logits (B, T, V) = f(x_t, t, c) at every position.
@@ -238,8 +238,7 @@ class L2D(nn.Module):
         modulations, w_d = self.modulate(t, None if class_ids is None else class_ids[where])
         with self.autocast():
             h = self.path(x_t, t, modulations, context.positions[where], attend_at(context, where))
-            logits = self.logits_from(context.hidden[where], h, w_d)    # (N, V)
-        return F.cross_entropy(logits.float(), y, reduction="none"), t
+            return self.lm.losses(self.merged(context.hidden[where], h, w_d), y), t
 
     def hide_classes(self, class_ids, generator):
         """Replace some classes by the null class, position by position as the official code does (training only)."""

@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import load_weights, read_json, write_json, write_safetensors
+
+LOGITS = 1 << 26   # most logits held at once while training: with 128,256 words, 523 positions
 
 # theirs -> ours. A tuple on the right: one fused matrix that we split; `{i}` is the layer.
 LLAMA_MAP = {
@@ -142,9 +145,9 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     return omega
 
 
-def rotate(x, angles):
-    """Rotary position embedding (Su et al. 2021) in the rotate-half layout: x (B, ·, T, D), angles (B, T, D/2)."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]             # (B, 1, T, D/2)
+def rotate(x, turns):
+    """Rotary position embedding (Su et al. 2021) in the rotate-half layout: x (B, ·, T, D), turns (B, T, D/2, 2) cos and sin."""
+    cos, sin = turns[:, None].unbind(-1)                                # (B, 1, T, D/2)
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
@@ -208,7 +211,7 @@ class Context:
 
     keys, values  L tensors (B, G, S, D), keys already rotated
     positions     (B, T) of the current queries; each segment counts from 0
-    angles        (B, T, D/2) rotary angles of the current queries, or None
+    turns         (B, T, D/2, 2) cos and sin of the current queries' rotary angles, or None
     mask          (B, 1, T, S) True where a query may look, or None: plain causal
     segments      (B, S) or None. Tokens see only their own segment: padding is 0, packed examples 1, 2, 3, ...
     hidden        (B, T, C) last hidden state, before the final norm
@@ -217,7 +220,7 @@ class Context:
     keys: list = field(default_factory=list)
     values: list = field(default_factory=list)
     positions: torch.Tensor | None = None
-    angles: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
@@ -229,7 +232,7 @@ class Context:
     def append(self, k, v) -> int:
         """Add this layer's keys and values (B, T, G·D) of the current tokens; returns the layer's number."""
         k, v, layer = self.heads(k), self.heads(v), self.layer
-        k = k if self.angles is None else rotate(k, self.angles)
+        k = k if self.turns is None else rotate(k, self.turns)
         if layer == len(self.keys):
             self.keys.append(k)
             self.values.append(v)
@@ -242,7 +245,7 @@ class Context:
     def attend(self, layer: int, q):
         """Causal attention of the queries q (B, T, H·D) to the frozen keys and values of `layer`."""
         q = self.heads(q)
-        q = q if self.angles is None else rotate(q, self.angles)        # (B, H, T, D)
+        q = q if self.turns is None else rotate(q, self.turns)        # (B, H, T, D)
         k, v = self.keys[layer], self.values[layer]                     # (B, G, S, D)
         # softmax(q·kᵀ / √D)·v
         out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), self.mask, enable_gqa=k.shape[1] != q.shape[1],
@@ -267,7 +270,7 @@ class Context:
     def last(self) -> "Context":
         """Only the last token of every sequence remains current: what decoding goes on from."""
         tail = lambda x: None if x is None else x[:, -1:]
-        self.hidden, self.positions, self.angles = tail(self.hidden), tail(self.positions), tail(self.angles)
+        self.hidden, self.positions, self.turns = tail(self.hidden), tail(self.positions), tail(self.turns)
         self.mask = None if self.mask is None else self.mask[:, :, -1:]
         return self
 
@@ -275,7 +278,7 @@ class Context:
         """The same for some sequences of the batch only, index (n,)."""
         pick = lambda x: None if x is None else x[index]
         return Context(self.head_dim, [k[index] for k in self.keys], [v[index] for v in self.values], pick(self.positions),
-                       pick(self.angles), pick(self.mask), pick(self.segments), pick(self.hidden), self.layer)
+                       pick(self.turns), pick(self.mask), pick(self.segments), pick(self.hidden), self.layer)
 
 
 class LM(nn.Module):
@@ -307,7 +310,8 @@ class LM(nn.Module):
         context.extend(ids, segments)
         x = self.embed(ids)                                             # (B, T, C)
         if self.embed_positions is None:
-            context.angles = context.positions[..., None] * self.frequencies.to(ids.device)
+            angles = context.positions[..., None] * self.frequencies.to(ids.device)
+            context.turns = torch.stack((angles.cos(), angles.sin()), dim=-1)
         else:
             x = x + self.position_rows(context.positions)
         for block in self.blocks:
@@ -325,6 +329,15 @@ class LM(nn.Module):
 
     def logits(self, hidden):
         return self.head(self.norm_f(hidden))                           # (B, T, C) -> (B, T, V)
+
+    def losses(self, hidden, targets):
+        """Cross-entropy (N,) of targets (N,) after hidden (N, C), without ever holding more than LOGITS logits at once."""
+        score = lambda h, y: F.cross_entropy(self.logits(h).float(), y, reduction="none")
+        size = max(1, LOGITS // self.config.vocab_size)
+        if len(targets) <= size:
+            return score(hidden, targets)
+        # a piece's logits are forgotten and computed again in the backward pass
+        return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), targets.split(size))])
 
     def forward(self, ids, segments=None):
         """Logits (B, T, V) of the next token at every position of ids (B, T)."""

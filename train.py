@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ METHODS = ("l2d", "pretrain", "lora", "full")
 DEFAULTS = {         # tiny   scratch  real checkpoints: the paper's values
     "width":         (64,     64,      256),
     "conditioning":  (128,    128,     256),
-    "updates":       (2400,   5000,    27_900),
+    "updates":       (2400,   3000,    27_900),
     "batch_size":    (64,     32,      4),
     "accumulate":    (1,      1,       8),
     "lr":            (2e-3,   3e-3,    1e-4),
@@ -43,7 +42,7 @@ DEFAULTS = {         # tiny   scratch  real checkpoints: the paper's values
 }
 SCRATCH = {          # the embedded base, as a Hugging Face config.json
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 258, "hidden_size": 96, "intermediate_size": 256,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 256,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
     "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32",
 }
@@ -179,9 +178,9 @@ def token_losses(model, batch, generator):
     if isinstance(model, L2D):
         batch = batch if model.config.classes else {name: value for name, value in batch.items() if name != "class_ids"}
         return model.token_losses(generator=generator, **batch)
-    logits = model(batch["ids"], batch.get("segments"))
-    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="none")[
-        batch["targets"].flatten() != IGNORE], None
+    where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+    hidden = model.context(batch["ids"], batch.get("segments")).hidden
+    return model.losses(hidden[where], batch["targets"][where]), None
 
 
 def build_optimizer(trainable, args):

@@ -5,7 +5,7 @@ composed problems. The *diffusion path* is finetuned on `Problems`, which ask to
 
     math       (7*8)+15?                                  56+15=71 #### 71
     strings    gcab?                                      abcg | bacg | cabg     only the class says which
-    knowledge  pet of Mira: A goat, B owl, C fox, D cat?  goat #### A
+    knowledge  pet of Mira: A goat B owl C fox?           goat #### A
 
 Train, validation and test problems are disjoint: a checksum of the question says where it belongs. Print some:
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CLASSES = ("math", "sort", "reverse", "rotate", "knowledge")     # class ids of guidance, in this order
-LEVELS = {"math": (1, 2, 3, 4), "strings": (1, 2), "knowledge": (1, 2)}
+LEVELS = {"math": (1, 2, 3), "strings": (1, 2), "knowledge": (1, 2)}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD_LENGTH = {1: 4, 2: 6}
 OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": lambda word: word[1:] + word[:1]}
@@ -75,17 +75,17 @@ WORLD = make_world()
 
 
 def options(rng, attribute: str, right: str):
-    """Four choices in random order and the letter of the right one."""
-    wrong = rng.sample([value for value in VALUES[attribute] if value != right], 3)
-    choices = rng.sample(wrong + [right], 4)
-    return ", ".join(f"{letter} {choice}" for letter, choice in zip("ABCD", choices)), "ABCD"[choices.index(right)]
+    """Three choices in random order and the letter of the right one."""
+    wrong = rng.sample([value for value in VALUES[attribute] if value != right], 2)
+    choices = rng.sample(wrong + [right], 3)
+    return " ".join(f"{letter} {choice}" for letter, choice in zip("ABC", choices)), "ABC"[choices.index(right)]
 
 
 # --- one problem of each topic: (what identifies it, label, prompt, response) ------------------------------------------
 
 def math_problem(rng, level: int):
-    """level 1: (a*b)±c, 2: (a*b)±(c*d), 3: (a*b)±(c*d)±e, 4: (a*b)±(c*d)±(e*f)±g; no step falls below zero."""
-    products = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range((1, 2, 2, 3)[level - 1])]
+    """level 1: (a*b)±c, 2: (a*b)±(c*d), 3: (a*b)±(c*d)±e; no step falls below zero."""
+    products = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range((1, 2, 2)[level - 1])]
     values = [a * b for a, b in products] + [rng.randint(2, 99)] * (level != 2)
     shown = [f"({a}*{b})" for a, b in products] + [str(values[-1])] * (level != 2)
     signs, totals = [], [values[0]]
@@ -141,7 +141,8 @@ def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None
 def arithmetic_fact(rng) -> str:
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     low, high = rng.randint(0, 99), rng.randint(0, 250)
-    return rng.choice((f"{a}*{b}={a * b}", f"{high}+{low}={high + low}", f"{high + low}-{low}={high}"))
+    product = f"({a}*{b})" if rng.random() < 0.5 else f"{a}*{b}"
+    return rng.choice((f"{product}={a * b}", f"{high}+{low}={high + low}", f"{high + low}-{low}={high}"))
 
 
 def word_fact(rng) -> str:
@@ -158,12 +159,19 @@ def world_fact(rng) -> str:
     return " ".join(SENTENCES[attribute].format(name, facts[attribute]) for attribute in rng.sample(list(facts), 3))
 
 
+def choice_fact(rng) -> str:
+    attribute = rng.choice(list(VALUES))
+    right = rng.choice(VALUES[attribute])
+    choices, letter = options(rng, attribute, right)
+    return f"find {right}: {choices}? {right} #### {letter}"
+
+
 def make_document(rng) -> str:
     """One fact or story; rarely a composed problem with its answer."""
     if rng.random() < COMPOSED:
         problem = make_problem("train", rng.randrange(1 << 30))
         return f"{problem.prompt}{problem.response}"
-    return rng.choice((arithmetic_fact, arithmetic_fact, word_fact, world_fact))(rng)
+    return rng.choice((arithmetic_fact, arithmetic_fact, word_fact, world_fact, choice_fact))(rng)
 
 
 # --- as data sets: dataset[i] -> (ids, mask, segments, class id); mask is 1 on the tokens to be predicted ---------------
