@@ -181,10 +181,10 @@ class L2D(nn.Module):
 
     def denoise(self, context, x_t, t, modulated):
         """Logits (B, T, V) at states x_t (B, T, Z) of the context's current tokens; t broadcasts to (B, T)."""
+        modulations, w_d = modulated
         with self.autocast():
-            modulations, w_d = modulated
             h = self.path(x_t, t, modulations, context.positions, context.attend)
-            return self.lm.logits(self.merged(context.hidden, h, w_d))
+        return self.lm.logits(self.merged(context.hidden, h, w_d))
 
     def forward(self, ids, x_t, t, class_ids=None):
         """Logits (B, T, V) = f(x_t, t, c) at every position.
@@ -198,14 +198,18 @@ class L2D(nn.Module):
         return self.denoise(self.lm.context(ids), x_t, t, self.modulate(t, self.spread(class_ids, ids)))
 
     def spread(self, class_ids, ids):
-        """class_ids (B,) or (B, T) -> (B, T). Raises ValueError for classes that the path was not made with."""
+        """class_ids (B,) or (B, T) -> (B, T); None stays None."""
         if class_ids is None:
             return None
+        self.check_classes(class_ids)
+        return class_ids[:, None].expand_as(ids) if class_ids.dim() == 1 else class_ids
+
+    def check_classes(self, class_ids):
+        """Raise ValueError for classes that the path was not made with."""
         if not self.config.classes:
-            raise ValueError(f"class ids {class_ids.tolist()[:4]} were given, but this path has no classes; train one with --classes")
+            raise ValueError(f"class ids {class_ids.flatten().tolist()[:4]} were given, but this path has no classes; allowed: None")
         if class_ids.min() < 0 or class_ids.max() > self.config.classes:
             raise ValueError(f"class ids {class_ids.flatten().tolist()[:4]} are out of range; allowed: 0 to {self.config.classes}")
-        return class_ids[:, None].expand_as(ids) if class_ids.dim() == 1 else class_ids
 
     # --- objective ---
 
@@ -238,7 +242,7 @@ class L2D(nn.Module):
         modulations, w_d = self.modulate(t, None if class_ids is None else class_ids[where])
         with self.autocast():
             h = self.path(x_t, t, modulations, context.positions[where], attend_at(context, where))
-            return self.lm.losses(self.merged(context.hidden[where], h, w_d), y), t
+        return self.lm.losses(self.merged(context.hidden[where], h, w_d), y), t
 
     def hide_classes(self, class_ids, generator):
         """Replace some classes by the null class, position by position as the official code does (training only)."""
@@ -261,12 +265,12 @@ class L2D(nn.Module):
     def load(cls, directory: str | Path, lm: LM | None = None, dtype: torch.dtype | None = None, device: str | None = None) -> "L2D":
         """Read a path; without `lm`, load the base that it names. Raises ValueError for another base or a damaged file."""
         directory = Path(directory)
-        meta = read_json(directory / "path.json")
+        meta = read_path_json(directory)
         lm = LM.from_pretrained(meta["base"], dtype, device) if lm is None else lm
         if lm.fingerprint() != meta["base_sha256"]:
             raise ValueError(f"the path in {directory} belongs to the base {meta['base']!r} (sha256 {meta['base_sha256'][:12]}), not to "
                              f"{lm.directory!r} (sha256 {lm.fingerprint()[:12]}); train one for this base with train.py --init_from={lm.directory}")
-        model = cls(lm, L2DConfig(**meta["config"]))
+        model = cls(lm, meta["config"])
         open_safetensors(directory / "path.safetensors")                # says in one line what is wrong with the file
         tensors, ours = load_file(directory / "path.safetensors"), model.path_parameters()
         wrong = sorted(n for n in ours.keys() | tensors.keys() if n not in tensors or n not in ours or tensors[n].shape != ours[n].shape)
@@ -276,6 +280,15 @@ class L2D(nn.Module):
             for name, p in ours.items():
                 p.copy_(tensors[name])
         return model.eval()
+
+
+def read_path_json(directory: Path) -> dict:
+    """path.json, its config as an L2DConfig. Raises ValueError with one line where something is missing or unknown."""
+    meta = read_json(directory / "path.json")
+    try:
+        return {"base": meta["base"], "base_sha256": meta["base_sha256"], "config": L2DConfig(**meta["config"])}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / 'path.json'} was not written by this version ({error}); train the path again with train.py") from None
 
 
 def attend_at(context, where):
@@ -300,7 +313,7 @@ class Flow:
         self.class_ids, self.generators, self.tables = class_ids, generators, {}
         self.weights = [(guidance, class_ids), (1 - guidance, None)] if class_ids is not None else [(1.0, None)]
         self.weights = [(weight, ids) for weight, ids in self.weights if weight != 0]
-        self.parts, self.part_rows, self.watch = context, None, None    # watch: a list that is told every guess of sequence 0
+        self.parts, self.part_rows, self.watch = context, None, None    # watch: a list to keep sequence 0's (conditional) guesses in
 
     @property
     def cost(self) -> int:
@@ -333,9 +346,13 @@ class Flow:
             whole = len(rows) == len(self.context.hidden)
             self.parts, self.part_rows = self.context if whole else self.context.rows(rows), rows
         time = t.float()[:, None] if torch.is_tensor(t) else torch.full((1, 1), t, device=x.device)
-        for weight, class_ids in self.weights:
+        for part, (weight, class_ids) in enumerate(self.weights):
             modulated = self.modulated(t, None if class_ids is None else class_ids[rows])
-            yield weight, self.l2d.denoise(self.parts, x, time, modulated).float()
+            logits = self.l2d.denoise(self.parts, x, time, modulated).float()
+            if self.watch is not None and rows[0] == 0 and part == 0:
+                p, token = logits[0, 0].softmax(-1).max(-1)
+                self.watch.append((float(t[0] if torch.is_tensor(t) else t), int(token), float(p)))
+            yield weight, logits
 
     def __call__(self, t, x, rows):
         """dx/dt (n, T, Z) at x (n, T, Z) of the sequences `rows`; t a float or a tensor (n,), below 1."""
@@ -348,9 +365,6 @@ class Flow:
     def clean_point(self, logits, t, rows):
         """x̂ (n, T, Z) from logits (n, T, V)."""
         V = self.l2d.vocabulary()
-        if self.watch is not None and rows[0] == 0:
-            p, token = logits[0, 0].softmax(-1).max(-1)
-            self.watch.append((float(t[0] if torch.is_tensor(t) else t), int(token), float(p)))
         if self.estimate == "argmax":
             return V[logits.argmax(-1)]
         temperature = self.temperature if self.temperature != "1-t" else (1 - t).view(-1, 1, 1) if torch.is_tensor(t) else 1 - t

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def encode_problem(problem, tokenizer) -> list:
 
 def answer_problems(model, tokenizer, problems, settings: Settings, seed: int = 0, batch_size: int = 128) -> list:
     """Generate an answer to every problem and grade it: exact match of the final answer. Each problem has its own seed."""
-    settings, result = replace(settings, max_new_tokens=64), []
+    result = []
     classes = isinstance(model, L2D) and model.config.classes == len(CLASSES)
     for at in range(0, len(problems), batch_size):
         batch = problems[at:at + batch_size]
@@ -133,8 +133,10 @@ def forced_tokens(model, tokenizer, problems, settings: Settings, seed: int):
     if not settings.steps:
         logits = model.lm.logits(context.hidden)
     else:
-        x_0 = model.config.sigma * torch.randn(*targets.shape, model.config.width, generator=torch.Generator().manual_seed(seed))
-        flow = Flow(model, context, settings.estimate, class_ids=batch["class_ids"] if model.config.classes else None)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(problems))]
+        x_0 = model.config.sigma * torch.stack([torch.randn(targets.shape[1], model.config.width, generator=g) for g in generators])
+        classes = batch["class_ids"] if model.config.classes else None
+        flow = Flow(model, context, settings.estimate, class_ids=classes, generators=generators)
         logits = flow.logits(odeint(flow, x_0.to(targets.device), settings.solver, settings.steps).x)
     return (logits.argmax(-1) == targets)[targets != IGNORE]
 
@@ -144,7 +146,7 @@ def fixed_and_broken(model, tokenizer, args) -> list:
     problems = [make_problem("test", i, args.seed, topic, level) for topic in args.topics for level in LEVELS[topic] for i in range(args.problems)]
     solver = next((s for s in args.solvers if s in FIXED), "euler")
     steps = sorted(set(args.steps))
-    right = {n: forced_tokens(model, tokenizer, problems, Settings(steps=n, solver=solver), args.seed) for n in (0, *steps)}
+    right = {n: forced_tokens(model, tokenizer, problems, Settings(steps=n, solver=solver, estimate=args.estimate), args.seed) for n in (0, *steps)}
     compare = lambda a, b: {"from": a, "to": b, "tokens": len(right[a]), "fixed": int((~right[a] & right[b]).sum()),
                             "broken": int((right[a] & ~right[b]).sum()), "solver": solver}
     return [compare(0, n) for n in steps] + [compare(steps[0], n) for n in steps[1:]]
@@ -229,7 +231,7 @@ def commit() -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--init_from", default="tiny", help="directory of a trained path, or tiny (default)")
     add("--topics", nargs="+", default=list(LEVELS), choices=list(LEVELS), help="default: all")

@@ -121,6 +121,9 @@ class ModelConfig:
         gpt2 = family.positions == "learned"   # GPT-2 has a bias on every matrix, the others say so themselves
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         choices(rope.get("rope_type", rope.get("type", "default")), ["default", "llama3"], "rope type")
+        needs = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if "llama3" in rope.values() and (absent := [key for key in needs if key not in rope]):
+            raise ValueError(f"config.json: the llama3 rope scaling has no {', '.join(absent)}")
         return cls(model_type=raw["model_type"], vocab_size=get("vocab_size"), hidden_size=width,
                    layers=get("num_hidden_layers"), heads=heads, kv_heads=get("num_key_value_heads", heads),
                    head_dim=get("head_dim", width // heads), mlp_width=get("intermediate_size", 4 * width if gpt2 else None),
@@ -323,7 +326,7 @@ class LM(nn.Module):
         """Learned position embeddings (B, T, C), zero for rotary models: the diffusion path starts from them too."""
         if self.embed_positions is None:
             return 0.0
-        if positions.max() >= self.config.max_positions:
+        if positions.numel() and positions.max() >= self.config.max_positions:
             raise ValueError(f"{int(positions.max()) + 1} tokens are too long for this model; allowed: {self.config.max_positions}")
         return self.embed_positions(positions)
 
@@ -396,9 +399,10 @@ class LM(nn.Module):
 
 
 def pick_device(device: str | None = None, dtype: torch.dtype | None = None) -> tuple[str, torch.dtype]:
-    """CUDA, else MPS, else CPU; bfloat16 where the GPU computes in it, else float32."""
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = device or auto
+    """CUDA, else MPS, else CPU; bfloat16 where the GPU computes in it, else float32. Raises ValueError for what is not here."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    device = device or here[0]
+    choices(device.split(":")[0], here, "--device")
     half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     return device, dtype or (torch.bfloat16 if half else torch.float32)
 

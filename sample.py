@@ -9,6 +9,7 @@ evaluation. Time runs from noise (t = 0) to data (t = 1). Read diffusion.py befo
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ class Settings:
     solver: str = "euler"
     rtol: float = 0.01
     atol: float = 0.01
-    max_nfe: int | None = None           # evaluations in one token's ODE
+    max_nfe: int | None = None           # evaluations in one token's ODE, both networks of guidance counted
     estimate: str = "argmax"             # of the clean point, see diffusion.Flow
     estimate_temperature: float | str = 1.0
     temperature: float = 0.0             # of the token itself; 0: greedy
@@ -46,11 +47,13 @@ class Settings:
         choices(self.solver, SOLVERS, "solver")
         choices(self.estimate, ESTIMATES, "estimate")
         ranges = (("steps", 0, None), ("rtol", 1e-12, None), ("atol", 1e-12, None), ("max_nfe", 1, None), ("temperature", 0, None),
-                  ("top_k", 1, None), ("top_p", 1e-6, 1), ("max_new_tokens", 1, None))
+                  ("top_k", 1, None), ("top_p", 1e-6, 1), ("max_new_tokens", 1, None), ("trace_token", 0, None))
         for name, low, high in ranges:
             value = getattr(self, name)
             if value is not None and not (low <= value and (high is None or value <= high)):
                 raise ValueError(f"{name} = {value} is out of range; allowed: {low} {'or more' if high is None else f'to {high}'}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance = {self.guidance} is out of range; allowed: any finite number")
         if self.estimate_temperature != "1-t" and not self.estimate_temperature > 0:
             raise ValueError(f"estimate_temperature = {self.estimate_temperature} is out of range; allowed: more than 0, or 1-t")
 
@@ -92,7 +95,8 @@ def next_logits(flow: Flow, settings: Settings, generators):
     l2d = flow.l2d
     noise = torch.stack([torch.randn(1, l2d.config.width, generator=g) for g in generators])
     x_0 = l2d.config.sigma * noise.to(flow.context.hidden.device)       # (B, 1, Z) float32
-    solution = odeint(flow, x_0, settings.solver, max(1, settings.steps), settings.rtol, settings.atol, settings.max_nfe)
+    budget = settings.max_nfe and max(1, settings.max_nfe // flow.cost)
+    solution = odeint(flow, x_0, settings.solver, max(1, settings.steps), settings.rtol, settings.atol, budget)
     return flow.logits(solution.x)[:, 0], (solution.nfe + 1) * flow.cost, solution.finished
 
 
@@ -112,7 +116,10 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop_ids=(), cl
     device = next(lm.parameters()).device
     answers, alive = [Answer() for _ in prompts], list(range(len(prompts)))
     generators = [torch.Generator().manual_seed(seed) for seed in (seeds or alive)]
-    class_ids = None if class_ids is None else torch.tensor(class_ids, device=device)
+    if class_ids is not None:
+        class_ids = torch.tensor(class_ids, device=device)
+        if settings.steps:
+            model.check_classes(class_ids)
     ids, segments = left_pad(prompts, device)
     context, flow = lm.context(ids, segments).last(), None
     for n in range(settings.max_new_tokens):
@@ -217,6 +224,8 @@ def read_prompts(args) -> list:
     """Prompts from --prompt, --prompt_file (one a line), or standard input (`--prompt -`)."""
     if args.prompt_file:
         lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        if not any(line.strip() for line in lines):
+            raise ValueError(f"--prompt_file {args.prompt_file} has no prompt; allowed: one prompt a line")
         return [line for line in lines if line.strip()]
     return [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in args.prompt or []]
 
@@ -268,7 +277,7 @@ def stop_id(text: str, tokenizer) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # model and prompts
     add("--init_from", default="tiny", help="model name, or directory of a model or of a trained path (default: tiny)")
@@ -288,7 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--atol", type=float, default=default.atol, help="absolute tolerance of dopri5 (default: %(default)s)")
     add("--max_nfe", type=int, help="most evaluations in one token's ODE (default: no limit)")
     add("--estimate", default=default.estimate, choices=ESTIMATES, help="of the clean point (default: %(default)s)")
-    add("--estimate_temperature", default=1.0, type=lambda text: text if text == "1-t" else float(text), help="a number or 1-t (default: 1)")
+    add("--estimate_temperature", default=1.0, type=estimate_temperature, help="a number or 1-t (default: 1)")
     add("--temperature", type=float, default=default.temperature, help="of the token; 0 is greedy (default: 0)")
     add("--top_k", type=int, help="sample among the k likeliest tokens")
     add("--top_p", type=float, help="sample among the likeliest tokens that reach this probability")
@@ -303,12 +312,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check(args):
+    """Refuse what would otherwise be ignored or fail later. Raises ValueError with one line."""
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} is out of range; allowed: 1 or more")
+    if not 0 <= args.seed < 1 << 32:
+        raise ValueError(f"--seed {args.seed} is out of range; allowed: 0 to {(1 << 32) - 1}")
+    prompted = args.prompt or args.prompt_file
+    if not prompted and (args.label or args.trace or args.num_samples > 1):
+        raise ValueError("--class, --trace and --num_samples go with a prompt; add --prompt or --prompt_file")
+    if prompted and args.guidance != 1 and args.label is None:
+        raise ValueError(f"--guidance {args.guidance:g} has nothing to push towards; add --class")
+
+
+def estimate_temperature(text: str):
+    """A number or 1-t."""
+    try:
+        return text if text == "1-t" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 1-t") from None
+
+
 def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
-        for name in ("num_samples", "batch_size"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)} is out of range; allowed: 1 or more")
+        check(args)
         names = set(Settings.__dataclass_fields__)
         settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
         settings.trace_token = args.trace_token if args.trace else None

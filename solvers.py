@@ -178,6 +178,7 @@ def integrate_adaptive(f, x0, rtol, atol, budget, trajectory) -> Solution:
     all_rows = torch.arange(len(x0), device=x0.device)
     x, t, h = x0.clone(), x0.new_zeros(len(x0)), x0.new_full((len(x0),), LONGEST_STEP)
     nfe, accepted, rejected = (torch.zeros_like(all_rows) for _ in range(3))
+    repelled = all_rows < 0                                           # whose last step was rejected
     column = lambda value: value.view(-1, *[1] * (x0.dim() - 1))      # (n,) -> (n, 1, ...), to go with x
 
     def field(rows):
@@ -207,7 +208,10 @@ def integrate_adaptive(f, x0, rtol, atol, budget, trajectory) -> Solution:
             good = ~(ratio > 1) | (step <= 1e-6)
             accepted[rows] += good
             rejected[rows] += ~good
-            h[rows] = next_step(step, ratio, order)
+            proposed = next_step(step, ratio, order)
+            # no growth right after a rejection, or the step would be rejected again (Hairer II.4)
+            h[rows] = torch.where(repelled[rows], proposed.minimum(step), proposed)
+            repelled[rows] = ~good
             done = rows[good]
             x[done], t[done] = x_new[good], 1.0 if final else t[done] + step[good]
             running[done] = not final

@@ -30,7 +30,7 @@ METHODS = ("l2d", "pretrain", "lora", "full")
 DEFAULTS = {         # tiny   scratch  real checkpoints: the paper's values
     "width":         (64,     64,      256),
     "conditioning":  (128,    128,     256),
-    "updates":       (2400,   3000,    27_900),
+    "updates":       (2400,   2600,    27_900),
     "batch_size":    (64,     32,      4),
     "accumulate":    (1,      1,       8),
     "lr":            (2e-3,   3e-3,    1e-4),
@@ -42,14 +42,14 @@ DEFAULTS = {         # tiny   scratch  real checkpoints: the paper's values
 }
 SCRATCH = {          # the embedded base, as a Hugging Face config.json
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 258, "hidden_size": 96, "intermediate_size": 256,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
     "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32",
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what
     parser.add_argument("--method", default="l2d", choices=METHODS, help="what to train (default: l2d)")
     parser.add_argument("--init_from", default="tiny", help="model name, directory, `scratch` or `resume` (default: tiny)")
@@ -101,7 +101,7 @@ def parse(argv=None) -> argparse.Namespace:
     for name in ("width", "conditioning", "rank", "batch_size", "accumulate", "eval_every", "val_rows"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is out of range; allowed: 1 or more")
-    for name in ("updates", "lr", "min_lr", "warmup", "weight_decay", "report"):
+    for name in ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} is out of range; allowed: 0 or more")
     if args.init_from == "scratch" and args.method != "pretrain":
@@ -158,19 +158,20 @@ def epoch_order(size, seed):
 # --- model, objective, optimizer --------------------------------------------------------------------------------------
 
 def build_model(args, classes: int):
-    """The module to train: an L2D around its frozen base, or the language model itself for the other methods."""
+    """(module to train, fingerprint of what stays frozen beside it): an L2D, or the language model itself for the other methods."""
     torch.manual_seed(args.seed)
     device, dtype = pick_device(args.device, args.dtype and getattr(torch, args.dtype))
     if args.init_from == "scratch":
-        return LM(ModelConfig.from_hf(SCRATCH)).init_weights(torch.Generator().manual_seed(args.seed)).to(device)
+        return LM(ModelConfig.from_hf(SCRATCH)).init_weights(torch.Generator().manual_seed(args.seed)).to(device), None
     lm = LM.from_pretrained(args.init_from, dtype if args.method == "l2d" else torch.float32, device, args.cache_dir)
     if args.method == "l2d":
         return L2D(lm, L2DConfig(args.width, args.conditioning, rank=None if args.full_copies else args.rank,
-                                 classes=classes, schedule=args.schedule))
-    if args.method == "lora":
-        lm.requires_grad_(False)
-        map_linears(lm, lambda linear: LoRA(linear, args.rank, alpha=args.rank))
-    return lm
+                                 classes=classes, schedule=args.schedule)), lm.fingerprint()
+    if args.method in ("full", "pretrain"):
+        return lm, None
+    frozen = lm.requires_grad_(False).fingerprint()
+    map_linears(lm, lambda linear: LoRA(linear, args.rank, alpha=args.rank))
+    return lm, frozen
 
 
 def token_losses(model, batch, generator):
@@ -212,7 +213,7 @@ def validate(model, data, args, device) -> dict:
     losses, result = torch.cat(losses), {}
     if times[0] is not None:
         tenth = (torch.cat(times) * 10).long().clamp_max(9)
-        result["by_tenth"] = [round(float(losses[tenth == i].mean()), 4) for i in range(10)]
+        result["by_tenth"] = [round(float(losses[tenth == i].mean()), 4) if (tenth == i).any() else None for i in range(10)]
     return {"val_loss": round(float(losses.mean()), 4), **result}
 
 
@@ -241,15 +242,20 @@ def read_state(out_dir):
     return load_file(path), json.loads(meta["state"])
 
 
-def restore(trainable, optimizer, generator, out_dir) -> dict:
+def restore(trainable, optimizer, generator, out_dir, frozen) -> dict:
+    """Put a saved state back; returns where it stopped. Raises ValueError where it belongs to another base or other flags."""
     tensors, meta = read_state(out_dir)
-    if missing := [name for name in trainable if f"weights/{name}" not in tensors]:
-        raise ValueError(f"{out_dir}/state.safetensors lacks {len(missing)} tensors, first {missing[0]}; resume with the flags it was made with")
+    wrong = [name for name, p in trainable.items() if f"weights/{name}" not in tensors or tensors[f"weights/{name}"].shape != p.shape]
+    if wrong:
+        raise ValueError(f"{out_dir}/state.safetensors does not fit: {len(wrong)} tensors, first {wrong[0]}; resume with the flags it was made with")
+    if meta["frozen"] != frozen:
+        raise ValueError(f"{out_dir}/state.safetensors was trained beside other frozen weights than {meta['args']['init_from']} now holds; "
+                         "put those back, or start anew with another --out_dir")
     with torch.no_grad():
         for name, p in trainable.items():
             p.copy_(tensors[f"weights/{name}"])
             moments = {key.split("/")[0]: value for key, value in tensors.items() if key.endswith(f"/{name}") and not key.startswith("weights/")}
-            optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in moments.items()}
+            optimizer.state[p] = {key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments.items()}
     generator.set_state(tensors["generator"])
     return {"update": meta["update"], "position": meta["position"]}
 
@@ -273,24 +279,27 @@ class Interrupt:
 
     def __init__(self):
         self.asked = False
-        signal.signal(signal.SIGINT, self)
+        self.before = signal.signal(signal.SIGINT, self)
 
     def __call__(self, *_):
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self.before)
 
 
 def train(args) -> dict:
     """Run the training that `args` describes; returns the last validation and the losses of this run."""
-    tokenizer = load_tokenizer(resolve("tiny" if args.init_from == "scratch" else args.init_from, args.cache_dir))
-    data, val = load_data(args, tokenizer)
     from data.tiny.topics import CLASSES
-    model = build_model(args, classes=len(CLASSES) if args.data == "tiny" else 0)
+    model, frozen = build_model(args, classes=len(CLASSES) if args.data == "tiny" else 0)
+    source = resolve("tiny" if args.init_from == "scratch" else args.init_from, args.cache_dir)
+    tokenizer = load_tokenizer(source, (model.lm if isinstance(model, L2D) else model).config.vocab_size)
+    data, val = load_data(args, tokenizer)
+    if not len(val):
+        raise ValueError(f"--data {args.data} has no validation rows; prepare it again with a larger --val_fraction")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device, optimizer = next(iter(trainable.values())).device, build_optimizer(trainable, args)
-    generator, progress = torch.Generator().manual_seed(args.seed), {"update": 0, "position": 0}
+    generator, progress = torch.Generator().manual_seed(args.seed), {"update": 0, "position": 0, "frozen": frozen}
     if args.resume:
-        progress = restore(trainable, optimizer, generator, args.out_dir)
+        progress |= restore(trainable, optimizer, generator, args.out_dir, frozen)
     objective = torch.compile(token_losses, dynamic=True) if args.compile else token_losses
     print(f"{args.method} on {args.data}, from {args.init_from}: {sum(p.numel() for p in trainable.values()):,} trainable parameters, "
           f"{device}, {next(iter(trainable.values())).dtype}")
@@ -310,7 +319,7 @@ def train(args) -> dict:
                 result = {"update": update, **validate(model, val, args, device)}
                 record(result)
                 tqdm.write(describe(result, args, model_losses, time.time() - start, update - first))
-            if update > first:
+            if update > first or last:
                 write_state(trainable, optimizer, generator, progress, args)
                 if args.method == "l2d":
                     save_model(model, args)
@@ -328,7 +337,7 @@ def train(args) -> dict:
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        progress = {"update": update + 1, "position": progress["position"] + args.batch_size * args.accumulate}
+        progress |= {"update": update + 1, "position": progress["position"] + args.batch_size * args.accumulate}
         model_losses.append(float(total))
         bar.update()
         bar.set_postfix(loss=f"{model_losses[-1]:.3f}", refresh=False)
@@ -336,6 +345,7 @@ def train(args) -> dict:
                 "tokens": tokens, "seconds": round(time.time() - start, 2)})
     bar.close()
     log.close()
+    signal.signal(signal.SIGINT, interrupt.before)
     if interrupt.asked:
         print(f"stopped after update {update}; go on with: python train.py --init_from=resume --out_dir={args.out_dir}")
         raise SystemExit(130)
@@ -349,11 +359,11 @@ def train(args) -> dict:
 
 def describe(result, args, losses, seconds, done) -> str:
     """One aligned line; loss is the mean of the last 50 updates, time left from the pace so far."""
-    recent = sum(losses[-50:]) / len(losses[-50:]) if losses else float("nan")
-    left = seconds / done * (args.updates - result["update"]) if done else float("nan")
-    line = f"update {result['update']:6}/{args.updates}  loss(50) {recent:6.3f}  val {result['val_loss']:6.3f}"
+    recent = f"{sum(losses[-50:]) / len(losses[-50:]):6.3f}" if losses else "     -"
+    left = seconds / done * (args.updates - result["update"]) if done else 0
+    line = f"update {result['update']:6}/{args.updates}  loss(50) {recent}  val {result['val_loss']:6.3f}"
     if "by_tenth" in result:
-        line += "  by tenth of t " + " ".join(f"{value:5.2f}" for value in result["by_tenth"])
+        line += "  by tenth of t " + " ".join("  -  " if value is None else f"{value:5.2f}" for value in result["by_tenth"])
     return line + (f"  {1000 * seconds / done:5.0f} ms/update  {left / 60:5.1f} min left" if done else "")
 
 

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusion import L2D, L2DConfig  # noqa: E402
 from model import LM, ModelConfig  # noqa: E402
 
+torch.set_num_threads(1)     # several small matrices: more threads wait for each other longer than they compute
+
 LLAMA = {"model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
          "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True}
@@ -34,6 +36,7 @@ def make_lm(config=LLAMA, seed=0) -> LM:
 
 def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
     """A path whose every tensor is moved away from its start by `perturb`, so that it changes the logits."""
+    torch.manual_seed(seed)
     l2d = L2D(make_lm(config, seed), L2DConfig(**{"width": 16, "conditioning": 24, "rank": 4, **options}))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -194,7 +194,7 @@ def test_one_batch_is_learned_by_heart(method, base):
     """Sixty updates on the same rows, times and noise leave a twentieth of the loss (measured: a five-hundredth and less)."""
     args = Namespace(**{**FLAGS, "lr": 0.02, "weight_decay": 0.0, "rank": 8, "width": 16, "conditioning": 32}, method=method,
                      init_from=str(base), seed=0, cache_dir=None, full_copies=False, schedule="uniform")
-    model, batch = train.build_model(args, classes=0), train.collate(rows(4, 12), "cpu")
+    (model, _), batch = train.build_model(args, classes=0), train.collate(rows(4, 12), "cpu")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = train.build_optimizer(trainable, args), []
     for _ in range(60):

@@ -140,7 +140,7 @@ def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None
 
 def arithmetic_fact(rng) -> str:
     a, b = rng.randint(2, 9), rng.randint(2, 9)
-    low, high = rng.randint(0, 99), rng.randint(0, 250)
+    low, high = rng.randint(0, 99), rng.randint(0, 180)
     product = f"({a}*{b})" if rng.random() < 0.5 else f"{a}*{b}"
     return rng.choice((f"{product}={a * b}", f"{high}+{low}={high + low}", f"{high + low}-{low}={high}"))
 
@@ -171,7 +171,7 @@ def make_document(rng) -> str:
     if rng.random() < COMPOSED:
         problem = make_problem("train", rng.randrange(1 << 30))
         return f"{problem.prompt}{problem.response}"
-    return rng.choice((arithmetic_fact, arithmetic_fact, word_fact, world_fact, choice_fact))(rng)
+    return rng.choice((arithmetic_fact, arithmetic_fact, arithmetic_fact, word_fact, world_fact, choice_fact))(rng)
 
 
 # --- as data sets: dataset[i] -> (ids, mask, segments, class id); mask is 1 on the tokens to be predicted ---------------
