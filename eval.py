@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import write_json
-from data.tiny.topics import CLASSES, LEVELS, final_answer, make_problem
+from data.tiny.topics import CLASSES, LEVELS, encode_problem, final_answer, make_problem
 from diffusion import IGNORE, L2D, Flow
 from sample import Settings, generate, load_model
 from solvers import FIXED, SOLVERS, odeint
@@ -37,17 +37,13 @@ class Answered:
     nfe: list        # per token
 
 
-def encode_problem(problem, tokenizer) -> list:
-    return [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(problem.prompt)
-
-
 def answer_problems(model, tokenizer, problems, settings: Settings, seed: int = 0, batch_size: int = 128) -> list:
     """Generate an answer to every problem and grade it: exact match of the final answer. Each problem has its own seed."""
     result = []
     classes = isinstance(model, L2D) and model.config.classes == len(CLASSES)
     for at in range(0, len(problems), batch_size):
         batch = problems[at:at + batch_size]
-        answers = generate(model, [encode_problem(p, tokenizer) for p in batch], settings, tokenizer.stop_ids,
+        answers = generate(model, [tokenizer.encode_start(p.prompt) for p in batch], settings, tokenizer.stop_ids,
                            [CLASSES.index(p.label) for p in batch] if classes else None,
                            [zlib.crc32(p.prompt.encode()) + seed for p in batch])
         for problem, answer in zip(batch, answers):
@@ -92,7 +88,7 @@ def measure(model, tokenizer, problems, settings: Settings, seed: int) -> dict:
     seconds, tokens = time.perf_counter() - start, sum(len(a.nfe) for a in answers)
     right, nfe = sum(a.right for a in answers), sum(sum(a.nfe) for a in answers) / tokens
     low, high = wilson(right, len(problems))
-    length = sum(len(encode_problem(p, tokenizer)) for p in problems) / len(problems) + tokens / len(problems) / 2
+    length = sum(len(tokenizer.encode_start(p.prompt)) for p in problems) / len(problems) + tokens / len(problems) / 2
     return {"right": right, "n": len(problems), "accuracy": right / len(problems), "low": low, "high": high, "nfe_per_token": nfe,
             "seconds": seconds, "tokens_per_second": tokens / seconds, "flops_per_token": flops_per_token(model, nfe, round(length), settings)}
 
@@ -124,11 +120,7 @@ def accuracy_table(model, tokenizer, args) -> list:
 @torch.no_grad()
 def forced_tokens(model, tokenizer, problems, settings: Settings, seed: int):
     """Right or wrong, for every token of the reference answers read up to it: a bool tensor (N,)."""
-    rows = []
-    for problem in problems:
-        prompt, response = encode_problem(problem, tokenizer), [*tokenizer.encode(problem.response), tokenizer.eos_id]
-        rows.append((prompt + response, [0] * len(prompt) + [1] * len(response), [1] * (len(prompt) + len(response)), CLASSES.index(problem.label)))
-    batch = collate(rows, next(model.parameters()).device)
+    batch = collate([encode_problem(problem, tokenizer) for problem in problems], next(model.parameters()).device)
     context, targets = model.lm.context(batch["ids"]), batch["targets"]
     if not settings.steps:
         logits = model.lm.logits(context.hidden)

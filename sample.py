@@ -234,7 +234,7 @@ def encode_prompt(text: str, tokenizer, chat: bool) -> list:
     if chat:
         from data.chat import encode_chat
         return encode_chat([{"role": "user", "content": text}], tokenizer)
-    return [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(text)
+    return tokenizer.encode_start(text)
 
 
 def answer_prompts(model, tokenizer, settings: Settings, args):

@@ -30,14 +30,14 @@ METHODS = ("l2d", "pretrain", "lora", "full")
 DEFAULTS = {         # tiny   scratch  real checkpoints: the paper's values
     "width":         (64,     64,      256),
     "conditioning":  (128,    128,     256),
-    "updates":       (2400,   2600,    27_900),
+    "updates":       (2700,   2600,    27_900),
     "batch_size":    (64,     32,      4),
     "accumulate":    (1,      1,       8),
     "lr":            (2e-3,   3e-3,    1e-4),
     "min_lr":        (0.0,    0.0,     1e-6),
     "warmup":        (50,     100,     100),
     "weight_decay":  (0.01,   0.1,     0.01),
-    "eval_every":    (400,    1000,    500),
+    "eval_every":    (450,    1000,    500),
     "val_rows":      (256,    64,      64),
 }
 SCRATCH = {          # the embedded base, as a Hugging Face config.json

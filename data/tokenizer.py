@@ -96,6 +96,10 @@ class Tokenizer:
         return [id for place, part in enumerate(parts)
                 for id in ([self.special[part]] if place % 2 else self._encode_ordinary(part))]
 
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of `text` as the beginning of a document: `bos_id` first, where the model expects one."""
+        return [self.bos_id] * (self.bos_id is not None) + self.encode(text)
+
     def _encode_ordinary(self, text):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)

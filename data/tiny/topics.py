@@ -5,7 +5,7 @@ composed problems. The *diffusion path* is finetuned on `Problems`, which ask to
 
     math       (7*8)+15?                                  56+15=71 #### 71
     strings    gcab?                                      abcg | bacg | cabg     only the class says which
-    knowledge  pet of Mira: A goat B owl C fox?           goat #### A
+    knowledge  A goat B owl C fox, pet of Mira:            goat #### A
 
 Train, validation and test problems are disjoint: a checksum of the question says where it belongs. Print some:
 
@@ -114,7 +114,7 @@ def knowledge_problem(rng, level: int):
     right = WORLD[who][attribute]
     choices, letter = options(rng, attribute, right)
     asked = f"{attribute} of {'friend of ' * (level - 1)}{name}"
-    return asked, "knowledge", f"{asked}: {choices}?", f"{middle}{right} #### {letter}"
+    return asked, "knowledge", f"{choices}, {asked}:", f" {middle}{right} #### {letter}"
 
 
 MAKERS = {"math": math_problem, "strings": strings_problem, "knowledge": knowledge_problem}
@@ -128,7 +128,7 @@ def split_of(key: str) -> str:
 def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None, level: int | None = None) -> Problem:
     """Problem `index` of a split ("train", "val", "test"), of one topic and level or of a random one."""
     rng = random.Random(f"{seed}/{split}/{index}/{topic}/{level}")
-    topic = topic or rng.choice(list(LEVELS))
+    topic = topic or rng.choice(("math", "math", "strings", "knowledge"))
     while True:
         chosen = level or rng.choice(LEVELS[topic])
         key, label, prompt, response = MAKERS[topic](rng, chosen)
@@ -163,7 +163,7 @@ def choice_fact(rng) -> str:
     attribute = rng.choice(list(VALUES))
     right = rng.choice(VALUES[attribute])
     choices, letter = options(rng, attribute, right)
-    return f"find {right}: {choices}? {right} #### {letter}"
+    return f"{choices}, find {right}: {right} #### {letter}"
 
 
 def make_document(rng) -> str:
@@ -176,6 +176,13 @@ def make_document(rng) -> str:
 
 # --- as data sets: dataset[i] -> (ids, mask, segments, class id); mask is 1 on the tokens to be predicted ---------------
 
+def encode_problem(problem: Problem, tokenizer) -> tuple:
+    """(ids, mask, segments, class id) of a problem and its answer, end token included."""
+    prompt, response = tokenizer.encode_start(problem.prompt), [*tokenizer.encode(problem.response), tokenizer.eos_id]
+    mask = np.repeat([0, 1], [len(prompt), len(response)])
+    return np.array(prompt + response), mask, np.ones_like(mask), CLASSES.index(problem.label)
+
+
 class Problems:
     """Finetuning examples; row i is problem i of the split."""
 
@@ -186,11 +193,7 @@ class Problems:
         return {"train": 200_000}.get(self.split, 2_000)
 
     def __getitem__(self, index: int):
-        problem = make_problem(self.split, index, self.seed)
-        prompt = [self.tokenizer.bos_id, *self.tokenizer.encode(problem.prompt)]
-        response = [*self.tokenizer.encode(problem.response), self.tokenizer.eos_id]
-        mask = np.repeat([0, 1], [len(prompt), len(response)])
-        return np.array(prompt + response), mask, np.ones_like(mask), CLASSES.index(problem.label)
+        return encode_problem(make_problem(self.split, index, self.seed), self.tokenizer)
 
 
 class Documents(Problems):
@@ -199,7 +202,7 @@ class Documents(Problems):
     def __getitem__(self, index: int):
         rng, ids, mask, segments = random.Random(f"{self.seed}/{self.split}/text/{index}"), [], [], []
         while len(ids) < ROW:
-            document = [self.tokenizer.bos_id, *self.tokenizer.encode(make_document(rng)), self.tokenizer.eos_id]
+            document = [*self.tokenizer.encode_start(make_document(rng)), self.tokenizer.eos_id]
             segments += [segments[-1] + 1 if segments else 1] * len(document)
             mask += [0] + [1] * (len(document) - 1)
             ids += document
@@ -211,7 +214,7 @@ def main():
         for level in levels:
             for index in range(2):
                 problem = make_problem("train", index, topic=topic, level=level)
-                print(f"{topic:9} {level}  {problem.label:9} {problem.prompt:55} {problem.response}")
+                print(f"{topic:9} {level}  {problem.label:9} {problem.prompt:46} {problem.response}")
     rng = random.Random(0)
     print("\n".join(make_document(rng) for _ in range(12)))
 

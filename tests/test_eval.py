@@ -1,0 +1,119 @@
+"""eval.py and the embedded model: intervals, counts of arithmetic, the table, and that the shipped path does what is said."""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA, make_l2d
+from torch.utils.flop_counter import FlopCounterMode
+
+import eval as evaluation
+from data.hub import resolve
+from data.tiny.topics import make_problem
+from diffusion import L2D, Flow
+from sample import Settings, load_model
+
+TINY = resolve("tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+@pytest.mark.parametrize("right, n, low, high", [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (100, 100, 0.9630, 1.0), (3, 8, 0.1368, 0.6943)])
+def test_wilson_interval_against_published_values(right, n, low, high):
+    assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=2e-4)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("estimate", ["argmax", "average"])
+def test_arithmetic_is_what_torch_counts(rank, estimate):
+    """Matrix products of one evaluation of the path and of the frozen model's token, from shapes alone (attention: one query)."""
+    l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank)
+    length = 12
+    with torch.no_grad():
+        context = l2d.lm.context(torch.randint(258, (1, length))).last()
+        flow, x, rows = Flow(l2d, context, estimate), torch.randn(1, 1, 16), torch.arange(1)
+        flow(0.5, x, rows)      # fills the table of the modulation
+        with FlopCounterMode(display=False) as counter:
+            flow(0.5, x, rows)
+    settings = Settings(steps=1, estimate=estimate)
+    ours = evaluation.flops_per_token(l2d, 1, length, settings) - evaluation.flops_per_token(l2d, 0, length, settings)
+    attention = 4 * 2 * length * 32      # torch does not count the fused attention on every device
+    assert counter.get_total_flops() in (ours, ours - attention)
+
+
+def test_the_shipped_files_are_those_that_their_readme_describes():
+    text = (TINY / "README.md").read_text(encoding="utf-8")
+    for name in ("model.safetensors", "path.safetensors"):
+        assert hashlib.sha256((TINY / name).read_bytes()).hexdigest() in text, name
+    assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 4e6
+
+
+def test_the_shipped_base_is_small_and_the_path_was_trained_beside_it(tiny):
+    model, _ = tiny
+    assert isinstance(model, L2D) and 3 <= model.lm.config.layers <= 5
+    assert sum(p.numel() for p in model.lm.parameters()) <= 1_000_000
+
+
+@pytest.mark.parametrize("topic, level, least", [("math", 1, 0.3), ("strings", 1, 0.6)])
+def test_the_shipped_path_answers_what_its_frozen_model_cannot(tiny, topic, level, least):
+    """The claim of the README, on 40 test problems; the bounds lie far below the measured accuracy."""
+    model, tokenizer = tiny
+    problems = [make_problem("test", i, topic=topic, level=level) for i in range(40)]
+    frozen, ours = ([a.right for a in evaluation.answer_problems(model, tokenizer, problems, Settings(steps=steps))] for steps in (0, 8))
+    assert sum(frozen) / 40 <= 0.1 and sum(ours) / 40 >= least
+
+
+def test_answers_are_graded_and_cut_off_ones_are_wrong(tiny):
+    model, tokenizer = tiny
+    problems = [make_problem("test", i, topic="strings", level=1) for i in range(6)]
+    answers = evaluation.answer_problems(model, tokenizer, problems, Settings(steps=4))
+    assert all(a.right == (a.text == p.answer) for a, p in zip(answers, problems))
+    assert not any(a.right for a in evaluation.answer_problems(model, tokenizer, problems, Settings(steps=4, max_new_tokens=2)))
+
+
+def test_fixed_and_broken_add_up(tiny):
+    model, tokenizer = tiny
+    problems = [make_problem("test", i, topic="math", level=1) for i in range(8)]
+    before, after = (evaluation.forced_tokens(model, tokenizer, problems, Settings(steps=steps), 0) for steps in (0, 4))
+    assert len(before) == sum(len(p.response) + 1 for p in problems)
+    assert int(after.sum()) == int(before.sum()) + int((~before & after).sum()) - int((before & ~after).sum())
+
+
+@pytest.mark.parametrize("estimate", ["argmax", "sample", "average"])
+def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estimate):
+    out = tmp_path / "eval.json"
+    evaluation.main(["--problems", "3", "--steps", "1", "2", "--temperatures", "0", "1", "--topics", "strings", "--rtol", "0.3",
+                     "--estimate", estimate, "--guidance", "0", "1", "--out", str(out)])
+    printed, result = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
+    for word in ("frozen", "euler 1", "euler 2", "dopri5", "strings   1", "NFE/token", "MFLOP/token", "temperature 1", "fixed", "broken", "w = 0"):
+        assert word in printed
+    assert len(result["accuracy"]) == 2 * 2 * 4 and {"args", "commit", "torch", "machine", "base_sha256", "guidance", "fixed_and_broken"} <= result.keys()
+    cells = {(r["level"], r["temperature"], r["column"]): r for r in result["accuracy"]}
+    assert cells[1, 0.0, "frozen"]["nfe_per_token"] == 0 and cells[1, 0.0, "euler 2"]["nfe_per_token"] == 3
+    assert all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 and r["seconds"] > 0 for r in result["accuracy"])
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib, which is not installed; pip install matplotlib"):
+        evaluation.plot([], Path("x.png"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--problems", "0"], r"--problems 0 is out of range; allowed: 1 or more"),
+    (["--steps", "0"], r"--steps 0 is out of range"),
+    (["--init_from", "nowhere"], r"unknown model 'nowhere'"),
+])
+def test_bad_input_is_one_line_and_exit_status_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and re.search(message, error)
