@@ -188,19 +188,26 @@ def print_rest(fixed, guidance):
             print(f"  level {level}  " + "   ".join(f"w = {r['guidance']:g}: {percent(r)}" for r in guidance if r["level"] == level))
 
 
-def plot(records, path: Path):
-    """Accuracy against NFE per token, one line per topic and level, the frozen model at NFE 0."""
+def import_pyplot():
     try:
         import matplotlib
     except ImportError:
         raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def plot(records, path: Path):
+    """Accuracy against NFE per token, one line per topic and level: the frozen model at NFE 0, then the first fixed solver."""
+    plt = import_pyplot()
+    fixed = next((r["settings"]["solver"] for r in records if r["column"].split()[0] in FIXED), None)
     temperatures = list(dict.fromkeys(r["temperature"] for r in records))
     figure, axes = plt.subplots(1, len(temperatures), figsize=(6 * len(temperatures), 4), sharey=True, squeeze=False)
     for axis, temperature in zip(axes[0], temperatures):
         for topic, level in dict.fromkeys((r["topic"], r["level"]) for r in records):
-            line = [r for r in records if (r["topic"], r["level"], r["temperature"]) == (topic, level, temperature) and r["column"] != "dopri5"]
+            line = [r for r in records if (r["topic"], r["level"], r["temperature"]) == (topic, level, temperature)
+                    and r["column"].split()[0] in ("frozen", fixed)]
             line.sort(key=lambda r: r["nfe_per_token"])
             errors = [[r["accuracy"] - r["low"] for r in line], [r["high"] - r["accuracy"] for r in line]]
             axis.errorbar([r["nfe_per_token"] for r in line], [r["accuracy"] for r in line], errors, marker="o", label=f"{topic} {level}")
@@ -244,6 +251,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(args, model):
+    if args.plot:
+        import_pyplot()     # before the work, not after it
     if not isinstance(model, L2D):
         raise ValueError(f"{args.init_from} has no diffusion path to evaluate; allowed: tiny, or a directory written by train.py")
     for name, values, least in (("problems", [args.problems], 1), ("steps", args.steps, 1)):

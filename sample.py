@@ -31,8 +31,8 @@ class Settings:
     """How tokens are found. `steps` counts intervals of the fixed solvers, 0 is the frozen model; dopri5 goes by rtol, atol."""
     steps: int = 8
     solver: str = "euler"
-    rtol: float = 0.01
-    atol: float = 0.01
+    rtol: float = 1e-3
+    atol: float = 1e-3
     max_nfe: int | None = None           # evaluations in one token's ODE, both networks of guidance counted
     estimate: str = "argmax"             # of the clean point, see diffusion.Flow
     estimate_temperature: float | str = 1.0

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def test_the_shipped_files_are_those_that_their_readme_describes():
     text = (TINY / "README.md").read_text(encoding="utf-8")
     for name in ("model.safetensors", "path.safetensors"):
         assert hashlib.sha256((TINY / name).read_bytes()).hexdigest() in text, name
-    assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 4e6
+    assert all(path.stat().st_size <= 4e6 for path in TINY.glob("*.safetensors"))
 
 
 def test_the_shipped_base_is_small_and_the_path_was_trained_beside_it(tiny):
@@ -101,10 +100,12 @@ def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estima
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="--plot needs matplotlib, which is not installed; pip install matplotlib"):
-        evaluation.plot([], Path("x.png"))
+    monkeypatch.setattr(evaluation, "accuracy_table", lambda *_: pytest.fail("the work was done before the check"))
+    with pytest.raises(SystemExit):
+        evaluation.main(["--plot"])
+    assert "--plot needs matplotlib, which is not installed; pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [
