@@ -233,6 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--init_from", default="tiny", help="directory of a trained path, or tiny (default)")
+    add("--base", help="the frozen model, if it is no longer where the path was trained")
     add("--topics", nargs="+", default=list(LEVELS), choices=list(LEVELS), help="default: all")
     add("--problems", type=int, default=200, help="test problems per topic and level (default: 200)")
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="intervals of the fixed solvers (default: 1 2 4 8 16)")
@@ -263,7 +264,7 @@ def check(args, model):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
-        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir)
+        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir, args.base)
         check(args, model)
         start = time.time()
         accuracy = accuracy_table(model, tokenizer, args)

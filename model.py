@@ -383,7 +383,7 @@ class LM(nn.Module):
         if model.config.tied:
             model.head.weight = model.embed.weight      # to_empty gave each its own
         load_weights(model, weight_map(model), directory)
-        model.directory = str(name_or_dir)
+        model.directory = str(Path(name_or_dir).resolve()) if Path(name_or_dir).is_dir() else str(name_or_dir)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path):

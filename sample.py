@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoint import read_json
 from data.hub import resolve
 from data.tokenizer import load_tokenizer
-from diffusion import ESTIMATES, L2D, Flow, draw
+from diffusion import ESTIMATES, L2D, Flow, draw, read_path_json
 from model import LM, choices
 from solvers import SOLVERS, odeint
 
@@ -153,11 +152,14 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop_ids=(), cl
     return answers
 
 
-def load_model(init_from: str, dtype: str | None = None, device: str | None = None, cache_dir: str | None = None):
-    """(L2D or LM, tokenizer) from a name or directory: with its diffusion path where the directory holds one."""
+def load_model(init_from: str, dtype: str | None = None, device: str | None = None, cache_dir: str | None = None, base: str | None = None):
+    """(L2D or LM, tokenizer) from a name or directory: with its diffusion path where the directory holds one.
+
+    base: where the path's frozen model is, if no longer where path.json says.
+    """
     directory, dtype = resolve(init_from, cache_dir), dtype and getattr(torch, dtype)
     if (directory / "path.json").exists():
-        base = read_json(directory / "path.json")["base"]
+        base = base or read_path_json(directory)["base"]
         model = L2D.load(directory, LM.from_pretrained(base, dtype, device, cache_dir))
         directory = resolve(base, cache_dir)
     else:
@@ -281,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # model and prompts
     add("--init_from", default="tiny", help="model name, or directory of a model or of a trained path (default: tiny)")
+    add("--base", help="the frozen model, if it is no longer where the path was trained")
     add("--prompt", action="append", help="text to continue, `-` for standard input; may be repeated (default: test problems)")
     add("--prompt_file", help="file with one prompt a line")
     add("--chat", action=argparse.BooleanOptionalAction, default=False, help="put the prompt in the model's chat format")
@@ -341,7 +344,7 @@ def main(argv=None):
         names = set(Settings.__dataclass_fields__)
         settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
         settings.trace_token = args.trace_token if args.trace else None
-        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir)
+        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir, args.base)
         if args.prompt or args.prompt_file:
             tokens, nfe, seconds = answer_prompts(model, tokenizer, settings, args)
         else:

@@ -1,6 +1,7 @@
 """sample.py: generate() against plain loops without cache or batch, what a token costs, sampling, and the command line."""
 
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -290,6 +291,16 @@ def test_prompts_are_answered(run):
     status, both, _ = run("--prompt", "ab", "--prompt", "7*8=", "--batch_size", "1", "--no-frozen")
     assert status == 0 and "frozen" not in both and answers_in(both)[0] == answers_in(alone)[0]
     assert both.count("NFE 12 for 4 tokens") == 2 and "8 tokens, 24 NFE (3.0 per token)" in both
+
+
+def test_a_base_that_moved_is_named_with_base(run, saved, tmp_path):
+    expected = run("--prompt", "ab")[1].splitlines()[:-1]
+    shutil.copytree(saved / "path", saved / "lonely", dirs_exist_ok=True)
+    meta = json.loads((saved / "lonely" / "path.json").read_text(encoding="utf-8"))
+    (saved / "lonely" / "path.json").write_text(json.dumps({**meta, "base": str(tmp_path / "gone")}), encoding="utf-8")
+    status, _, error = run("--prompt", "ab", init_from="lonely")
+    assert status == 2 and error.count("\n") == 1 and "gone" in error
+    assert run("--prompt", "ab", f"--base={saved / 'base'}", init_from="lonely")[1].splitlines()[:-1] == expected
 
 
 def test_prompts_come_from_a_file_or_standard_input(run, tmp_path, monkeypatch):
