@@ -206,10 +206,11 @@ class L2D(nn.Module):
 
     def check_classes(self, class_ids):
         """Raise ValueError for classes that the path was not made with."""
+        some = class_ids.flatten().tolist()[:4]
         if not self.config.classes:
-            raise ValueError(f"class ids {class_ids.flatten().tolist()[:4]} were given, but this path has no classes; allowed: None")
+            raise ValueError(f"class ids {some} were given, but this path has no classes; allowed: None")
         if class_ids.min() < 0 or class_ids.max() > self.config.classes:
-            raise ValueError(f"class ids {class_ids.flatten().tolist()[:4]} are out of range; allowed: 0 to {self.config.classes}")
+            raise ValueError(f"class ids {some} are out of range; allowed: 0 to {self.config.classes}")
 
     # --- objective ---
 
@@ -259,23 +260,28 @@ class L2D(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.path_parameters().items()}
         write_safetensors(tensors, directory / "path.safetensors")
-        write_json({"config": asdict(self.config), "base": self.lm.directory, "base_sha256": self.lm.fingerprint()}, directory / "path.json")
+        meta = {"config": asdict(self.config), "base": self.lm.directory, "base_sha256": self.lm.fingerprint()}
+        write_json(meta, directory / "path.json")
 
     @classmethod
-    def load(cls, directory: str | Path, lm: LM | None = None, dtype: torch.dtype | None = None, device: str | None = None) -> "L2D":
+    def load(cls, directory: str | Path, lm: LM | None = None, dtype: torch.dtype | None = None,
+             device: str | None = None) -> "L2D":
         """Read a path; without `lm`, load the base that it names. Raises ValueError for another base or a damaged file."""
         directory = Path(directory)
         meta = read_path_json(directory)
         lm = LM.from_pretrained(meta["base"], dtype, device) if lm is None else lm
-        if lm.fingerprint() != meta["base_sha256"]:
-            raise ValueError(f"the path in {directory} belongs to the base {meta['base']!r} (sha256 {meta['base_sha256'][:12]}), not to "
-                             f"{lm.directory!r} (sha256 {lm.fingerprint()[:12]}); train one for this base with train.py --init_from={lm.directory}")
+        ours = lm.fingerprint()
+        if ours != meta["base_sha256"]:
+            raise ValueError(f"the path in {directory} belongs to the base {meta['base']!r} (sha256 {meta['base_sha256'][:12]}), "
+                             f"not to {lm.directory!r} (sha256 {ours[:12]}); "
+                             f"train one for this base with train.py --init_from={lm.directory}")
         model = cls(lm, meta["config"])
         open_safetensors(directory / "path.safetensors")                # says in one line what is wrong with the file
         tensors, ours = load_file(directory / "path.safetensors"), model.path_parameters()
-        wrong = sorted(n for n in ours.keys() | tensors.keys() if n not in tensors or n not in ours or tensors[n].shape != ours[n].shape)
-        if wrong:
-            raise ValueError(f"{directory / 'path.safetensors'} does not fit path.json: {len(wrong)} tensors differ, first {wrong[0]}")
+        shapes = lambda tensors: {(name, tensor.shape) for name, tensor in tensors.items()}
+        if wrong := sorted({name for name, _ in shapes(ours) ^ shapes(tensors)}):
+            raise ValueError(f"{directory / 'path.safetensors'} does not fit path.json: {len(wrong)} tensors differ, "
+                             f"first {wrong[0]}; copy both files of the same training")
         with torch.no_grad():
             for name, p in ours.items():
                 p.copy_(tensors[name])
@@ -288,7 +294,8 @@ def read_path_json(directory: Path) -> dict:
     try:
         return {"base": meta["base"], "base_sha256": meta["base_sha256"], "config": L2DConfig(**meta["config"])}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'path.json'} was not written by this version ({error}); train the path again with train.py") from None
+        raise ValueError(f"{directory / 'path.json'} was not written by this version ({error}); "
+                         "train the path again with train.py") from None
 
 
 def attend_at(context, where):
@@ -309,11 +316,12 @@ class Flow:
     """
 
     def __init__(self, l2d: L2D, context, estimate="argmax", temperature=1.0, class_ids=None, guidance=1.0, generators=None):
-        self.l2d, self.context, self.estimate, self.temperature = l2d, context, choices(estimate, ESTIMATES, "estimate"), temperature
-        self.class_ids, self.generators, self.tables = class_ids, generators, {}
+        self.l2d, self.context, self.generators, self.temperature = l2d, context, generators, temperature
+        self.estimate, self.tables = choices(estimate, ESTIMATES, "estimate"), {}
         self.weights = [(guidance, class_ids), (1 - guidance, None)] if class_ids is not None else [(1.0, None)]
         self.weights = [(weight, ids) for weight, ids in self.weights if weight != 0]
-        self.parts, self.part_rows, self.watch = context, None, None    # watch: a list to keep sequence 0's (conditional) guesses in
+        self.parts, self.part_rows = context, None
+        self.watch = None            # a list to keep sequence 0's (conditional) guesses in
 
     @property
     def cost(self) -> int:
@@ -394,7 +402,8 @@ def main():
     frozen = F.cross_entropy(lm(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
     for tenth in range(10):
         t = torch.full((4, 32), tenth / 10)
-        print(f"t = {tenth / 10:.1f}  frozen {float(frozen):.6f}  with the path {float(l2d.loss(ids[:, :-1], ids[:, 1:], t=t)):.6f}")
+        loss = l2d.loss(ids[:, :-1], ids[:, 1:], t=t)
+        print(f"t = {tenth / 10:.1f}  frozen {float(frozen):.6f}  with the path {float(loss):.6f}")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,9 @@ def measure(model, tokenizer, problems, settings: Settings, seed: int) -> dict:
     right, nfe = sum(a.right for a in answers), sum(sum(a.nfe) for a in answers) / tokens
     low, high = wilson(right, len(problems))
     length = sum(len(tokenizer.encode_start(p.prompt)) for p in problems) / len(problems) + tokens / len(problems) / 2
-    return {"right": right, "n": len(problems), "accuracy": right / len(problems), "low": low, "high": high, "nfe_per_token": nfe,
-            "seconds": seconds, "tokens_per_second": tokens / seconds, "flops_per_token": flops_per_token(model, nfe, round(length), settings)}
+    flops = flops_per_token(model, nfe, round(length), settings)
+    return {"right": right, "n": len(problems), "accuracy": right / len(problems), "low": low, "high": high,
+            "nfe_per_token": nfe, "seconds": seconds, "tokens_per_second": tokens / seconds, "flops_per_token": flops}
 
 
 def settings_to_compare(args, temperature: float) -> dict:
@@ -113,7 +114,8 @@ def accuracy_table(model, tokenizer, args) -> list:
     for topic, level, temperature, name, settings in tqdm(jobs, disable=None, desc="accuracy"):
         problems = [make_problem("test", i, args.seed, topic, level) for i in range(args.problems)]
         cell = measure(model, tokenizer, problems, settings, args.seed)
-        records.append({"topic": topic, "level": level, "temperature": temperature, "column": name, "settings": asdict(settings), **cell})
+        records.append({"topic": topic, "level": level, "temperature": temperature, "column": name,
+                        "settings": asdict(settings), **cell})
     return records
 
 
@@ -135,10 +137,12 @@ def forced_tokens(model, tokenizer, problems, settings: Settings, seed: int):
 
 def fixed_and_broken(model, tokenizer, args) -> list:
     """Token by token on the reference answers: what more steps turned from wrong to right, and from right to wrong."""
-    problems = [make_problem("test", i, args.seed, topic, level) for topic in args.topics for level in LEVELS[topic] for i in range(args.problems)]
+    problems = [make_problem("test", i, args.seed, topic, level)
+                for topic in args.topics for level in LEVELS[topic] for i in range(args.problems)]
     solver = next((s for s in args.solvers if s in FIXED), "euler")
     steps = sorted(set(args.steps))
-    right = {n: forced_tokens(model, tokenizer, problems, Settings(steps=n, solver=solver, estimate=args.estimate), args.seed) for n in (0, *steps)}
+    right = {n: forced_tokens(model, tokenizer, problems, Settings(steps=n, solver=solver, estimate=args.estimate), args.seed)
+             for n in (0, *steps)}
     compare = lambda a, b: {"from": a, "to": b, "tokens": len(right[a]), "fixed": int((~right[a] & right[b]).sum()),
                             "broken": int((right[a] & ~right[b]).sum()), "solver": solver}
     return [compare(0, n) for n in steps] + [compare(steps[0], n) for n in steps[1:]]
@@ -166,26 +170,30 @@ def print_accuracy(records):
     for temperature in dict.fromkeys(r["temperature"] for r in records):
         block = [r for r in records if r["temperature"] == temperature]
         columns = list(dict.fromkeys(r["column"] for r in block))
-        print(f"\naccuracy in %, 95 % interval, {block[0]['n']} test problems a row, {'greedy' if temperature == 0 else f'temperature {temperature:g}'}")
+        decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+        print(f"\naccuracy in %, 95 % interval, {block[0]['n']} test problems a row, {decoding}")
         print(f"{'':12}" + "".join(f"{name:>16}" for name in columns))
         for topic, level in dict.fromkeys((r["topic"], r["level"]) for r in block):
             cells = {r["column"]: r for r in block if (r["topic"], r["level"]) == (topic, level)}
             print(f"{topic:9} {level} " + "".join(f"{percent(cells[name]):>16}" for name in columns))
-        for name, key, form in (("NFE/token", "nfe_per_token", ".1f"), ("MFLOP/token", "flops_per_token", ".2f"), ("tokens/s", "tokens_per_second", ".0f")):
+        for name, key, unit, form in (("NFE/token", "nfe_per_token", 1, ".1f"), ("MFLOP/token", "flops_per_token", 1e6, ".2f"),
+                                      ("tokens/s", "tokens_per_second", 1, ".0f")):
             mean = lambda column: sum(r[key] for r in block if r["column"] == column) / sum(r["column"] == column for r in block)
-            print(f"{name:12}" + "".join(f"{mean(column) / (1e6 if key == 'flops_per_token' else 1):>16{form}}" for column in columns))
+            print(f"{name:12}" + "".join(f"{mean(column) / unit:>16{form}}" for column in columns))
 
 
 def print_rest(fixed, guidance):
     if fixed:
-        print(f"\ntokens of the reference answers ({fixed[0]['tokens']} of them, {fixed[0]['solver']}): fixed = wrong before, right after")
+        print(f"\ntokens of the reference answers ({fixed[0]['tokens']} of them, {fixed[0]['solver']}): "
+              "fixed = wrong before, right after")
         for r in fixed:
             before = "frozen" if r["from"] == 0 else f"{r['from']} step{'s' * (r['from'] > 1)}"
             print(f"  {before:>7} -> {r['to']:3} steps   fixed {r['fixed']:5}   broken {r['broken']:5}")
     if guidance:
         print("\nguidance on strings (euler, 8 steps): accuracy in %, 95 % interval; w = 0 does not see the class, w = 1 does")
         for level in dict.fromkeys(r["level"] for r in guidance):
-            print(f"  level {level}  " + "   ".join(f"w = {r['guidance']:g}: {percent(r)}" for r in guidance if r["level"] == level))
+            row = [f"w = {r['guidance']:g}: {percent(r)}" for r in guidance if r["level"] == level]
+            print(f"  level {level}  " + "   ".join(row))
 
 
 def import_pyplot():
@@ -210,7 +218,8 @@ def plot(records, path: Path):
                     and r["column"].split()[0] in ("frozen", fixed)]
             line.sort(key=lambda r: r["nfe_per_token"])
             errors = [[r["accuracy"] - r["low"] for r in line], [r["high"] - r["accuracy"] for r in line]]
-            axis.errorbar([r["nfe_per_token"] for r in line], [r["accuracy"] for r in line], errors, marker="o", label=f"{topic} {level}")
+            axis.errorbar([r["nfe_per_token"] for r in line], [r["accuracy"] for r in line], errors, marker="o",
+                          label=f"{topic} {level}")
         axis.set(xlabel="NFE per token (0: frozen model)", ylabel="accuracy", xscale="symlog",
                  title="greedy" if temperature == 0 else f"temperature {temperature:g}")
     axes[0][-1].legend(fontsize=8)
@@ -222,7 +231,8 @@ def plot(records, path: Path):
 
 def commit() -> str | None:
     """The commit that is checked out, with + where files differ from it; None outside a checkout."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                        check=True).stdout.strip()
     try:
         return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
@@ -230,7 +240,8 @@ def commit() -> str | None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--init_from", default="tiny", help="directory of a trained path, or tiny (default)")
     add("--base", help="the frozen model, if it is no longer where the path was trained")
@@ -272,9 +283,11 @@ def main(argv=None):
         fixed = fixed_and_broken(model, tokenizer, args)
         guidance = guidance_table(model, tokenizer, args) if "strings" in args.topics and model.config.classes else []
         print_rest(fixed, guidance)
-        write_json({"args": vars(args), "commit": commit(), "torch": torch.__version__, "python": platform.python_version(), "machine": platform.platform(),
-                    "threads": torch.get_num_threads(), "device": str(next(model.parameters()).device), "seconds": round(time.time() - start, 1),
-                    "base_sha256": model.lm.fingerprint(), "accuracy": accuracy, "fixed_and_broken": fixed, "guidance": guidance}, args.out)
+        write_json({"args": vars(args), "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
+                    "machine": platform.platform(), "threads": torch.get_num_threads(),
+                    "device": str(next(model.parameters()).device), "seconds": round(time.time() - start, 1),
+                    "base_sha256": model.lm.fingerprint(), "accuracy": accuracy, "fixed_and_broken": fixed, "guidance": guidance},
+                   args.out)
         print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
         if args.plot:
             plot(accuracy, Path(args.out).with_suffix(".png"))

@@ -152,7 +152,8 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop_ids=(), cl
     return answers
 
 
-def load_model(init_from: str, dtype: str | None = None, device: str | None = None, cache_dir: str | None = None, base: str | None = None):
+def load_model(init_from: str, dtype: str | None = None, device: str | None = None, cache_dir: str | None = None,
+               base: str | None = None):
     """(L2D or LM, tokenizer) from a name or directory: with its diffusion path where the directory holds one.
 
     base: where the path's frozen model is, if no longer where path.json says.
@@ -199,7 +200,8 @@ def show_trace(answer: Answer, tokenizer, token: int):
     pieces = [tokenizer.decode([i]) for i in answer.ids] + ["<stop>"] * answer.stopped
     print("   tokens:", coloured(pieces, answer.nfe))
     if token >= len(answer.nfe):
-        raise ValueError(f"--trace_token {token} is out of range; this answer has {len(answer.nfe)} tokens, allowed: 0 to {len(answer.nfe) - 1}")
+        raise ValueError(f"--trace_token {token} is out of range; this answer has {len(answer.nfe)} tokens, "
+                         f"allowed: 0 to {len(answer.nfe) - 1}")
     print(f"   token {token} ({pieces[token]!r}), guess at every evaluation:")
     for t, guess, p in answer.guesses:
         print(f"     t = {t:.4f}  {tokenizer.decode([guess])!r:8} p = {p:.3f}")
@@ -216,7 +218,8 @@ def worked_answers(model, tokenizer, settings: Settings, seed: int):
     seconds = time.time() - start
     mark = lambda answered: "right" if answered.right else "wrong"
     for problem, before, after in zip(problems, frozen, ours):
-        print(f"{problem.topic}, level {problem.level}: {problem.prompt}" + (f"   [class {problem.label}]" if problem.topic == "strings" else ""))
+        hint = f"   [class {problem.label}]" * (problem.topic == "strings")
+        print(f"{problem.topic}, level {problem.level}: {problem.prompt}{hint}")
         print(f"   frozen  {mark(before)}  {before.text!r}")
         print(f"   L2D     {mark(after)}  {after.text!r}   NFE {sum(after.nfe)}")
     return sum(len(answered.nfe) for answered in ours), sum(sum(answered.nfe) for answered in ours), seconds
@@ -248,7 +251,8 @@ def answer_prompts(model, tokenizer, settings: Settings, args):
     for at in range(0, len(prompts), args.batch_size):
         batch = prompts[at:at + args.batch_size]
         seeds = [args.seed + (at + i) % args.num_samples for i in range(len(batch))]
-        frozen = generate(model, batch, Settings(steps=0, max_new_tokens=settings.max_new_tokens), stop_ids) if args.frozen else None
+        greedy = Settings(steps=0, max_new_tokens=settings.max_new_tokens)
+        frozen = generate(model, batch, greedy, stop_ids) if args.frozen else None
         start, stream = time.time(), tokenizer.stream()
         alone = len(prompts) == 1
         if alone:
@@ -261,7 +265,8 @@ def answer_prompts(model, tokenizer, settings: Settings, args):
         for i, answer in enumerate(answers):
             if not alone:
                 print(f"{texts[at + i]!r}\n   answer  {tokenizer.decode(answer.ids)}")
-            print(f"   NFE {sum(answer.nfe)} for {len(answer.nfe)} tokens" + (f", {answer.unfinished} tokens stopped at max_nfe" * bool(answer.unfinished)))
+            short = f", {answer.unfinished} tokens stopped at max_nfe" * bool(answer.unfinished)
+            print(f"   NFE {sum(answer.nfe)} for {len(answer.nfe)} tokens{short}")
             if frozen:
                 print(f"   frozen  {tokenizer.decode(frozen[i].ids)}")
             if args.trace and at + i == 0:
@@ -279,7 +284,8 @@ def stop_id(text: str, tokenizer) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     default = Settings()
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # model and prompts
     add("--init_from", default="tiny", help="model name, or directory of a model or of a trained path (default: tiny)")
@@ -349,7 +355,8 @@ def main(argv=None):
             tokens, nfe, seconds = answer_prompts(model, tokenizer, settings, args)
         else:
             tokens, nfe, seconds = worked_answers(model, tokenizer, settings, args.seed)
-        print(f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token), {tokens / seconds:.0f} tokens/s, {settings.solver}, steps {settings.steps}")
+        print(f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token), {tokens / seconds:.0f} tokens/s, "
+              f"{settings.solver}, steps {settings.steps}")
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(2)

@@ -49,7 +49,8 @@ SCRATCH = {          # the embedded base, as a Hugging Face config.json
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     # what
     parser.add_argument("--method", default="l2d", choices=METHODS, help="what to train (default: l2d)")
     parser.add_argument("--init_from", default="tiny", help="model name, directory, `scratch` or `resume` (default: tiny)")
@@ -60,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, help="Z, width of the diffusion space")
     parser.add_argument("--conditioning", type=int, help="S, width of the time embedding")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA, in the path and in --method=lora (default: 32)")
-    parser.add_argument("--full_copies", action=argparse.BooleanOptionalAction, default=False, help="copy the path's matrices instead of LoRA")
+    parser.add_argument("--full_copies", action=argparse.BooleanOptionalAction, default=False,
+                        help="copy the path's matrices instead of LoRA")
     parser.add_argument("--schedule", default="uniform", choices=SCHEDULES, help="of the training times (default: uniform)")
     # optimisation
     parser.add_argument("--updates", type=int, help="optimizer updates in all")
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     # reports
     parser.add_argument("--eval_every", type=int, help="updates between validation and saving")
     parser.add_argument("--val_rows", type=int, help="rows of validation data")
-    parser.add_argument("--report", type=int, default=64, help="problems of each topic to answer at the end, 0 for none (default: 64)")
+    parser.add_argument("--report", type=int, default=64, help="problems a topic and level to answer at the end (default: 64)")
     # machine
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: bfloat16 on CUDA)")
@@ -245,17 +247,19 @@ def read_state(out_dir):
 def restore(trainable, optimizer, generator, out_dir, frozen) -> dict:
     """Put a saved state back; returns where it stopped. Raises ValueError where it belongs to another base or other flags."""
     tensors, meta = read_state(out_dir)
-    wrong = [name for name, p in trainable.items() if f"weights/{name}" not in tensors or tensors[f"weights/{name}"].shape != p.shape]
-    if wrong:
-        raise ValueError(f"{out_dir}/state.safetensors does not fit: {len(wrong)} tensors, first {wrong[0]}; resume with the flags it was made with")
+    shape = lambda name: tensors[f"weights/{name}"].shape if f"weights/{name}" in tensors else None
+    if wrong := [name for name, p in trainable.items() if shape(name) != p.shape]:
+        raise ValueError(f"{out_dir}/state.safetensors does not fit: {len(wrong)} tensors, first {wrong[0]}; "
+                         "resume with the flags it was made with")
     if meta["frozen"] != frozen:
-        raise ValueError(f"{out_dir}/state.safetensors was trained beside other frozen weights than {meta['args']['init_from']} now holds; "
-                         "put those back, or start anew with another --out_dir")
+        raise ValueError(f"{out_dir}/state.safetensors was trained beside other frozen weights than {meta['args']['init_from']} "
+                         "now holds; put those back, or start anew with another --out_dir")
     with torch.no_grad():
         for name, p in trainable.items():
             p.copy_(tensors[f"weights/{name}"])
-            moments = {key.split("/")[0]: value for key, value in tensors.items() if key.endswith(f"/{name}") and not key.startswith("weights/")}
-            optimizer.state[p] = {key: value.clone() if key == "step" else value.to(p.device, copy=True) for key, value in moments.items()}
+            # copies: load_file maps the file, which the next save replaces
+            optimizer.state[p] = {kind: tensors[f"{kind}/{name}"].to("cpu" if kind == "step" else p.device, copy=True)
+                                  for kind in ("step", "exp_avg", "exp_avg_sq")}
     generator.set_state(tensors["generator"])
     return {"update": meta["update"], "position": meta["position"]}
 
@@ -266,7 +270,8 @@ def save_model(model, args):
         return model.save(args.out_dir)
     source = resolve("tiny" if args.init_from == "scratch" else args.init_from, args.cache_dir)
     model.save_pretrained(args.out_dir)
-    for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "encoder.json", "generation_config.json"):
+    for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "encoder.json",
+                    "generation_config.json"):
         for path in source.glob(pattern):
             if path.resolve().parent != Path(args.out_dir).resolve():
                 shutil.copy(path, args.out_dir)
@@ -301,8 +306,8 @@ def train(args) -> dict:
     if args.resume:
         progress |= restore(trainable, optimizer, generator, args.out_dir, frozen)
     objective = torch.compile(token_losses, dynamic=True) if args.compile else token_losses
-    print(f"{args.method} on {args.data}, from {args.init_from}: {sum(p.numel() for p in trainable.values()):,} trainable parameters, "
-          f"{device}, {next(iter(trainable.values())).dtype}")
+    count, dtype = sum(p.numel() for p in trainable.values()), next(iter(trainable.values())).dtype
+    print(f"{args.method} on {args.data}, from {args.init_from}: {count:,} trainable parameters, {device}, {dtype}")
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     log = open(Path(args.out_dir) / "log.jsonl", "a", encoding="utf-8")
     record = lambda entry: print(json.dumps(entry), file=log, flush=True)
@@ -341,8 +346,8 @@ def train(args) -> dict:
         model_losses.append(float(total))
         bar.update()
         bar.set_postfix(loss=f"{model_losses[-1]:.3f}", refresh=False)
-        record({"update": update + 1, "loss": round(model_losses[-1], 5), "lr": learning_rate(update, args), "norm": round(float(norm), 4),
-                "tokens": tokens, "seconds": round(time.time() - start, 2)})
+        record({"update": update + 1, "loss": round(model_losses[-1], 5), "lr": learning_rate(update, args),
+                "norm": round(float(norm), 4), "tokens": tokens, "seconds": round(time.time() - start, 2)})
     bar.close()
     log.close()
     signal.signal(signal.SIGINT, interrupt.before)
@@ -376,8 +381,8 @@ def report(model, tokenizer, problems: int):
     for topic, levels in LEVELS.items():
         for level in levels:
             some = [make_problem("val", i, topic=topic, level=level) for i in range(problems)]
-            scores = [sum(a.right for a in answer_problems(model, tokenizer, some, Settings(steps=steps, solver="euler"))) / problems
-                      for steps in (0, 8)]
+            answers = [answer_problems(model, tokenizer, some, Settings(steps=steps)) for steps in (0, 8)]
+            scores = [sum(answer.right for answer in both) / problems for both in answers]
             print(f"  {topic:9} level {level}  {scores[0]:6.1%}  {scores[1]:6.1%}")
 
 

@@ -38,9 +38,15 @@ def write_json(content: dict, path: str | Path):
 
 
 def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = None):
-    """The same for tensors."""
-    save_file(tensors, f"{path}.part", metadata)
-    os.replace(f"{path}.part", path)
+    """The same for tensors. Raises OSError with one line where they cannot be written, a full disk for instance."""
+    try:
+        save_file(tensors, f"{path}.part", metadata)
+        os.replace(f"{path}.part", path)
+    except SafetensorError as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise OSError(f"cannot write {path} ({error}); it needs {size:,} bytes: make room or choose another directory") from None
+    finally:
+        Path(f"{path}.part").unlink(missing_ok=True)
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
@@ -101,7 +107,8 @@ def copy_tensor(path: Path, name: str, targets: list, transposed: bool):
         raise ValueError(f"{path} lacks {name}, which model.safetensors.index.json says is there; download this shard again")
     shape = file.get_slice(name).get_shape()
     if shape != expected:
-        raise ValueError(f"{name} in {path} has shape {shape}, but config.json asks for {expected}")
+        raise ValueError(f"{name} in {path} has shape {shape}, but config.json asks for {expected}; "
+                         "use the config.json that came with the weights")
     step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
     for row in range(0, shape[0], step):
         piece = open_safetensors(path).get_slice(name)[row:row + step]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 from conftest import FAMILIES, GPT2, LLAMA, LLAMA_SCALED, QWEN, make_ids, make_lm
+from data import checkpoint
 from data.checkpoint import read_json, write_json
 from model import LM, ModelConfig, rope_frequencies
 
@@ -463,3 +464,13 @@ def test_text_beyond_gpt2s_positions_is_refused_and_counted_without_its_padding(
         with pytest.raises(ValueError, match="65 tokens are too long for this model; allowed: 64"):
             lm.context(make_ids(1, 1), cache=context)
         assert lm(make_ids(1, 70), torch.tensor([[0] * 6 + [1] * 64])).isfinite().all()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        open(path, "wb").write(b"half")
+        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*w.safetensors \(I/O error: No space left.*\); it needs 16 bytes: make room"):
+        checkpoint.write_safetensors({"a": torch.zeros(4)}, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())

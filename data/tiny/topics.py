@@ -63,7 +63,8 @@ SENTENCES = {
 def make_world() -> dict:
     """name -> {attribute: value}, friends included; always the same world."""
     rng = random.Random("the world of tiny")
-    names = [a + b for a in ("Mi", "To", "Ka", "Le", "Su", "Bo", "Ri", "Na", "Ge", "Du") for b in ("ra", "vo", "lin", "des", "ma", "pek")]
+    first, last = ("Mi", "To", "Ka", "Le", "Su", "Bo", "Ri", "Na", "Ge", "Du"), ("ra", "vo", "lin", "des", "ma", "pek")
+    names = [a + b for a in first for b in last]
     world = {name: {attribute: rng.choice(values) for attribute, values in VALUES.items()} for name in names}
     ring = rng.sample(names, len(names))
     for name, friend in zip(ring, ring[1:] + ring[:1]):
@@ -93,7 +94,8 @@ def math_problem(rng, level: int):
         signs.append(rng.choice("+-") if totals[-1] >= value else "+")
         totals.append(totals[-1] + (value if signs[-1] == "+" else -value))
     prompt = shown[0] + "".join(sign + term for sign, term in zip(signs, shown[1:])) + "?"
-    lines = [str(total) + "".join(f"{sign}{value}" for sign, value in zip(signs[i:], values[i + 1:])) for i, total in enumerate(totals)]
+    lines = [str(total) + "".join(f"{sign}{value}" for sign, value in zip(signs[i:], values[i + 1:]))
+             for i, total in enumerate(totals)]
     return prompt, "math", prompt, f"{'='.join(lines)} #### {totals[-1]}"
 
 
