@@ -118,8 +118,12 @@ RENDER = {"llama3": render_llama3, "qwen": render_qwen, "plain": render_plain}
 
 
 def chat_style(tokenizer) -> str:
-    """"llama3", "qwen" or "plain": the first format whose special tokens the tokenizer has."""
-    return next(style for style, names in SPECIAL_TOKENS.items() if all(name in tokenizer.special for name in names))
+    """"llama3", "qwen" or "plain": the format whose end of turn is the tokenizer's end of text.
+
+    Base models of both families know the chat tokens too but end a text otherwise: they were not taught to chat, so "plain".
+    """
+    ends = {style: names[-1] for style, names in SPECIAL_TOKENS.items() if names and all(name in tokenizer.special for name in names)}
+    return next((style for style, end in ends.items() if tokenizer.special[end] == tokenizer.eos_id), "plain")
 
 
 def resolve_style(style, tokenizer):

@@ -17,12 +17,13 @@ USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "conte
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are bytes, the special tokens come after; the last one ends a text."""
+    """Ids 0 to 255 are bytes, the special tokens come after. The end of a turn also ends a text, unless it is a base model's."""
 
-    def __init__(self, special=LLAMA3, vocab_size=300):
+    def __init__(self, special=LLAMA3, vocab_size=300, base=False):
         names = ("<s>", *special, "</s>")
         self.special = {name: 256 + place for place, name in enumerate(names)}
-        self.bos_id, self.eos_id, self.vocab_size = 256, 255 + len(names), vocab_size
+        self.bos_id, self.vocab_size = 256, vocab_size
+        self.eos_id = self.special["</s>"] if base or not special else self.special[special[-1]]
         self.fingerprint = "-".join(names)
 
     def encode(self, text, special=False):
@@ -133,6 +134,10 @@ def test_style_follows_the_special_tokens():
         "llama3", "qwen", "plain", "plain"]
 
 
+def test_base_models_know_the_chat_tokens_but_are_asked_plainly():
+    assert [chat.chat_style(ByteTokenizer(special, base=True)) for special in (LLAMA3, QWEN)] == ["plain", "plain"]
+
+
 @pytest.mark.parametrize("messages, style, words", [
     ([USER], "qwen", "<|im_start|>"), ([USER], "alpaca", "alpaca"),
     ([], "auto", "at least one"), ("hi", "auto", "'hi'"),
@@ -169,8 +174,8 @@ def test_kinds_of_rows(tmp_path, monkeypatch):
     rows = [{"prompt": "a", "response": "b"}, {"question": "c", "answer": "d"}, {"text": "Once, é"}]
     run(monkeypatch, rows, tmp_path / "out", "--val_fraction=0", "--style=plain")
     assert sorted(examples_of(tmp_path / "out", "train")) == [
-        ("<s>Once, é</s>", "Once, é</s>"),
-        ("<s>Question: a\nAnswer: b</s>", " b</s>"), ("<s>Question: c\nAnswer: d</s>", " d</s>")]
+        ("<s>Once, é<|eot_id|>", "Once, é<|eot_id|>"),
+        ("<s>Question: a\nAnswer: b<|eot_id|>", " b<|eot_id|>"), ("<s>Question: c\nAnswer: d<|eot_id|>", " d<|eot_id|>")]
 
 
 def test_text_without_a_first_token_does_not_count_its_first_byte(tmp_path, monkeypatch):
