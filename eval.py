@@ -243,7 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--init_from", default="tiny", help="directory of a trained path, or tiny (default)")
+    add("--init_from", default="tiny", help="directory of a trained path or of a model, or tiny (default)")
     add("--base", help="the frozen model, if it is no longer where the path was trained")
     add("--topics", nargs="+", default=list(LEVELS), choices=list(LEVELS), help="default: all")
     add("--problems", type=int, default=200, help="test problems per topic and level (default: 200)")
@@ -265,8 +265,9 @@ def build_parser() -> argparse.ArgumentParser:
 def check(args, model):
     if args.plot:
         import_pyplot()     # before the work, not after it
-    if not isinstance(model, L2D):
-        raise ValueError(f"{args.init_from} has no diffusion path to evaluate; allowed: tiny, or a directory written by train.py")
+    if not isinstance(model, L2D):      # a base, or one that --method=lora or full has finetuned
+        print(f"{args.init_from} has no diffusion path: only the model itself is scored, as `frozen`")
+        args.solvers, args.guidance = [], []
     for name, values, least in (("problems", [args.problems], 1), ("steps", args.steps, 1)):
         if min(values) < least:
             raise ValueError(f"--{name} {min(values)} is out of range; allowed: {least} or more (the frozen model is always shown)")
@@ -280,13 +281,14 @@ def main(argv=None):
         start = time.time()
         accuracy = accuracy_table(model, tokenizer, args)
         print_accuracy(accuracy)
-        fixed = fixed_and_broken(model, tokenizer, args)
-        guidance = guidance_table(model, tokenizer, args) if "strings" in args.topics and model.config.classes else []
+        classes = isinstance(model, L2D) and model.config.classes
+        fixed = fixed_and_broken(model, tokenizer, args) if isinstance(model, L2D) else []
+        guidance = guidance_table(model, tokenizer, args) if "strings" in args.topics and classes else []
         print_rest(fixed, guidance)
         write_json({"args": vars(args), "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
                     "machine": platform.platform(), "threads": torch.get_num_threads(),
                     "device": str(next(model.parameters()).device), "seconds": round(time.time() - start, 1),
-                    "base_sha256": model.lm.fingerprint(), "accuracy": accuracy, "fixed_and_broken": fixed, "guidance": guidance},
+                    "base_sha256": getattr(model, "lm", model).fingerprint(), "accuracy": accuracy, "fixed_and_broken": fixed, "guidance": guidance},
                    args.out)
         print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
         if args.plot:

@@ -182,8 +182,10 @@ def token_losses(model, batch, generator):
         batch = batch if model.config.classes else {name: value for name, value in batch.items() if name != "class_ids"}
         return model.token_losses(generator=generator, **batch)
     where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
-    hidden = model.context(batch["ids"], batch.get("segments")).hidden
-    return model.losses(hidden[where], batch["targets"][where]), None
+    device = batch["ids"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        hidden = model.context(batch["ids"], batch.get("segments")).hidden
+        return model.losses(hidden[where], batch["targets"][where]), None
 
 
 def build_optimizer(trainable, args):

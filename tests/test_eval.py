@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -98,6 +99,16 @@ def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estima
     assert cells[1, 0.0, "frozen"]["nfe_per_token"] == 0 and cells[1, 0.0, "euler 2"]["nfe_per_token"] == 3
     assert all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 and r["seconds"] > 0 for r in result["accuracy"])
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_model_without_a_path_is_scored_alone(tmp_path, capsys):
+    """What --method=lora and full leave behind: the baselines' numbers come from the same problems and the same command."""
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    evaluation.main([f"--init_from={tmp_path}", "--problems", "3", "--topics", "math", "--temperatures", "0", "--out", str(tmp_path / "e.json")])
+    result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert {r["column"] for r in result["accuracy"]} == {"frozen"} and not result["guidance"] and not result["fixed_and_broken"]
+    assert "no diffusion path: only the model itself is scored" in capsys.readouterr().out
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
