@@ -11,6 +11,7 @@ model.py after this file. Run alone it shows the loss by t of a freshly made pat
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -115,6 +116,11 @@ class L2D(nn.Module):
         super().train(mode)
         self.lm.eval()
         return self
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """Fingerprint of the frozen weights: they never change, so they are hashed once and not at every save."""
+        return self.lm.fingerprint()
 
     def path_parameters(self) -> dict:
         """Name -> tensor of everything that is trained; the frozen model is not in it."""
@@ -260,7 +266,7 @@ class L2D(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.path_parameters().items()}
         write_safetensors(tensors, directory / "path.safetensors")
-        meta = {"config": asdict(self.config), "base": self.lm.directory, "base_sha256": self.lm.fingerprint()}
+        meta = {"config": asdict(self.config), "base": self.lm.directory, "base_sha256": self.base_sha256}
         write_json(meta, directory / "path.json")
 
     @classmethod

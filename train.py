@@ -167,8 +167,9 @@ def build_model(args, classes: int):
         return LM(ModelConfig.from_hf(SCRATCH)).init_weights(torch.Generator().manual_seed(args.seed)).to(device), None
     lm = LM.from_pretrained(args.init_from, dtype if args.method == "l2d" else torch.float32, device, args.cache_dir)
     if args.method == "l2d":
-        return L2D(lm, L2DConfig(args.width, args.conditioning, rank=None if args.full_copies else args.rank,
-                                 classes=classes, schedule=args.schedule)), lm.fingerprint()
+        l2d = L2D(lm, L2DConfig(args.width, args.conditioning, rank=None if args.full_copies else args.rank,
+                                classes=classes, schedule=args.schedule))
+        return l2d, l2d.base_sha256
     if args.method in ("full", "pretrain"):
         return lm, None
     frozen = lm.requires_grad_(False).fingerprint()
