@@ -1,298 +1,394 @@
-"""Accuracy against compute on the embedded topics, always beside the frozen model under the same decoding.
+"""Accuracy against compute, always beside the frozen model under the same decoding.
 
     python eval.py                          the table, printed and written to eval.json
-    python eval.py --problems 400 --steps 1 2 4 8 16 32 --solvers euler midpoint rk4 dopri5 --plot
+    python eval.py --problems 400 --steps 1 2 4 8 16 32 --solvers euler midpoint dopri5 --plot
 
-For every topic and level: accuracy with its 95 % Wilson interval for the frozen model, for each number of steps of the
-fixed solvers and for the adaptive one, greedy and at temperature 1; network evaluations (NFE), seconds and arithmetic
-per token; what extra steps fixed and broke; what guidance changed. Read sample.py first.
+For every kind of problem of a task: accuracy with its 95 % Wilson interval for the frozen model, for
+each number of steps of the fixed solvers and for the adaptive one, greedy and at temperature 1;
+network evaluations (NFE), seconds and arithmetic per token; what extra steps fixed and broke; what
+guidance changed. No task is known here: they are in data/tasks/. Read sample.py first.
 """
 
 import argparse
-import json
 import math
 import platform
 import subprocess
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from data.batches import IGNORE, collate
 from data.checkpoint import write_json
-from data.tiny.topics import CLASSES, LEVELS, encode_problem, final_answer, make_problem
-from diffusion import IGNORE, L2D, Flow
-from sample import Settings, generate, load_model
-from solvers import FIXED, SOLVERS, odeint
-from train import collate
-
-
-@dataclass
-class Answered:
-    text: str
-    right: bool
-    nfe: list        # per token
-
-
-def answer_problems(model, tokenizer, problems, settings: Settings, seed: int = 0, batch_size: int = 128) -> list:
-    """Generate an answer to every problem and grade it: exact match of the final answer. Each problem has its own seed."""
-    result = []
-    classes = isinstance(model, L2D) and model.config.classes == len(CLASSES)
-    for at in range(0, len(problems), batch_size):
-        batch = problems[at:at + batch_size]
-        answers = generate(model, [tokenizer.encode_start(p.prompt) for p in batch], settings, tokenizer.stop_ids,
-                           [CLASSES.index(p.label) for p in batch] if classes else None,
-                           [zlib.crc32(p.prompt.encode()) + seed for p in batch])
-        for problem, answer in zip(batch, answers):
-            text = tokenizer.decode(answer.ids)
-            result.append(Answered(text, answer.stopped and final_answer(text) == problem.answer, answer.nfe))
-    return result
+from data.figures import import_pyplot, plot_accuracy
+from data.tasks import TASKS
+from diffusion import ESTIMATES, L2D, VelocityField
+from sample import Settings, answer_problems, load_model
+from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
 
 
 def wilson(right: int, n: int) -> tuple:
-    """95 % interval of a proportion (Wilson 1927): stays inside [0, 1] and holds near its ends."""
-    z, p = 1.959964, right / n
+    """95 % interval of a proportion (Wilson 1927): inside [0, 1], and true near its ends."""
+    z = 1.959964
+    p = right / n
     # (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    middle = p + z ** 2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z ** 2 / (4 * n ** 2))
+    whole = 1 + z ** 2 / n
+    return (middle - half) / whole, (middle + half) / whole
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+def matrix_flops(*modules) -> int:
+    """Multiply-adds, counted twice, of one vector through every matrix of these modules."""
+    matrices = {id(p): p for module in modules for p in module.parameters() if p.dim() == 2}
+    return 2 * sum(p.numel() for p in matrices.values())
+
+
+def frozen_flops(lm, length: int) -> int:
+    """One token through the frozen model after `length` others, without the head."""
+    return matrix_flops(*lm.blocks) + attention_flops(lm.config, length)
+
+
+def attention_flops(config, length: int) -> int:
+    return 4 * config.layers * length * config.heads * config.head_dim
+
+
+def evaluation_flops(model: L2D, length: int, settings: Settings) -> int:
+    """One evaluation of the diffusion path after `length` tokens, the head included."""
+    lm = model.lm
+    config = lm.config
+    total = attention_flops(config, length) + matrix_flops(model.from_z, lm.head)
+    for block in model.blocks:
+        total += matrix_flops(block.q, block.o, block.mlp)
+        if model.config.rank and block.q.folded is not None:
+            # one product with the sum instead of W, A and B
+            total -= lora_flops(block)
+    if settings.estimate == "average":
+        total += 2 * config.vocab_size * model.config.width
+    return total
+
+
+def lora_flops(block) -> int:
+    """What A and B of one layer cost where they are not folded."""
+    return 2 * sum(p.numel() for name, p in block.named_parameters() if name[-2:] in (".A", ".B"))
 
 
 def flops_per_token(model, nfe: float, length: int, settings: Settings) -> float:
-    """Multiply-adds, counted twice, to draw one token after `length` others: one frozen pass and `nfe` evaluations."""
+    """To draw one token after `length` others: one frozen pass and `nfe` evaluations.
+
+    What depends on the time alone is looked up, V is made once: neither is counted.
+    """
     lm = model.lm if isinstance(model, L2D) else model
-    config = lm.config
-    matrices = lambda module: 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
-    head = 2 * config.vocab_size * config.hidden_size
-    attention = 4 * config.layers * length * config.heads * config.head_dim
-    frozen = sum(matrices(block) for block in lm.blocks) + attention
+    frozen = frozen_flops(lm, length)
     if not settings.steps:
-        return frozen + head
-    own = sum(matrices(block) - matrices(block.modulation) for block in model.blocks)        # LoRA, or full copies
-    kept = sum(matrices(block) - matrices(block.k) - matrices(block.v) for block in lm.blocks) if model.config.rank else 0
-    average = 2 * config.vocab_size * model.config.width * (settings.estimate == "average")
-    each = own + kept + matrices(model.from_z) + attention + head + average
-    if settings.solver == "dopri5":      # its times are never the same twice, so the modulation is computed each time
-        each += sum(matrices(block.modulation) for block in model.blocks) + 2 * matrices(model.time) + 2 * matrices(model.merge)
-    return frozen + nfe * each
+        return frozen + matrix_flops(lm.head)
+    return frozen + nfe * evaluation_flops(model, length, settings)
 
 
-# --- the parts of the table -------------------------------------------------------------------------------------------
+# --- the parts of the table -----------------------------------------------------------------------
 
-def measure(model, tokenizer, problems, settings: Settings, seed: int) -> dict:
-    """One cell: accuracy, interval, NFE, seconds and arithmetic per token."""
-    start = time.perf_counter()
-    answers = answer_problems(model, tokenizer, problems, settings, seed)
-    seconds, tokens = time.perf_counter() - start, sum(len(a.nfe) for a in answers)
-    right, nfe = sum(a.right for a in answers), sum(sum(a.nfe) for a in answers) / tokens
-    low, high = wilson(right, len(problems))
-    length = sum(len(tokenizer.encode_start(p.prompt)) for p in problems) / len(problems) + tokens / len(problems) / 2
-    flops = flops_per_token(model, nfe, round(length), settings)
-    return {"right": right, "n": len(problems), "accuracy": right / len(problems), "low": low, "high": high,
-            "nfe_per_token": nfe, "seconds": seconds, "tokens_per_second": tokens / seconds, "flops_per_token": flops}
+@dataclass
+class Column:
+    """A way to find tokens, and what it is called in the table."""
+    name: str
+    kind: str            # "frozen", "fixed" or "adaptive"
+    settings: Settings
 
 
-def settings_to_compare(args, temperature: float) -> dict:
-    """Column name -> Settings: the frozen model, then every solver at every number of steps, then the adaptive one."""
-    common = dict(temperature=temperature, estimate=args.estimate, rtol=args.rtol, atol=args.rtol)
-    columns = {"frozen": Settings(steps=0, temperature=temperature)}
+def columns_to_compare(args, temperature: float) -> list:
+    """The frozen model, then every fixed solver at every number of steps, then the adaptive one."""
+    columns = [Column("frozen", "frozen", Settings(steps=0, temperature=temperature))]
     for solver in args.solvers:
-        if solver in FIXED:
-            columns |= {f"{solver} {steps}": Settings(steps=steps, solver=solver, **common) for steps in args.steps}
-        else:
-            columns[solver] = Settings(solver=solver, **common)
+        common = {"solver": solver, "temperature": temperature, "estimate": args.estimate,
+                  "rtol": args.rtol, "atol": args.rtol}
+        if solver in ADAPTIVE:
+            columns.append(Column(solver, "adaptive", Settings(**common)))
+            continue
+        for steps in args.steps:
+            columns.append(Column(f"{solver} {steps}", "fixed", Settings(steps=steps, **common)))
     return columns
 
 
-def accuracy_table(model, tokenizer, args) -> list:
-    """Records of every topic, level, temperature and column."""
-    rows, records = [(topic, level) for topic in args.topics for level in LEVELS[topic]], []
-    jobs = [(topic, level, temperature, name, settings) for temperature in args.temperatures for topic, level in rows
-            for name, settings in settings_to_compare(args, temperature).items()]
-    for topic, level, temperature, name, settings in tqdm(jobs, disable=None, desc="accuracy"):
-        problems = [make_problem("test", i, args.seed, topic, level) for i in range(args.problems)]
-        cell = measure(model, tokenizer, problems, settings, args.seed)
-        records.append({"topic": topic, "level": level, "temperature": temperature, "column": name,
-                        "settings": asdict(settings), **cell})
+def measure(model, tokenizer, task, problems: list, settings: Settings, seed: int) -> dict:
+    """One cell: accuracy, interval, NFE, seconds and arithmetic per token."""
+    start = time.perf_counter()
+    answers = answer_problems(model, tokenizer, task, problems, settings, seed)
+    seconds = time.perf_counter() - start
+    n = len(problems)
+    right = sum(answer.right for answer in answers)
+    tokens = sum(len(answer.nfe) for answer in answers)
+    nfe = sum(sum(answer.nfe) for answer in answers) / tokens
+    low, high = wilson(right, n)
+    # a token stands behind the prompt and, on average, half of the answer
+    prompts = sum(len(task.prompt(problem, tokenizer)) for problem in problems)
+    length = round(prompts / n + tokens / n / 2)
+    return {
+        "right": right,
+        "n": n,
+        "accuracy": right / n,
+        "low": low,
+        "high": high,
+        "nfe_per_token": nfe,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "flops_per_token": flops_per_token(model, nfe, length, settings),
+    }
+
+
+def make_problems(task, group, args) -> list:
+    return [task.problem(group, i, args.seed) for i in range(args.problems)]
+
+
+def accuracy_table(model, tokenizer, task, args) -> list:
+    """A record for every group of problems, temperature and column."""
+    jobs = [(temperature, group, column) for temperature in args.temperatures
+            for group in args.groups for column in columns_to_compare(args, temperature)]
+    records = []
+    for temperature, group, column in tqdm(jobs, disable=None, desc="accuracy"):
+        problems = make_problems(task, group, args)
+        cell = measure(model, tokenizer, task, problems, column.settings, args.seed)
+        records.append({
+            "group": task.title(group),
+            "temperature": temperature,
+            "column": column.name,
+            "kind": column.kind,
+            "solver": column.settings.solver,
+            "settings": asdict(column.settings),
+            **cell,
+        })
     return records
 
 
 @torch.no_grad()
-def forced_tokens(model, tokenizer, problems, settings: Settings, seed: int):
-    """Right or wrong, for every token of the reference answers read up to it: a bool tensor (N,)."""
-    batch = collate([encode_problem(problem, tokenizer) for problem in problems], next(model.parameters()).device)
-    context, targets = model.lm.context(batch["ids"]), batch["targets"]
-    if not settings.steps:
-        logits = model.lm.logits(context.hidden)
-    else:
+def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, seed: int):
+    """Right or wrong, for every token of the right answers read up to it: bool (N,)."""
+    rows = [task.reference(problem, tokenizer) for problem in problems]
+    batch = collate(rows, next(model.parameters()).device)
+    targets = batch["targets"]
+    reading = model.lm.read(batch["ids"])
+    if settings.steps:
+        # every position has an ODE of its own, all of them run at once
+        shape = (targets.shape[1], model.config.width)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(problems))]
-        x_0 = model.config.sigma * torch.stack([torch.randn(targets.shape[1], model.config.width, generator=g) for g in generators])
-        classes = batch["class_ids"] if model.config.classes else None
-        flow = Flow(model, context, settings.estimate, class_ids=classes, generators=generators)
-        logits = flow.logits(odeint(flow, x_0.to(targets.device), settings.solver, settings.steps).x)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        x_0 = model.config.sigma * noise.to(targets.device)             # (B, T, Z)
+        class_ids = batch["class_ids"] if model.config.classes else None
+        velocity = VelocityField(model, reading, settings.estimate, class_ids=class_ids,
+                                 generators=generators)
+        logits = velocity.logits(odeint(velocity, x_0, settings.solver, settings.steps).x)
+    else:
+        logits = model.lm.logits(reading.hidden)
     return (logits.argmax(-1) == targets)[targets != IGNORE]
 
 
-def fixed_and_broken(model, tokenizer, args) -> list:
-    """Token by token on the reference answers: what more steps turned from wrong to right, and from right to wrong."""
-    problems = [make_problem("test", i, args.seed, topic, level)
-                for topic in args.topics for level in LEVELS[topic] for i in range(args.problems)]
-    solver = next((s for s in args.solvers if s in FIXED), "euler")
+def fixed_and_broken(model, tokenizer, task, args) -> list:
+    """Token by token: what more steps turned from wrong to right, and from right to wrong."""
+    problems = [problem for group in args.groups for problem in make_problems(task, group, args)]
+    solver = next((name for name in args.solvers if name in FIXED), "euler")
     steps = sorted(set(args.steps))
-    right = {n: forced_tokens(model, tokenizer, problems, Settings(steps=n, solver=solver, estimate=args.estimate), args.seed)
-             for n in (0, *steps)}
-    compare = lambda a, b: {"from": a, "to": b, "tokens": len(right[a]), "fixed": int((~right[a] & right[b]).sum()),
-                            "broken": int((right[a] & ~right[b]).sum()), "solver": solver}
-    return [compare(0, n) for n in steps] + [compare(steps[0], n) for n in steps[1:]]
+    right = {}
+    for n in (0, *steps):
+        settings = Settings(steps=n, solver=solver, estimate=args.estimate)
+        right[n] = forced_tokens(model, tokenizer, task, problems, settings, args.seed)
+    pairs = [(0, n) for n in steps] + [(steps[0], n) for n in steps[1:]]
+    return [{"from": a, "to": b, "solver": solver, **changes(right[a], right[b])}
+            for a, b in pairs]
 
 
-def guidance_table(model, tokenizer, args) -> list:
-    """Accuracy on the strings, whose prompts do not say what to do, for several guidance weights."""
+def changes(before, after) -> dict:
+    """Counts of the tokens that changed sides."""
+    return {
+        "tokens": len(before),
+        "fixed": int((~before & after).sum()),
+        "broken": int((before & ~after).sum()),
+    }
+
+
+def guidance_table(model, tokenizer, task, args) -> list:
+    """Accuracy for several weights, on the problems where only the class says what to do."""
     records = []
-    for level in LEVELS["strings"]:
-        problems = [make_problem("test", i, args.seed, "strings", level) for i in range(args.problems)]
+    for group in args.groups:
+        if group[0] not in task.guided:
+            continue
+        problems = make_problems(task, group, args)
         for weight in args.guidance:
             settings = Settings(steps=8, guidance=weight, estimate=args.estimate)
-            records.append({"level": level, "guidance": weight, **measure(model, tokenizer, problems, settings, args.seed)})
+            cell = measure(model, tokenizer, task, problems, settings, args.seed)
+            records.append({"group": task.title(group), "guidance": weight, **cell})
     return records
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
+
+COSTS = (       # rows below the accuracies: name, key, unit, format
+    ("NFE/token", "nfe_per_token", 1, ".1f"),
+    ("MFLOP/token", "flops_per_token", 1e6, ".2f"),
+    ("tokens/s", "tokens_per_second", 1, ".0f"),
+)
+
 
 def percent(cell) -> str:
-    return f"{100 * cell['accuracy']:5.1f} [{100 * cell['low']:3.0f},{100 * cell['high']:4.0f}]"
+    accuracy, low, high = (100 * cell[key] for key in ("accuracy", "low", "high"))
+    return f"{accuracy:5.1f} [{low:3.0f},{high:4.0f}]"
 
 
-def print_accuracy(records):
-    """One block per temperature: a row per topic and level, a column per way to find the tokens, then the cost of each column."""
+def print_accuracy(records: list):
+    """A block per temperature: a row per group, a column per way, then what each column costs."""
     for temperature in dict.fromkeys(r["temperature"] for r in records):
         block = [r for r in records if r["temperature"] == temperature]
         columns = list(dict.fromkeys(r["column"] for r in block))
         decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         print(f"\naccuracy in %, 95 % interval, {block[0]['n']} test problems a row, {decoding}")
-        print(f"{'':12}" + "".join(f"{name:>16}" for name in columns))
-        for topic, level in dict.fromkeys((r["topic"], r["level"]) for r in block):
-            cells = {r["column"]: r for r in block if (r["topic"], r["level"]) == (topic, level)}
-            print(f"{topic:9} {level} " + "".join(f"{percent(cells[name]):>16}" for name in columns))
-        for name, key, unit, form in (("NFE/token", "nfe_per_token", 1, ".1f"), ("MFLOP/token", "flops_per_token", 1e6, ".2f"),
-                                      ("tokens/s", "tokens_per_second", 1, ".0f")):
-            mean = lambda column: sum(r[key] for r in block if r["column"] == column) / sum(r["column"] == column for r in block)
-            print(f"{name:12}" + "".join(f"{mean(column) / unit:>16{form}}" for column in columns))
+        print(" " * 12 + "".join(f"{name:>16}" for name in columns))
+        for group in dict.fromkeys(r["group"] for r in block):
+            cells = [percent(r) for r in block if r["group"] == group]
+            print(f"{group} " + "".join(f"{cell:>16}" for cell in cells))
+        for name, key, unit, form in COSTS:
+            means = [mean(r[key] for r in block if r["column"] == column) for column in columns]
+            print(f"{name:12}" + "".join(f"{value / unit:>16{form}}" for value in means))
 
 
-def print_rest(fixed, guidance):
-    if fixed:
-        print(f"\ntokens of the reference answers ({fixed[0]['tokens']} of them, {fixed[0]['solver']}): "
-              "fixed = wrong before, right after")
-        for r in fixed:
-            before = "frozen" if r["from"] == 0 else f"{r['from']} step{'s' * (r['from'] > 1)}"
-            print(f"  {before:>7} -> {r['to']:3} steps   fixed {r['fixed']:5}   broken {r['broken']:5}")
-    if guidance:
-        print("\nguidance on strings (euler, 8 steps): accuracy in %, 95 % interval; w = 0 does not see the class, w = 1 does")
-        for level in dict.fromkeys(r["level"] for r in guidance):
-            row = [f"w = {r['guidance']:g}: {percent(r)}" for r in guidance if r["level"] == level]
-            print(f"  level {level}  " + "   ".join(row))
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
-def import_pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+def print_changes(records: list):
+    if not records:
+        return
+    print(f"\ntokens of the reference answers ({records[0]['tokens']} of them, "
+          f"{records[0]['solver']}): fixed = wrong before, right after")
+    for r in records:
+        before = "frozen"
+        if r["from"]:
+            before = f"{r['from']} step" if r["from"] == 1 else f"{r['from']} steps"
+        print(f"  {before:>7} -> {r['to']:3} steps   "
+              f"fixed {r['fixed']:5}   broken {r['broken']:5}")
 
 
-def plot(records, path: Path):
-    """Accuracy against NFE per token, one line per topic and level: the frozen model at NFE 0, then the first fixed solver."""
-    plt = import_pyplot()
-    fixed = next((r["settings"]["solver"] for r in records if r["column"].split()[0] in FIXED), None)
-    temperatures = list(dict.fromkeys(r["temperature"] for r in records))
-    figure, axes = plt.subplots(1, len(temperatures), figsize=(6 * len(temperatures), 4), sharey=True, squeeze=False)
-    for axis, temperature in zip(axes[0], temperatures):
-        for topic, level in dict.fromkeys((r["topic"], r["level"]) for r in records):
-            line = [r for r in records if (r["topic"], r["level"], r["temperature"]) == (topic, level, temperature)
-                    and r["column"].split()[0] in ("frozen", fixed)]
-            line.sort(key=lambda r: r["nfe_per_token"])
-            errors = [[r["accuracy"] - r["low"] for r in line], [r["high"] - r["accuracy"] for r in line]]
-            axis.errorbar([r["nfe_per_token"] for r in line], [r["accuracy"] for r in line], errors, marker="o",
-                          label=f"{topic} {level}")
-        axis.set(xlabel="NFE per token (0: frozen model)", ylabel="accuracy", xscale="symlog",
-                 title="greedy" if temperature == 0 else f"temperature {temperature:g}")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=150)
-    part.replace(path)
+def print_guidance(records: list):
+    if not records:
+        return
+    print("\nguidance (euler, 8 steps): accuracy in %, 95 % interval; "
+          "w = 0 does not see the class, w = 1 does")
+    for group in dict.fromkeys(r["group"] for r in records):
+        cells = [f"w = {r['guidance']:g}: {percent(r)}" for r in records if r["group"] == group]
+        print(f"{group}  " + "   ".join(cells))
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with + where files differ from it; None outside a checkout."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
-                                        check=True).stdout.strip()
+    """The commit that is checked out, + where files differ from it; None outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                              text=True, check=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
+def circumstances(model, args, start: float) -> dict:
+    """All that one needs to repeat a result or to doubt it."""
+    return {
+        "args": vars(args),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": str(next(model.parameters()).device),
+        "seconds": round(time.time() - start, 1),
+        "base_sha256": getattr(model, "lm", model).fingerprint(),
+    }
+
+
+# --- the command line -----------------------------------------------------------------------------
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--init_from", default="tiny", help="directory of a trained path or of a model, or tiny (default)")
+    switch = argparse.BooleanOptionalAction
+    # what is measured
+    add("--init_from", default="tiny",
+        help="directory of a trained path or of a model, or tiny (default)")
     add("--base", help="the frozen model, if it is no longer where the path was trained")
-    add("--topics", nargs="+", default=list(LEVELS), choices=list(LEVELS), help="default: all")
-    add("--problems", type=int, default=200, help="test problems per topic and level (default: 200)")
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="intervals of the fixed solvers (default: 1 2 4 8 16)")
-    add("--solvers", nargs="+", default=["euler", "dopri5"], choices=SOLVERS, help="default: euler dopri5")
-    add("--rtol", type=float, default=Settings().rtol, help="rtol and atol of dopri5 (default: %(default)s)")
-    add("--estimate", default="argmax", choices=("argmax", "sample", "average"), help="of the clean point (default: argmax)")
-    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="of the token; 0 is greedy (default: 0 1)")
-    add("--guidance", type=float, nargs="*", default=[0, 1, 1.5, 2, 3], help="weights to compare on strings (default: 0 1 1.5 2 3)")
+    add("--task", default="tiny", choices=list(TASKS), help="default: tiny")
+    add("--topics", nargs="+", help="some kinds of problems only (default: all)")
+    add("--problems", type=int, default=200, help="test problems of each kind (default: 200)")
+    # how tokens are found
+    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
+        help="intervals of the fixed solvers (default: 1 2 4 8 16)")
+    add("--solvers", nargs="+", default=["euler", "dopri5"], choices=list(SOLVERS),
+        help="default: euler dopri5")
+    add("--rtol", type=float, default=Settings().rtol,
+        help="rtol and atol of dopri5 (default: %(default)s)")
+    add("--estimate", default="argmax", choices=ESTIMATES,
+        help="of the clean point (default: argmax)")
+    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0],
+        help="of the token; 0 is greedy (default: 0 1)")
+    add("--guidance", type=float, nargs="*", default=[0, 1, 1.5, 2, 3],
+        help="weights to compare where the class matters (default: 0 1 1.5 2 3)")
     add("--seed", type=int, default=0, help="of problems and noise (default: 0)")
+    # output and machine
     add("--out", default="eval.json", help="where the results are written (default: eval.json)")
-    add("--plot", action=argparse.BooleanOptionalAction, default=False, help="draw them too, as a PNG beside the JSON")
+    add("--plot", action=switch, default=False, help="draw them too, as a PNG beside the JSON")
+    add("--fold_lora", action=switch, default=True,
+        help="add the path's LoRA into copies of its matrices: faster, more memory")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
     add("--cache_dir", help="where downloaded models are kept")
     return parser
 
 
-def check(args, model):
+def check(args, task):
+    """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
     if args.plot:
-        import_pyplot()     # before the work, not after it
-    if not isinstance(model, L2D):      # a base, or one that --method=lora or full has finetuned
-        print(f"{args.init_from} has no diffusion path: only the model itself is scored, as `frozen`")
-        args.solvers, args.guidance = [], []
-    for name, values, least in (("problems", [args.problems], 1), ("steps", args.steps, 1)):
-        if min(values) < least:
-            raise ValueError(f"--{name} {min(values)} is out of range; allowed: {least} or more (the frozen model is always shown)")
+        import_pyplot()
+    for name, values in (("problems", [args.problems]), ("steps", args.steps)):
+        if min(values) < 1:
+            raise ValueError(f"--{name} {min(values)} is out of range; allowed: 1 or more "
+                             "(the frozen model is always shown)")
+    known = list(dict.fromkeys(group[0] for group in task.groups))
+    for topic in args.topics or []:
+        if topic not in known:
+            raise ValueError(f"--topics {topic!r} is unknown; allowed: {', '.join(known)}")
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    task = TASKS[args.task]
     try:
-        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir, args.base)
-        check(args, model)
+        check(args, task)
+        args.groups = [group for group in task.groups
+                       if not args.topics or group[0] in args.topics]
+        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
+                                      args.base, args.fold_lora)
+        has_path = isinstance(model, L2D)
+        if not has_path:      # a base, or one that --method=lora or full has finetuned
+            print(f"{args.init_from} has no diffusion path: "
+                  "only the model itself is scored, as `frozen`")
+            args.solvers = []
         start = time.time()
-        accuracy = accuracy_table(model, tokenizer, args)
+        accuracy = accuracy_table(model, tokenizer, task, args)
         print_accuracy(accuracy)
-        classes = isinstance(model, L2D) and model.config.classes
-        fixed = fixed_and_broken(model, tokenizer, args) if isinstance(model, L2D) else []
-        guidance = guidance_table(model, tokenizer, args) if "strings" in args.topics and classes else []
-        print_rest(fixed, guidance)
-        write_json({"args": vars(args), "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
-                    "machine": platform.platform(), "threads": torch.get_num_threads(),
-                    "device": str(next(model.parameters()).device), "seconds": round(time.time() - start, 1),
-                    "base_sha256": getattr(model, "lm", model).fingerprint(), "accuracy": accuracy, "fixed_and_broken": fixed, "guidance": guidance},
-                   args.out)
+        broken = fixed_and_broken(model, tokenizer, task, args) if has_path else []
+        print_changes(broken)
+        guided = has_path and model.config.classes
+        guidance = guidance_table(model, tokenizer, task, args) if guided else []
+        print_guidance(guidance)
+        write_json({**circumstances(model, args, start), "accuracy": accuracy,
+                    "fixed_and_broken": broken, "guidance": guidance}, args.out)
         print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
         if args.plot:
-            plot(accuracy, Path(args.out).with_suffix(".png"))
+            plot_accuracy(accuracy, Path(args.out).with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2)

@@ -1,455 +1,504 @@
-"""The frozen language model: one decoder-only Transformer for GPT-2, Llama 3 and Qwen 2.5, weights read by hand.
+"""The frozen language model: one decoder-only Transformer for GPT-2, Llama 3 and Qwen 2.5.
 
-`FAMILIES` is the table of differences and the weight map; nothing else in the project knows one family from another.
-Read solvers.py and diffusion.py first: they are the method. Here is what it is built on (L2D paper, section 3.1).
+What sets the families apart stands in data/families.py. Read solvers.py and diffusion.py first:
+they are the method. Here is what it is built on (L2D paper, section 3.1): `LM.read` runs the model
+over some tokens and returns a `Reading`, all that the diffusion path may look at. The path's own
+layers stand beside the model's.
 
-Shapes, in every file: B batch, T tokens (queries), S tokens (keys), C hidden width, H heads, G key/value heads,
-D head width, L layers, V vocabulary, Z width of the diffusion space.
+Shapes, in every file: B batch, T tokens (queries), S tokens (keys), C hidden width, H heads, G
+key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion space.
 
     python -c "from model import LM; print(LM.from_pretrained('tiny').config)"
 """
 
-import hashlib
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import load_weights, read_json, write_json, write_safetensors
+from data.checkpoint import (
+    fingerprint, load_weights, pick_device, read_json, save_weights, write_json)
+from data.families import ACTIVATIONS, ModelConfig, rope_inv_freq
+from data.hub import resolve
+from data.log_p import log_p
 
-LOGITS = 1 << 26   # most logits held at once while training: with 128,256 words, 523 positions
+MIN_ROOM = 64       # tokens a new cache has room for, and as many again
 
-# theirs -> ours. A tuple on the right: one fused matrix that we split; `{i}` is the layer.
-LLAMA_MAP = {
-    "model.embed_tokens": ("embed",), "model.norm": ("norm_f",), "lm_head": ("head",),
-    "model.layers.{i}.input_layernorm": ("blocks.{i}.norm_attn",),
-    "model.layers.{i}.self_attn.q_proj": ("blocks.{i}.q",), "model.layers.{i}.self_attn.k_proj": ("blocks.{i}.k",),
-    "model.layers.{i}.self_attn.v_proj": ("blocks.{i}.v",), "model.layers.{i}.self_attn.o_proj": ("blocks.{i}.o",),
-    "model.layers.{i}.post_attention_layernorm": ("blocks.{i}.norm_mlp",),
-    "model.layers.{i}.mlp.gate_proj": ("blocks.{i}.mlp.gate",), "model.layers.{i}.mlp.up_proj": ("blocks.{i}.mlp.up",),
-    "model.layers.{i}.mlp.down_proj": ("blocks.{i}.mlp.down",),
-}
-GPT2_MAP = {
-    "wte": ("embed",), "wpe": ("embed_positions",), "ln_f": ("norm_f",), "lm_head": ("head",),
-    "h.{i}.ln_1": ("blocks.{i}.norm_attn",), "h.{i}.ln_2": ("blocks.{i}.norm_mlp",),
-    "h.{i}.attn.c_attn": ("blocks.{i}.q", "blocks.{i}.k", "blocks.{i}.v"), "h.{i}.attn.c_proj": ("blocks.{i}.o",),
-    "h.{i}.mlp.c_fc": ("blocks.{i}.mlp.up",), "h.{i}.mlp.c_proj": ("blocks.{i}.mlp.down",),
-}
+# --- positions ------------------------------------------------------------------------------------
 
+def rotate(x, cos_sin):
+    """Rotary position embedding (Su et al. 2021), the two halves of D being the pairs.
 
-@dataclass(frozen=True)
-class Family:
-    """What sets one `model_type` apart. `hf` renames the keys of config.json that its authors call otherwise."""
-    weights: dict
-    norm: str = "rms"              # "rms" or "layer"
-    positions: str = "rotary"      # "rotary" or "learned"
-    gated: bool = True             # SwiGLU (gate, up, down) or plain (up, down)
-    qkv_bias: bool = False
-    tied: bool = False             # what a missing `tie_word_embeddings` means
-    transposed: tuple = ()         # modules stored (in, out): GPT-2's Conv1D
-    prefix: str = ""               # some files put this before every name
-    ignored: tuple = ()            # buffers that old checkpoints carry
-    hf: dict = field(default_factory=dict)
+    x (B, ·, T, D), cos_sin (B, 2, T, D/2), or None for models with learned positions.
+    """
+    if cos_sin is None:
+        return x
+    cos, sin = cos_sin[:, :, None].unbind(1)                            # (B, 1, T, D/2)
+    x1, x2 = x.float().chunk(2, dim=-1)                                 # (B, ·, T, D/2)
+    # each pair is a point in the plane, turned by the angle of its position
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    return torch.cat((y1, y2), dim=-1).to(x.dtype)
 
 
-GPT2_KEYS = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-             "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
-             "hidden_act": "activation_function", "rms_norm_eps": "layer_norm_epsilon"}
-FAMILIES = {
-    "llama": Family(LLAMA_MAP, ignored=("rotary_emb.inv_freq",)),
-    "qwen2": Family(LLAMA_MAP, qkv_bias=True, ignored=("rotary_emb.inv_freq",)),
-    "gpt2": Family(GPT2_MAP, norm="layer", positions="learned", gated=False, tied=True, prefix="transformer.",
-                   transposed=("c_attn", "c_proj", "c_fc"), ignored=("attn.bias", "attn.masked_bias"), hf=GPT2_KEYS),
-}
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-REFUSED = {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "use_sliding_window": False,
-           "add_cross_attention": False}   # a config that sets one of these otherwise describes another network
+def positions_and_mask(tokens: int, past: int, documents, device):
+    """Where the newest `tokens` of past + tokens stand, and which keys each of them may see.
+
+    documents  (B, past + tokens) the document of every token, or None where a row is one document
+    Returns positions (B or 1, tokens), counted from 0 in every document, and the mask
+    (B or 1, 1, tokens, past + tokens), or None where plain causal attention is meant.
+
+    One token of padding (document 0) and two documents, all new:
+
+        documents   0 1 1 1 2 2
+        positions   0 0 1 2 0 1
+        mask        x . . . . .      a token sees itself and what stands before it in its document
+                    . x . . . .
+                    . x x . . .
+                    . x x x . .
+                    . . . . x .
+                    . . . . x x
+    """
+    index = torch.arange(past + tokens, device=device)                  # (S,)
+    new = index[past:, None]                                            # (T, 1)
+    mask = index <= new                                                 # (T, S)
+    if documents is None:
+        positions = index[None, past:]                                  # (1, T)
+        # one new token sees everything, and attention knows a square causal mask by itself
+        if past == 0 or tokens == 1:
+            return positions, None
+        return positions, mask[None, None]
+    # a token counts from the last place where the document changed
+    starts = torch.zeros_like(documents)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    last_start = (index * starts).cummax(dim=1).values
+    positions = index - last_start                                      # (B, S)
+    same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
+    mask = mask & same
+    return positions[:, past:], mask[:, None]
 
 
-def choices(received, allowed, what: str, hint: str = ""):
-    """Raise ValueError in the project's one form unless `received` is among `allowed`."""
-    if received not in allowed:
-        raise ValueError(f"{what} {received!r} is not supported; allowed: {', '.join(map(str, allowed))}{hint}")
-    return received
-
-
-@dataclass
-class ModelConfig:
-    """The numbers of one model. `raw` is its config.json, kept so that saving writes back what was read."""
-    model_type: str
-    vocab_size: int        # V
-    hidden_size: int       # C
-    layers: int            # L
-    heads: int             # H
-    kv_heads: int          # G
-    head_dim: int          # D
-    mlp_width: int
-    max_positions: int
-    norm_eps: float
-    activation: str
-    tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    rope: dict
-    raw: dict = field(repr=False)
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.model_type]
-
-    @classmethod
-    def from_hf(cls, raw: dict) -> "ModelConfig":
-        """From a config.json in Hugging Face layout. Raises ValueError for anything that we would have to guess."""
-        family = FAMILIES[choices(raw.get("model_type"), FAMILIES, "model_type")]
-
-        def get(key, default=None):
-            value = raw.get(family.hf.get(key, key))
-            if value is None and default is None:
-                raise ValueError(f"config.json has no {family.hf.get(key, key)!r}, which model_type {raw['model_type']!r} needs")
-            return default if value is None else value
-
-        for key, expected in REFUSED.items():
-            choices(raw.get(key, expected), [expected], f"config.json: {key} =")
-        width, heads = get("hidden_size"), get("num_attention_heads")
-        gpt2 = family.positions == "learned"   # GPT-2 has a bias on every matrix, the others say so themselves
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        choices(rope.get("rope_type", rope.get("type", "default")), ["default", "llama3"], "rope type")
-        needs = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if "llama3" in rope.values() and (absent := [key for key in needs if key not in rope]):
-            raise ValueError(f"config.json: the llama3 rope scaling has no {', '.join(absent)}")
-        return cls(model_type=raw["model_type"], vocab_size=get("vocab_size"), hidden_size=width,
-                   layers=get("num_hidden_layers"), heads=heads, kv_heads=get("num_key_value_heads", heads),
-                   head_dim=get("head_dim", width // heads), mlp_width=get("intermediate_size", 4 * width if gpt2 else None),
-                   max_positions=get("max_position_embeddings"), norm_eps=get("rms_norm_eps", 1e-5 if gpt2 else 1e-6),
-                   activation=choices(get("hidden_act", "gelu_new" if gpt2 else "silu"), ACTIVATIONS, "activation"),
-                   tied=get("tie_word_embeddings", family.tied),
-                   qkv_bias=gpt2 or family.qkv_bias or get("attention_bias", False),
-                   o_bias=gpt2 or get("attention_bias", False), mlp_bias=gpt2 or get("mlp_bias", False),
-                   rope={"rope_theta": get("rope_theta", 10000.0), **rope}, raw=raw)
-
-
-def rope_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Angle per position of each pair of coordinates, (D/2,) float32; Llama 3 slows the low ones down (its `rope_scaling`)."""
-    # ω_i = θ^(−2i/D)
-    omega = config.rope["rope_theta"] ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    rope = config.rope
-    if rope.get("rope_type", rope.get("type")) == "llama3":
-        turns = rope["original_max_position_embeddings"] * omega / (2 * math.pi)   # full turns in the original context
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                # 0: divide by factor, 1: leave
-        omega = keep * omega + (1 - keep) * omega / rope["factor"]
-    return omega
-
-
-def rotate(x, turns):
-    """Rotary position embedding (Su et al. 2021) in the rotate-half layout: x (B, ·, T, D), turns (B, T, D/2, 2) cos and sin."""
-    cos, sin = turns[:, None].unbind(-1)                                # (B, 1, T, D/2)
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
+# --- the layers -----------------------------------------------------------------------------------
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm. The diffusion path passes `scale` a and `shift` s: (w + a)·norm(x) + b + s."""
+    """RMSNorm or LayerNorm; the path passes scale a and shift s: (w + a)·norm(x) + b + s."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.rms, self.eps = config.family.norm == "rms", config.norm_eps
+        self.rms = config.family.norm == "rms"
+        self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.bias = None if self.rms else nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, x, scale=0.0, shift=0.0):
         if self.rms:
-            n = x.float()
+            n = x.float()       # squares of bfloat16 numbers would lose too much
+            mean_square = n.square().mean(-1, keepdim=True)
             # norm(x) = x / √(mean(x²) + ε)
-            n = (n * torch.rsqrt(n.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+            n = n * torch.rsqrt(mean_square + self.eps)
+            n = n.to(x.dtype)
         else:
             n = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        shift = shift if self.bias is None else shift + self.bias
+            shift = shift + self.bias
         return (self.weight + scale) * n + shift
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)) where there is a gate, down(act(up(x))) where not; built from any three modules."""
+    """down(act(gate(x)) · up(x)) with a gate, down(act(up(x))) without; of any three modules."""
 
     def __init__(self, gate, up, down, act):
         super().__init__()
-        self.gate, self.up, self.down, self.act = gate, up, down, act
+        self.gate = gate
+        self.up = up
+        self.down = down
+        self.act = act
 
     def forward(self, x):
-        return self.down(self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x))
+        h = self.up(x)
+        if self.gate is None:
+            h = self.act(h)
+        else:
+            h = self.act(self.gate(x)) * h
+        return self.down(h)
+
+
+def attention(q, k, v, mask, cos_sin):
+    """Queries q (B, T, H·D), not yet turned, over keys and values (B, G, S, D): (B, T, H·D)."""
+    q = split_heads(q, k.shape[-1], cos_sin)                            # (B, H, T, D)
+    # softmax(q·kᵀ / √D)·v
+    out = F.scaled_dot_product_attention(
+        q,
+        k.to(q.dtype),
+        v.to(q.dtype),
+        mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=k.shape[1] != q.shape[1],      # several query heads share one key head
+    )
+    return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
+
+
+def split_heads(x, head_dim: int, cos_sin=None):
+    """(B, T, heads·D) -> (B, heads, T, D), turned by its position where there are angles."""
+    x = x.unflatten(-1, (-1, head_dim))                                 # (B, T, heads, D)
+    return rotate(x.transpose(1, 2), cos_sin)
 
 
 class Block(nn.Module):
-    """One pre-norm layer of the frozen path."""
+    """One pre-norm layer of the frozen model."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c, f, d = config.hidden_size, config.mlp_width, config.head_dim
-        self.norm_attn, self.norm_mlp = Norm(config), Norm(config)
-        self.q = nn.Linear(c, config.heads * d, bias=config.qkv_bias)
-        self.k = nn.Linear(c, config.kv_heads * d, bias=config.qkv_bias)
-        self.v = nn.Linear(c, config.kv_heads * d, bias=config.qkv_bias)
-        self.o = nn.Linear(config.heads * d, c, bias=config.o_bias)
-        gate = nn.Linear(c, f, bias=config.mlp_bias) if config.family.gated else None
-        self.mlp = MLP(gate, nn.Linear(c, f, bias=config.mlp_bias), nn.Linear(f, c, bias=config.mlp_bias),
-                       ACTIVATIONS[config.activation])
+        c = config.hidden_size
+        f = config.mlp_width
+        queries = config.heads * config.head_dim
+        keys = config.kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.norm_attn = Norm(config)
+        self.norm_mlp = Norm(config)
+        self.q = nn.Linear(c, queries, bias=config.qkv_bias)
+        self.k = nn.Linear(c, keys, bias=config.qkv_bias)
+        self.v = nn.Linear(c, keys, bias=config.qkv_bias)
+        self.o = nn.Linear(queries, c, bias=config.o_bias)
+        gate = None
+        if config.family.gated:
+            gate = nn.Linear(c, f, bias=config.mlp_bias)
+        up = nn.Linear(c, f, bias=config.mlp_bias)
+        down = nn.Linear(f, c, bias=config.mlp_bias)
+        self.mlp = MLP(gate, up, down, ACTIVATIONS[config.activation])
 
-    def forward(self, x, context):
+    def forward(self, x, mask, cos_sin, cache=None, layer=0):
+        """(x, keys, values): the hidden state (B, T, C), and (B, G, S, D) of all tokens so far."""
         n = self.norm_attn(x)                                           # (B, T, C)
-        layer = context.append(self.k(n), self.v(n))
-        x = x + self.o(context.attend(layer, self.q(n)))                # (B, T, C)
-        return x + self.mlp(self.norm_mlp(x))                           # (B, T, C)
+        k = split_heads(self.k(n), self.head_dim, cos_sin)              # (B, G, T, D)
+        v = split_heads(self.v(n), self.head_dim)                       # (B, G, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                            # (B, G, S, D)
+        found = attention(self.q(n), k, v, mask, cos_sin)               # (B, T, H·D)
+        x = x + self.o(found)                                           # (B, T, C)
+        x = x + self.mlp(self.norm_mlp(x))                              # (B, T, C)
+        return x, k, v
 
 
-@dataclass
-class Context:
-    """What the frozen path has computed: all that the diffusion path may look at. Also the key/value cache while decoding.
+# --- what was read --------------------------------------------------------------------------------
 
-    keys, values  L tensors (B, G, S, D), keys already rotated
-    positions     (B, T) of the current queries; each segment counts from 0
-    turns         (B, T, D/2, 2) cos and sin of the current queries' rotary angles, or None
-    mask          (B, 1, T, S) True where a query may look, or None: plain causal
-    segments      (B, S) or None. Tokens see only their own segment: padding is 0, packed examples 1, 2, 3, ...
-    hidden        (B, T, C) last hidden state, before the final norm
+@dataclass(frozen=True)
+class Reading:
+    """What the frozen model made of some tokens: all that the diffusion path may look at.
+
+    hidden        (B, T, C) last hidden state of the tokens in question, before the final norm
+    keys, values  L tensors (B, G, S, D) of everything read so far, keys already turned
+    positions     (B or 1, T) of the tokens in question, each document counted from 0
+    mask          (B or 1, 1, T, S) True where a token may look, or None: plain causal
+    cos_sin       (B or 1, 2, T, D/2) of their rotary angles, or None
     """
-    head_dim: int
-    keys: list = field(default_factory=list)
-    values: list = field(default_factory=list)
-    positions: torch.Tensor | None = None
-    turns: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-    layer: int = 0
+    hidden: torch.Tensor
+    keys: tuple
+    values: tuple
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    cos_sin: torch.Tensor | None
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)     # (B, T, H·D) -> (B, H, T, D)
+    def last(self) -> "Reading":
+        """The same for the last token of every sequence: what decoding goes on from."""
+        mask, cos_sin = self.mask, self.cos_sin
+        return replace(
+            self,
+            hidden=self.hidden[:, -1:],
+            positions=self.positions[:, -1:],
+            mask=None if mask is None else mask[:, :, -1:],
+            cos_sin=None if cos_sin is None else cos_sin[:, :, -1:],
+        )
 
-    def append(self, k, v) -> int:
-        """Add this layer's keys and values (B, T, G·D) of the current tokens; returns the layer's number."""
-        k, v, layer = self.heads(k), self.heads(v), self.layer
-        k = k if self.turns is None else rotate(k, self.turns)
-        if layer == len(self.keys):
-            self.keys.append(k)
-            self.values.append(v)
-        else:
-            self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)  # (B, G, S, D)
-            self.values[layer] = torch.cat((self.values[layer], v), dim=2)
-        self.layer += 1
-        return layer
+    def rows(self, index) -> "Reading":
+        """The same for some sequences of the batch, index (n,); one may be asked for twice."""
+        def pick(x):
+            # what is the same for all sequences is kept once
+            if x is None or len(x) < len(self.hidden):
+                return x
+            return x[index]
 
-    def attend(self, layer: int, q):
-        """Causal attention of the queries q (B, T, H·D) to the frozen keys and values of `layer`."""
-        q = self.heads(q)
-        q = q if self.turns is None else rotate(q, self.turns)        # (B, H, T, D)
-        k, v = self.keys[layer], self.values[layer]                     # (B, G, S, D)
-        # softmax(q·kᵀ / √D)·v
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), self.mask, enable_gqa=k.shape[1] != q.shape[1],
-                                             is_causal=self.mask is None and q.shape[2] > 1)
-        return out.transpose(1, 2).flatten(2)                           # (B, T, H·D)
+        return Reading(
+            hidden=self.hidden[index],
+            keys=tuple(k[index] for k in self.keys),
+            values=tuple(v[index] for v in self.values),
+            positions=pick(self.positions),
+            mask=pick(self.mask),
+            cos_sin=pick(self.cos_sin),
+        )
 
-    def extend(self, ids, segments=None):
-        """Positions and mask of the next tokens `ids` (B, T), after the ones already cached."""
-        (batch, tokens), past = ids.shape, self.keys[0].shape[2] if self.keys else 0
-        index = torch.arange(past + tokens, device=ids.device)
-        mask, first, self.layer = index <= index[-tokens:, None], 0, 0  # (T, S)
-        if segments is not None:
-            segments = segments if self.segments is None else torch.cat((self.segments, segments), dim=1)
-            starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-            first = (index * starts).cummax(dim=1).values               # (B, S) where each token's segment began
-            mask = mask & (segments[:, -tokens:, None] == segments[:, None, :])
-        trivial = segments is None and (past == 0 or tokens == 1)
-        self.segments = segments                                        # (B, S)
-        self.positions = (index - first).expand(batch, -1)[:, -tokens:]  # (B, T)
-        self.mask = None if trivial else mask.expand(batch, tokens, -1)[:, None]
 
-    def last(self) -> "Context":
-        """Only the last token of every sequence remains current: what decoding goes on from."""
-        tail = lambda x: None if x is None else x[:, -1:]
-        self.hidden, self.positions, self.turns = tail(self.hidden), tail(self.positions), tail(self.turns)
-        self.mask = None if self.mask is None else self.mask[:, :, -1:]
-        return self
+class KVCache:
+    """Keys and values of all tokens so far, in buffers with room: one more token copies one token.
 
-    def rows(self, index) -> "Context":
-        """The same for some sequences of the batch only, index (n,)."""
-        pick = lambda x: None if x is None else x[index]
-        return Context(self.head_dim, [k[index] for k in self.keys], [v[index] for v in self.values], pick(self.positions),
-                       pick(self.turns), pick(self.mask), pick(self.segments), pick(self.hidden), self.layer)
+    keys, values  L buffers (B, G, room, D), of which the first `length` places are filled
+    documents     (B, length), or None where every row is one document
+    """
 
+    def __init__(self, layers: int):
+        self.keys = [None] * layers
+        self.values = [None] * layers
+        self.documents = None
+        self.length = 0
+
+    def append(self, layer: int, k, v):
+        """Write keys and values (B, G, T, D) of new tokens; returns those of all, (B, G, S, D)."""
+        return self.write(self.keys, layer, k), self.write(self.values, layer, v)
+
+    def write(self, buffers: list, layer: int, new):
+        """Put `new` behind what one buffer holds; returns what it holds now."""
+        old = buffers[layer]
+        end = self.length + new.shape[2]
+        if old is None or end > old.shape[2]:
+            # twice as long: over a whole text a token is then moved about once
+            batch, heads, _, width = new.shape
+            longer = new.new_empty(batch, heads, 2 * max(end, MIN_ROOM), width)
+            if old is not None:
+                longer[:, :, :self.length] = old[:, :, :self.length]
+            buffers[layer] = longer
+        buffers[layer][:, :, self.length:end] = new
+        return buffers[layer][:, :, :end]
+
+    def extend(self, documents):
+        """Note the documents (B, T) of new tokens; returns those of all, (B, S), or None."""
+        if documents is not None and self.documents is not None:
+            documents = torch.cat((self.documents, documents), dim=1)
+        self.documents = documents
+        return documents
+
+    def keep(self, index):
+        """Go on with some sequences of the batch only, index (n,)."""
+        self.keys = [k[index] for k in self.keys]
+        self.values = [v[index] for v in self.values]
+        if self.documents is not None:
+            self.documents = self.documents[index]
+
+
+# --- the same layer in the diffusion path ---------------------------------------------------------
+
+class LoRA(nn.Module):
+    """A frozen Linear plus a trainable low-rank correction (Hu et al. 2021).
+
+    A starts as N(0, 1)/r and B as zero, as in the L2D code: training starts from the frozen matrix.
+    """
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        device = frozen.weight.device
+        a = torch.randn(frozen.in_features, rank, device=device) / rank
+        b = torch.zeros(rank, frozen.out_features, device=device)
+        self.frozen = frozen
+        self.scale = alpha / rank
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(b)
+        self.folded = None             # W + (α/r)·BA, while sampling
+
+    def forward(self, x):
+        if self.folded is not None:
+            return F.linear(x, self.folded, self.frozen.bias)
+        low = x @ self.A.to(x.dtype)                                    # (..., r)
+        correction = low @ self.B.to(x.dtype)
+        # y = W·x + (α/r)·B·A·x
+        return self.frozen(x) + self.scale * correction
+
+    @torch.no_grad()
+    def sum(self):
+        """W + (α/r)·BA, in the frozen matrix's own type."""
+        weight = self.frozen.weight
+        correction = self.scale * (self.A @ self.B).T
+        return weight + correction.to(weight.dtype)
+
+    def fold(self, on: bool = True):
+        """One product instead of three, for a copy of W; the frozen matrix stays as it is."""
+        self.folded = self.sum() if on else None
+
+
+def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) -> nn.Sequential:
+    """Linear, SiLU, Linear; `zero` starts the last layer at zero: at first it adds nothing."""
+    first = nn.Linear(inside, middle)
+    last = nn.Linear(middle, outside, bias=bias)
+    if zero:
+        for p in last.parameters():
+            nn.init.zeros_(p)
+    return nn.Sequential(first, nn.SiLU(), last)
+
+
+def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
+    """A trainable stand-in for a frozen matrix: the matrix plus LoRA, or a full copy."""
+    if frozen is None:
+        return None
+    if rank is not None:
+        return LoRA(frozen, rank, alpha)
+    bias = frozen.bias is not None
+    device = frozen.weight.device
+    copy = nn.Linear(frozen.in_features, frozen.out_features, bias=bias, device=device)
+    copy.load_state_dict(frozen.state_dict())
+    return copy
+
+
+class PathBlock(nn.Module):
+    """A layer of the path: its own queries and MLP, the frozen layer's norms, keys and values.
+
+    rank, alpha  as of `adapt`; cond_dim: width of the time embedding that modulates the layer
+    """
+
+    def __init__(self, frozen: Block, rank: int | None, alpha: float, cond_dim: int):
+        super().__init__()
+        self.q = adapt(frozen.q, rank, alpha)
+        self.o = adapt(frozen.o, rank, alpha)
+        self.mlp = MLP(
+            adapt(frozen.mlp.gate, rank, alpha),
+            adapt(frozen.mlp.up, rank, alpha),
+            adapt(frozen.mlp.down, rank, alpha),
+            frozen.mlp.act,
+        )
+        # zero at first: the gates are closed
+        width = frozen.q.in_features
+        self.modulation = two_layers(cond_dim, cond_dim, 6 * width, zero=True)
+
+    def forward(self, h, modulation, frozen, reading, layer, where):
+        """h (..., C) one layer further; `frozen` is the same layer of the language model."""
+        a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
+        # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), frozen K, V))
+        q = self.q(frozen.norm_attn(h, a1, s1))                         # (..., H·D)
+        h = h + g1 * self.o(attend(q, reading, layer, where))           # (..., C)
+        # h ← h + g2·MLP((w + a2)·norm(h) + s2)
+        return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2))            # (..., C)
+
+
+def attend(q, reading: Reading, layer: int, where):
+    """What queries of the path find among the frozen keys and values of one layer.
+
+    q      (B, T, H·D), one for every token of the reading, or
+           (N, H·D) for N tokens of it, at the rows and columns `where`: two tensors (N,)
+
+    N queries go to their places among B·T and are taken out again. The empty places cost a little
+    attention; to give each query its own copy of the keys before it would cost N·S of memory.
+    """
+    if where is not None:
+        size = reading.hidden.shape[:2]
+        places = q.new_zeros(*size, q.shape[-1])
+        q = places.index_put(where, q)                                  # (B, T, H·D)
+    found = attention(
+        q,
+        reading.keys[layer],
+        reading.values[layer],
+        reading.mask,
+        reading.cos_sin,
+    )
+    return found if where is None else found[where]
+
+
+# --- the model ------------------------------------------------------------------------------------
 
 class LM(nn.Module):
-    """A decoder-only Transformer. `lm(ids)` gives the logits; `lm.context(ids)` what the diffusion path needs."""
+    """A decoder-only Transformer. `lm(ids)` gives logits; `lm.read(ids)` what the path needs."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.directory = config, None
-        c, learned = config.hidden_size, config.family.positions == "learned"
+        self.config = config
+        self.directory = None
+        c = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, c)
-        self.embed_positions = nn.Embedding(config.max_positions, c) if learned else None
+        self.embed_positions = None
+        if config.family.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_positions, c)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm_f = Norm(config)
+        self.ln_f = Norm(config)
         self.head = nn.Linear(c, config.vocab_size, bias=False)
-        if config.tied:
+        self.tie()
+
+    def tie(self):
+        """Small models score a token by the vector that they read it as."""
+        if self.config.tied:
             self.head.weight = self.embed.weight
 
     @cached_property
-    def frequencies(self):
-        return rope_frequencies(self.config)
+    def inv_freq(self):
+        return rope_inv_freq(self.config)
 
-    def context(self, ids, segments=None, cache: Context | None = None) -> Context:
-        """Run the blocks over ids (B, T) and keep what they computed.
+    def read(self, ids, documents=None, cache: KVCache | None = None) -> Reading:
+        """Run the blocks over ids (B, T) and return what they made of them.
 
-        segments: (B, T) integers, see Context; None means that all tokens belong together. With `cache`, the tokens
-        continue the ones in it, and the same object comes back, longer. Raises ValueError past the last learned position.
+        documents  (B, T) integers: a token sees its own document only, padding is document 0;
+                   None: no borders
+        cache      goes on after the tokens in it, and holds these too afterwards
+
+        Raises ValueError past the last learned position.
         """
-        context = Context(self.config.head_dim) if cache is None else cache
-        context.extend(ids, segments)
+        tokens = ids.shape[1]
+        past = 0
+        if cache is not None:
+            past = cache.length
+            documents = cache.extend(documents)
+        positions, mask = positions_and_mask(tokens, past, documents, ids.device)
         x = self.embed(ids)                                             # (B, T, C)
+        cos_sin = None
         if self.embed_positions is None:
-            angles = context.positions[..., None] * self.frequencies.to(ids.device)
-            context.turns = torch.stack((angles.cos(), angles.sin()), dim=-1)
+            angles = positions[..., None] * self.inv_freq.to(ids.device)
+            # turned once here, for all layers and for the path
+            cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
         else:
-            x = x + self.position_rows(context.positions)
-        for block in self.blocks:
-            x = block(x, context)
-        context.hidden = x
-        return context
+            x = x + self.position_embedding(positions)
+        keys = []
+        values = []
+        for layer, block in enumerate(self.blocks):
+            x, k, v = block(x, mask, cos_sin, cache, layer)
+            keys.append(k)
+            values.append(v)
+        if cache is not None:
+            cache.length += tokens
+        return Reading(x, tuple(keys), tuple(values), positions, mask, cos_sin)
 
-    def position_rows(self, positions):
-        """Learned position embeddings (B, T, C), zero for rotary models: the diffusion path starts from them too."""
-        if self.embed_positions is None:
-            return 0.0
-        if positions.numel() and positions.max() >= self.config.max_positions:
-            raise ValueError(f"{int(positions.max()) + 1} tokens are too long for this model; allowed: {self.config.max_positions}")
+    def position_embedding(self, positions):
+        """Learned position embeddings (B, T, C). Raises ValueError where there are not so many."""
+        most = self.config.max_positions
+        if positions.numel() and positions.max() >= most:
+            longest = int(positions.max()) + 1
+            raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
         return self.embed_positions(positions)
 
     def logits(self, hidden):
-        return self.head(self.norm_f(hidden))                           # (B, T, C) -> (B, T, V)
+        return self.head(self.ln_f(hidden))                             # (..., C) -> (..., V)
 
-    def losses(self, hidden, targets):
-        """Cross-entropy (N,) of targets (N,) after hidden (N, C), without ever holding more than LOGITS logits at once."""
-        score = lambda h, y: F.cross_entropy(self.logits(h).float(), y, reduction="none")
-        size = max(1, LOGITS // self.config.vocab_size)
-        if len(targets) <= size:
-            return score(hidden, targets)
-        # a piece's logits are forgotten and computed again in the backward pass
-        return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in zip(hidden.split(size), targets.split(size))])
+    def log_p(self, hidden, targets):
+        """log p (N,) float32 of targets (N,) after hidden (N, C), by the same logits."""
+        return log_p(self.ln_f(hidden), self.head.weight, targets)
 
-    def forward(self, ids, segments=None):
+    def forward(self, ids, documents=None):
         """Logits (B, T, V) of the next token at every position of ids (B, T)."""
-        return self.logits(self.context(ids, segments).hidden)
+        return self.logits(self.read(ids, documents).hidden)
 
-    def init_weights(self, generator: torch.Generator) -> "LM":
-        """GPT-2's initialisation: N(0, 0.02²), the matrices that write to the residual stream smaller by √(2L)."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif "norm" in name:
-                nn.init.ones_(p)
-            else:
-                residual = name.endswith((".o.weight", ".down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02, generator=generator)
-        return self
+    # --- weights ---
 
     def fingerprint(self) -> str:
-        """sha256 of all weights as bfloat16, so that a model has the same one in whatever precision it was loaded."""
-        digest = hashlib.sha256()
-        for name, p in sorted(self.named_parameters()):
-            digest.update(name.encode())
-            digest.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """sha256 of all weights, see data.checkpoint."""
+        return fingerprint(self)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str, dtype: torch.dtype | None = None, device: str | None = None,
-                        cache_dir: str | None = None) -> "LM":
+    def from_pretrained(cls, name_or_dir: str, dtype: torch.dtype | None = None,
+                        device: str | None = None, cache_dir: str | None = None) -> "LM":
         """Load a model by name or from a directory in Hugging Face layout.
 
-        dtype and device are chosen by `pick_device` where None. Raises ValueError with one line that says what is missing,
-        left over, misshapen, truncated or not a number.
+        dtype and device are chosen by `pick_device` where None. Raises ValueError with one line
+        that says what is missing, left over, misshapen, truncated or not a number.
         """
-        from data.hub import resolve
         directory = resolve(str(name_or_dir), cache_dir)
         device, dtype = pick_device(device, dtype)
-        with torch.device("meta"):
-            model = cls(ModelConfig.from_hf(read_json(directory / "config.json")))
+        config = ModelConfig.from_hf(read_json(directory / "config.json"))
+        with torch.device("meta"):      # no memory yet: the weights are read straight into place
+            model = cls(config)
         model = model.to(dtype).to_empty(device=device)
-        if model.config.tied:
-            model.head.weight = model.embed.weight      # to_empty gave each its own
-        load_weights(model, weight_map(model), directory)
-        model.directory = str(Path(name_or_dir).resolve()) if Path(name_or_dir).is_dir() else str(name_or_dir)
+        model.tie()                     # to_empty gave head and embedding a memory of their own
+        load_weights(model, directory)
+        model.directory = str(name_or_dir)
+        if Path(name_or_dir).is_dir():
+            model.directory = str(Path(name_or_dir).resolve())
         return model.eval()
 
     def save_pretrained(self, directory: str | Path):
-        """Write config.json and model.safetensors in Hugging Face layout, each by write-then-rename."""
-        directory, ours = Path(directory), dict(self.named_parameters())
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for theirs, names, transposed in weight_map(self):
-            weight = torch.cat([ours[name].detach().cpu() for name in names])
-            tensors[theirs] = (weight.T if transposed else weight).contiguous()
-        write_safetensors(tensors, directory / "model.safetensors", {"format": "pt"})
-        write_json(self.config.raw, directory / "config.json")
-
-
-def pick_device(device: str | None = None, dtype: torch.dtype | None = None) -> tuple[str, torch.dtype]:
-    """CUDA, else MPS, else CPU; bfloat16 where the GPU computes in it, else float32. Raises ValueError for what is not here."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    device = device or here[0]
-    choices(device.split(":")[0], here, "--device")
-    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    return device, dtype or (torch.bfloat16 if half else torch.float32)
-
-
-def weight_map(model: LM):
-    """(name in the file, names of our parameters, stored transposed?) for every tensor of the model's family."""
-    family, ours = model.config.family, dict(model.named_parameters())   # tied: the head has no entry of its own
-    for layer in range(model.config.layers):
-        for theirs, modules in family.weights.items():
-            if layer and "{i}" not in theirs:
-                continue
-            for kind in ("weight", "bias"):
-                names = [f"{module.format(i=layer)}.{kind}" for module in modules]
-                if names[0] in ours:
-                    transposed = kind == "weight" and theirs.endswith(family.transposed or ("\0",))
-                    yield f"{theirs.format(i=layer)}.{kind}", names, transposed
-
-
-class LoRA(nn.Module):
-    """A frozen Linear plus a trainable low-rank correction (Hu et al. 2021); `merged` folds the correction in.
-
-    A starts as N(0, 1)/r and B as zero, as in the L2D code, so that training starts from the frozen matrix.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None):
-        super().__init__()
-        self.frozen = (linear,)        # a tuple hides it from the module tree: it is saved and counted with its model only
-        device = linear.weight.device
-        a = torch.randn(linear.in_features, rank, generator=generator, device="cpu" if generator else device) / rank
-        self.A, self.scale = nn.Parameter(a.to(device)), alpha / rank
-        self.B = nn.Parameter(torch.zeros(rank, linear.out_features, device=device))
-
-    def forward(self, x):
-        # y = W·x + (α/r)·B·A·x
-        return self.frozen[0](x) + self.scale * ((x @ self.A.to(x.dtype)) @ self.B.to(x.dtype))
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        linear = self.frozen[0]
-        linear.weight += self.scale * (self.A @ self.B).T.to(linear.weight.dtype)
-        return linear
-
-
-def map_linears(lm: LM, convert):
-    """Replace every matrix of every block by `convert(matrix)`: how the LoRA baseline is put in and folded back."""
-    for block in lm.blocks:
-        for owner in (block, block.mlp):
-            for name, module in list(owner.named_children()):
-                if isinstance(module, (nn.Linear, LoRA)):
-                    setattr(owner, name, convert(module))
+        """Write config.json and model.safetensors in Hugging Face layout, each appearing whole."""
+        save_weights(self, Path(directory))
+        write_json(self.config.raw, Path(directory) / "config.json")

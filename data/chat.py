@@ -35,7 +35,7 @@ ARRAYS = ("ids", "mask", "examples", "rows")
 PAPER_DROPPED_CATEGORIES = ("advice-seeking", "brainstorming", "creative-writing", "editing", "planning",
                             "role-playing")
 
-# --- the formats ------------------------------------------------------------------------------------------------------
+# --- the formats ----------------------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -184,7 +184,7 @@ def encode_chat(messages: list[dict], tokenizer, style: str = "auto", add_genera
     return encode_pieces(render(check_messages(messages), add_generation_prompt), tokenizer)[0]
 
 
-# --- from rows to examples ------------------------------------------------------------------------------------------
+# --- from rows to examples ------------------------------------------------------------------------
 
 
 def parse_row(line):
@@ -225,7 +225,7 @@ def split_of(conversation, val_fraction):
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-# --- from examples to files: encode in input order to raw files, then copy from there in shuffled order -------------
+# --- from examples to files: encode in input order to raw files, then copy from there in shuffled order 
 
 
 def read_lines(paths, digests):
@@ -378,7 +378,7 @@ def report(meta) -> str:
     return "\n".join(lines + ([f"first malformed: {meta['first_malformed']}"] if meta["first_malformed"] else []))
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class TokenFiles:
@@ -428,7 +428,7 @@ class TokenFiles:
         return self.ids[span].astype(np.int64), np.array(self.mask[span]), segments
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def parse_args(argv):

@@ -81,7 +81,7 @@ class RemoteFile(NamedTuple):
         return f"{self.name}.{self.etag[:16]}.part"
 
 
-# --- from a name to a folder ------------------------------------------------------------------------------------------
+# --- from a name to a folder ----------------------------------------------------------------------
 
 def resolve(name_or_dir: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return the folder of a model: a directory as it is, "tiny" (comes with this repository), or a name in MODELS (fetched).
@@ -176,7 +176,7 @@ def _try_lock(handle):
     return True
 
 
-# --- which files there are --------------------------------------------------------------------------------------------
+# --- which files there are ------------------------------------------------------------------------
 
 def _plan(repo, revision):
     """Return the RemoteFiles of a model, all of one commit, config.json last: without it no loader takes the folder."""
@@ -245,7 +245,7 @@ def _look(url):
     return RemoteFile(url.rpartition("/")[2], url, commit, int(size), etag)
 
 
-# --- download ---------------------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------------
 
 def _download(files, folder):
     """Bring `files` into `folder`, keeping what is already there and right, then declare the folder whole."""
@@ -319,7 +319,7 @@ def _checksum(blocks, file):
     return digest.hexdigest()
 
 
-# --- HTTP -------------------------------------------------------------------------------------------------------------
+# --- HTTP -----------------------------------------------------------------------------------------
 
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *args):

@@ -200,7 +200,7 @@ def _read_json(path):
         raise ValueError(f"{path.name} does not hold a JSON object: {error}") from None
 
 
-# --- special tokens --------------------------------------------------------------------------------------------------
+# --- special tokens -------------------------------------------------------------------------------
 
 def _special_tokens(files):
     """Special token text -> id, from every file that gives both; files that disagree are refused."""
@@ -259,7 +259,7 @@ def _named_id(files, special, name):
     return special.get(text)
 
 
-# --- the forms of a vocabulary: each reader returns ranks {bytes: id}, split pattern, whether to normalise to NFC ----
+# --- the forms of a vocabulary: each reader returns ranks {bytes: id}, split pattern, whether to normalise to NFC 
 
 def _read_tiktoken(source, files, special):
     """Lines `base64-of-the-token rank`, the form of Llama 3. Ids may have gaps."""

@@ -1,0 +1,76 @@
+"""Rows to batches: padding, targets, and the order in which rows are read.
+
+A row is (ids, mask, documents) and perhaps a class id; mask is 1 on the tokens to be predicted, documents number the
+examples packed into one row. Data sets are in data/chat.py and data/tiny/topics.py; read train.py next.
+
+    python -m data.batches
+"""
+
+import functools
+
+import torch
+
+IGNORE = -100              # target of a position that does not count in the loss
+
+
+def collate(rows, device) -> dict:
+    """Rows of different lengths -> one batch of tensors.
+
+    ids, targets  (B, T), padded on the right; targets[b, k] is the token after ids[b, k], or IGNORE
+    documents     (B, T), only where a row holds more than one
+    class_ids     (B,), only where rows have one
+    """
+    length = max(len(row[0]) for row in rows)
+    ids, mask, documents = torch.zeros(3, len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        size = len(row[0])
+        ids[i, :size] = torch.as_tensor(row[0])
+        mask[i, :size] = torch.as_tensor(row[1])
+        documents[i, :size] = torch.as_tensor(row[2])
+    targets = ids.masked_fill(mask == 0, IGNORE)
+    # position k answers for token k + 1, so the last token is only a target and the first only a question
+    batch = {"ids": ids[:, :-1], "targets": targets[:, 1:]}
+    if documents.max() > 1:      # padding on the right needs no mask: nothing looks ahead
+        batch["documents"] = documents[:, :-1]
+    if len(rows[0]) > 3:
+        batch["class_ids"] = torch.tensor([row[3] for row in rows])
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def left_pad(prompts, device):
+    """Prompts of different lengths -> ids and documents (B, T), right-aligned; padding is document 0."""
+    length = max(map(len, prompts))
+    ids, documents = torch.zeros(2, len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt):] = torch.tensor(prompt)
+        documents[row, length - len(prompt):] = 1
+    # without padding the attention needs no mask
+    return ids.to(device), None if documents.all() else documents.to(device)
+
+
+@functools.lru_cache(maxsize=1)     # of the epoch under way: it is asked for thousands of times
+def epoch_order(size: int, seed: int):
+    """The order of the rows in one epoch: (size,), another one for every seed."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_rows(data, position: int, count: int, seed: int) -> list:
+    """`count` rows from place `position` of the endless data, which is shuffled anew every epoch.
+
+    What stands at a position depends on nothing else, so a resumed run reads on where it stopped.
+    """
+    rows = []
+    for place in range(position, position + count):
+        epoch, index = divmod(place, len(data))
+        rows.append(data[int(epoch_order(len(data), seed + epoch)[index])])
+    return rows
+
+
+def main():
+    rows = [([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)]
+    for name, value in collate(rows, "cpu").items():
+        print(f"{name:10} {value.tolist()}")
+
+
+if __name__ == "__main__":
+    main()

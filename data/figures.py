@@ -1,0 +1,131 @@
+"""Every picture of the project: in text, and as PNG where matplotlib is installed.
+
+    python -m data.figures eval.json            the curves of eval.py's results, as eval.png
+
+Pictures are made from numbers that somebody else has measured; nothing here runs a model.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+WIDTH = 81      # columns of a text picture
+
+
+def draw_points(points, low: float, high: float) -> str:
+    """Numbers as one line of text: o for one, 2 to 9 for several in a column, + for more."""
+    counts = [0] * WIDTH
+    for point in points:
+        place = (point - low) / (high - low) * (WIDTH - 1)
+        counts[min(WIDTH - 1, max(0, round(place)))] += 1
+    marks = " o23456789"
+    return "".join(marks[count] if count < 10 else "+" for count in counts).rstrip()
+
+
+SHADES = (27, 33, 39, 49, 82, 190, 220, 208, 196)      # of a 256-colour terminal, blue to red
+
+
+def coloured(pieces, costs) -> str:
+    """Tokens on a background from blue (cheap) to red (dear), or followed by their NFE."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return " ".join(f"{piece!r}:{cost}" for piece, cost in zip(pieces, costs))
+    low = min(costs)
+    high = max(costs)
+    text = ""
+    for piece, cost in zip(pieces, costs):
+        shade = SHADES[(len(SHADES) - 1) * (cost - low) // max(1, high - low)]
+        text += f"\033[48;5;{shade}m\033[38;5;16m{piece}\033[0m"
+    return f"{text}   NFE from {low} (blue) to {high} (red)"
+
+
+def trace_text(answer, tokenizer, token: int) -> str:
+    """The NFE of every token of an answer, and the guesses that led to one of them.
+
+    Raises ValueError for a token that the answer does not have.
+    """
+    pieces = [tokenizer.decode([i]) for i in answer.ids]
+    if len(pieces) < len(answer.nfe):
+        pieces.append("<stop>")
+    if token >= len(answer.nfe):
+        raise ValueError(f"--trace_token {token} is out of range; this answer has "
+                         f"{len(answer.nfe)} tokens, allowed: 0 to {len(answer.nfe) - 1}")
+    lines = [
+        f"   tokens: {coloured(pieces, answer.nfe)}",
+        f"   token {token} ({pieces[token]!r}), guess at every evaluation:",
+    ]
+    for t, guess, p in answer.guesses:
+        lines.append(f"     t = {t:.4f}  {tokenizer.decode([guess])!r:8} p = {p:.3f}")
+    return "\n".join(lines)
+
+
+def import_pyplot():
+    """matplotlib, which only pictures need. Raises ValueError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, which is not installed; "
+                         "pip install matplotlib") from None
+    matplotlib.use("Agg")       # files only: no window is needed, nor a screen
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def plot_accuracy(records: list, path: Path):
+    """Accuracy against NFE per token, a line per group, a panel per temperature.
+
+    records: the "accuracy" entries of eval.json. The frozen model stands at NFE 0, then the steps of
+    the first fixed solver.
+    """
+    plt = import_pyplot()
+    fixed = next((r["solver"] for r in records if r["kind"] == "fixed"), None)
+    temperatures = list(dict.fromkeys(r["temperature"] for r in records))
+    size = (6 * len(temperatures), 4)
+    figure, axes = plt.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
+    for axis, temperature in zip(axes[0], temperatures):
+        panel = [r for r in records if r["temperature"] == temperature]
+        shown = [r for r in panel if r["kind"] == "frozen" or r["solver"] == fixed]
+        for group in dict.fromkeys(r["group"] for r in shown):
+            line = [r for r in shown if r["group"] == group]
+            draw_curve(axis, sorted(line, key=lambda r: r["nfe_per_token"]), group)
+        title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+        axis.set(xlabel="NFE per token (0: frozen model)", xscale="symlog", title=title)
+    axes[0][0].set(ylabel="accuracy")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def draw_curve(axis, line, label: str):
+    """One curve with its intervals."""
+    x = [r["nfe_per_token"] for r in line]
+    y = [r["accuracy"] for r in line]
+    below = [r["accuracy"] - r["low"] for r in line]
+    above = [r["high"] - r["accuracy"] for r in line]
+    axis.errorbar(x, y, [below, above], marker="o", label=label)
+
+
+def save(figure, path: Path):
+    """The picture appears whole, or the old one stays."""
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=150)
+    os.replace(part, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", help="what eval.py wrote, eval.json by default")
+    args = parser.parse_args(argv)
+    path = Path(args.results)
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
+        plot_accuracy(records, path.with_suffix(".png"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"data.figures: {path}: {error}", file=sys.stderr)
+        raise SystemExit(2)
+    print(path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

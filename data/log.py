@@ -1,0 +1,67 @@
+"""The numbers of a training: a JSON object a line in log.jsonl, a progress bar, a line per validation.
+
+train.py tells it what happened; the time left comes from the pace of the run so far.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Log:
+    """Append to out_dir/log.jsonl; `done` of `updates` updates were made before this run."""
+
+    def __init__(self, out_dir, done: int, updates: int):
+        self.first = done
+        self.updates = updates
+        self.start = time.time()
+        self.losses = []        # of this run
+        self.file = open(Path(out_dir) / "log.jsonl", "a", encoding="utf-8")
+        self.bar = tqdm(total=updates, initial=done, disable=None, mininterval=0.5)
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self.start
+
+    def write(self, entry: dict):
+        print(json.dumps(entry), file=self.file, flush=True)
+
+    def add(self, update: int, loss: float, **numbers):
+        """One update."""
+        self.losses.append(loss)
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.write({"update": update, "loss": round(loss, 5), **numbers,
+                    "seconds": round(self.seconds, 2)})
+        # before the first validation nobody would know how long this is going to take
+        if len(self.losses) == 10:
+            tqdm.write(f"at the pace of the first 10 updates:{self.pace()}")
+
+    def show(self, result: dict):
+        """One validation: an aligned line, with the mean loss of the last 50 updates."""
+        self.write(result)
+        recent = "     -"
+        if self.losses:
+            last = self.losses[-50:]
+            recent = f"{sum(last) / len(last):6.3f}"
+        line = (f"update {result['update']:6}/{self.updates}  loss(50) {recent}"
+                f"  val {result['val_loss']:6.3f}")
+        if "by_tenth" in result:
+            numbers = ["  -  " if loss is None else f"{loss:5.2f}" for loss in result["by_tenth"]]
+            line += "  by tenth of t " + " ".join(numbers)
+        tqdm.write(line + self.pace())
+
+    def pace(self) -> str:
+        """Time an update takes and time left, once there is something to tell it from."""
+        done = len(self.losses)
+        if not done:
+            return ""
+        each = self.seconds / done
+        left = each * (self.updates - self.first - done) / 60
+        return f"  {1000 * each:5.0f} ms/update  {left:5.1f} min left"
+
+    def close(self):
+        self.bar.close()
+        self.file.close()

@@ -1,0 +1,48 @@
+"""Where an answer ends: at a token, or at a string wherever it comes to stand in the text.
+
+Benchmarks cut answers at strings such as "\\n\\nQuestion:", which a vocabulary may break into tokens
+in many ways, so strings are looked for in the decoded text. sample.py asks after every token.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stop:
+    """Token ids, and strings; the tokenizer is needed for the strings and to put answers into words."""
+    ids: set = field(default_factory=set)
+    strings: list = field(default_factory=list)
+    tokenizer: object = None
+
+    @classmethod
+    def of(cls, tokenizer, texts=()) -> "Stop":
+        """The model's own ends and further texts, which may name special tokens.
+
+        Raises ValueError for an empty text: every answer would end before it began.
+        """
+        stop = cls(set(tokenizer.stop_ids), [], tokenizer)
+        for text in texts:
+            if not text:
+                raise ValueError("--stop is empty; allowed: a text of at least one character")
+            if text in tokenizer.special:
+                stop.ids.add(tokenizer.special[text])
+            else:
+                stop.strings.append(text)
+        return stop
+
+    def found(self, ids) -> bool:
+        """Has a stop string just been completed? Only the tail of the text is decoded."""
+        if not self.strings:
+            return False
+        # a token is at least a byte long, so a string of n bytes lies within the last n tokens
+        longest = max(len(string.encode()) for string in self.strings)
+        tail = self.tokenizer.decode(ids[-longest:])
+        return any(string in tail for string in self.strings)
+
+    def text(self, ids) -> str:
+        """The answer in words, up to the first stop string; "" without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(ids)
+        ends = [text.find(string) for string in self.strings if string in text]
+        return text[:min(ends)] if ends else text

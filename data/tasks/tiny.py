@@ -1,0 +1,47 @@
+"""The embedded topics as a task: problems with exact answers, graded by what stands behind `####`.
+
+The problems themselves are made in data/tiny/topics.py; read that first and eval.py next.
+
+    python eval.py --task tiny --problems 8
+"""
+
+from data.tiny.topics import CLASSES, LEVELS, Problem, encode_problem, final_answer, make_problem
+
+
+class Tiny:
+    """Three topics, each with its levels of difficulty."""
+    classes = CLASSES
+    # only here does the class say something that the prompt does not
+    guided = ("strings",)
+    groups = tuple((topic, level) for topic, levels in LEVELS.items() for level in levels)
+
+    def problem(self, group, index: int, seed: int = 0, split: str = "test") -> Problem:
+        """Problem `index` of a group, (topic, level), in a split."""
+        return make_problem(split, index, seed, *group)
+
+    def key(self, problem: Problem) -> str:
+        """What tells this problem from all others."""
+        return problem.prompt
+
+    def prompt(self, problem: Problem, tokenizer) -> list:
+        return tokenizer.encode_start(problem.prompt)
+
+    def class_id(self, problem: Problem) -> int:
+        return CLASSES.index(problem.label)
+
+    def grade(self, problem: Problem, text: str, ended: bool) -> bool:
+        """Exactly the right answer, by a model that knew where to stop."""
+        return ended and final_answer(text) == problem.answer
+
+    def reference(self, problem: Problem, tokenizer) -> tuple:
+        """Prompt and right answer as a row for data.batches.collate."""
+        return encode_problem(problem, tokenizer)
+
+    def title(self, group) -> str:
+        topic, level = group
+        return f"{topic:9} {level}"
+
+    def describe(self, problem: Problem) -> str:
+        """The problem as a person should see it, the class too where only that says what to do."""
+        hint = f"   [class {problem.label}]" if problem.topic in self.guided else ""
+        return f"{problem.topic}, level {problem.level}: {problem.prompt}{hint}"
