@@ -1,4 +1,4 @@
-"""The diffusion path beside a frozen language model, its training objective, its velocity: all of L2D.
+"""The diffusion path beside a frozen language model, its objective, its velocity: all of L2D.
 
 Time runs from noise (t = 0) to data (t = 1): x_0 ~ N(0, σ²I), x_1 = V_y the vector of the next
 token, x_t between them. A language model trained with cross-entropy already answers at t = 0, where
@@ -30,13 +30,14 @@ from data.checkpoint import check_base, fill, read_path, save_path
 from data.families import choices
 from data.figures import draw_points
 from data.hub import resolve
+from data.tiny.oracle import LINE, Oracle
 from data.tiny.topics import Problems
 from data.tokenizer import load_tokenizer
 from model import LM, LoRA, PathBlock, Reading, two_layers
 from solvers import odeint
 
 FREQUENCIES = 128          # of the time sinusoid, as the official code has it
-TABLE = 128                # times whose modulation is kept while sampling; the paper's longest run has 127
+TABLE = 128                # times whose modulation is kept; the paper's longest run has 127
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
 ESTIMATES = ("argmax", "sample", "average")
 # What the fields of a path.json were called before they got the names that the field uses.
@@ -45,7 +46,7 @@ OLD_NAMES = {"conditioning": "cond_dim", "schedule": "time_distribution"}
 
 @dataclass
 class L2DConfig:
-    """The path's shape and how its noise is drawn. `sigma` None: σ² = 16·Z, the paper's 64 at Z = 256."""
+    """The path's shape and its noise. `sigma` None means σ² = 16·Z, the paper's 64 at Z = 256."""
     width: int = 256                      # Z
     cond_dim: int = 256                   # S, of the time embedding
     sigma: float | None = None
@@ -57,11 +58,9 @@ class L2DConfig:
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")
-        rank = 1 if self.rank is None else self.rank
-        least = (("width", self.width, 1), ("cond_dim", self.cond_dim, 1),
-                 ("classes", self.classes, 0), ("rank", rank, 1))
-        for name, value, low in least:
-            if value < low:
+        for name, low in (("width", 1), ("cond_dim", 1), ("classes", 0), ("rank", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
                 raise ValueError(f"{name} = {value} is out of range; allowed: {low} or more")
         if self.sigma is None:
             self.sigma = 4 * math.sqrt(self.width)
@@ -83,14 +82,15 @@ class L2D(nn.Module):
         self.lm = lm.requires_grad_(False).eval()
         self.config = config
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
-        self.to_z = nn.Linear(c, z)                   # W of Eq. 5; with a bias, as the official code
+        self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
         self.from_z = two_layers(z, s, c)
         self.time = two_layers(2 * FREQUENCIES, s, s)
         self.class_embedding = None
         if config.classes:
             self.class_embedding = nn.Embedding(config.classes + 1, s)     # last row: no class
-        self.blocks = nn.ModuleList(
-            PathBlock(block, config.rank, config.alpha, s) for block in lm.blocks)
+        self.blocks = nn.ModuleList()
+        for block in lm.blocks:
+            self.blocks.append(PathBlock(block, config.rank, config.alpha, s))
         # g of Eq. 6; it has no last bias, which would cancel in w_d
         self.merge = two_layers(s, s, c, bias=False, zero=True)
         self.to(next(lm.parameters()).device)
@@ -155,10 +155,11 @@ class L2D(nn.Module):
     # --- what depends on the time alone ---
 
     def embed_time(self, t, class_ids=None):
-        """e(t), (..., S): a sinusoid of t, two layers, plus the embedding of the class (None: none)."""
+        """e(t), (..., S): a sinusoid of t, two layers, plus the class embedding (None: no class)."""
         # sinusoid(t) = [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
-        omega = 10000 ** (-torch.arange(FREQUENCIES, device=t.device) / FREQUENCIES)
-        angles = t[..., None].float() * omega
+        i = torch.arange(FREQUENCIES, device=t.device)
+        omega = 10000 ** (-i / FREQUENCIES)
+        angles = t[..., None].float() * omega                           # (..., 128)
         e = self.time(torch.cat((angles.cos(), angles.sin()), dim=-1))
         if self.class_embedding is None:
             return e
@@ -179,46 +180,48 @@ class L2D(nn.Module):
             return Modulation([block.modulation(e) for block in self.blocks], w_d)
 
     def modulation_at(self, t, class_ids) -> Modulation:
-        """The same while sampling, where times return: t one float or (n,), class_ids (n,) or None."""
-        classes = self.config.classes
-        times = t.tolist() if torch.is_tensor(t) else [t]
+        """The same while sampling, where times return: t a float or (n,), class_ids (n,) or None."""
         if class_ids is None:
-            class_ids = torch.tensor([classes], device=self.to_z.weight.device)
-        tables = [self.modulation_table(time) for time in times]
-        if len(tables) == 1:
-            blocks, w_d = (table[class_ids] for table in tables[0])     # (n, L, 6·C), (n, C)
+            class_ids = torch.tensor([self.config.classes], device=self.to_z.weight.device)
+        if torch.is_tensor(t):
+            # every sequence is at a time of its own
+            tables = [self.modulation_table(time) for time in t.tolist()]
+            classes = class_ids.expand(len(tables)).tolist()
+            blocks = torch.stack([table[0][c] for table, c in zip(tables, classes)])
+            w_d = torch.stack([table[1][c] for table, c in zip(tables, classes)])
         else:
-            class_ids = class_ids.expand(len(times)).tolist()
-            rows = [[part[c] for part in table] for table, c in zip(tables, class_ids)]
-            blocks, w_d = map(torch.stack, zip(*rows))
+            table = self.modulation_table(t)
+            blocks = table[0][class_ids]                                # (n, L, 6·C)
+            w_d = table[1][class_ids]                                   # (n, C)
         return Modulation(blocks[:, None].unbind(2), w_d[:, None])
 
     def modulation_table(self, time: float):
-        """Modulation at one time for every class: (K + 1, L, 6·C) and (K + 1, C), looked up or made."""
-        table = self.kept_modulation.get(time)
-        if table is None:
+        """Of one time, for each of K classes and none: (K + 1, L, 6·C) and (K + 1, C)."""
+        kept = self.kept_modulation
+        if time not in kept:
             classes = torch.arange(self.config.classes + 1, device=self.to_z.weight.device)
-            made = self.modulation(torch.full_like(classes, time, dtype=torch.float32), classes)
-            table = torch.stack(made.blocks, dim=1), made.w_d
-            if len(self.kept_modulation) >= TABLE:      # the oldest goes
-                del self.kept_modulation[next(iter(self.kept_modulation))]
-            self.kept_modulation[time] = table
-        return table
+            times = torch.full_like(classes, time, dtype=torch.float32)
+            made = self.modulation(times, classes)
+            if len(kept) >= TABLE:
+                oldest = next(iter(kept))
+                del kept[oldest]
+            kept[time] = torch.stack(made.blocks, dim=1), made.w_d
+        return kept[time]
 
     # --- the network ---
 
     def denoise(self, x_t, t, modulation, reading, where=None):
         """Hidden state (..., C) from which norm and head make the guess f(x_t, t, c): path, merge.
 
-        x_t (..., Z), t (...) and the modulation for every token of the reading, or for those `where`.
+        x_t (..., Z), t (...) and modulation for every token of the reading, or for those `where`.
         """
         hidden, positions = reading.hidden, reading.positions
         if where is not None:
             hidden = hidden[where]
             positions = positions.expand(reading.hidden.shape[:2])[where]
         # u = x_t / √((1−t)²σ² + t²): unit variance at every t
-        deviation = ((1 - t) ** 2 * self.config.sigma ** 2 + t ** 2).sqrt()
-        u = x_t.float() / deviation[..., None]                          # (..., Z)
+        variance = (1 - t) ** 2 * self.config.sigma ** 2 + t ** 2
+        u = x_t.float() / variance.sqrt()[..., None]                    # (..., Z)
         with self.autocast():
             h = self.from_z(u)                                          # (..., C)
             if self.lm.embed_positions is not None:
@@ -241,16 +244,18 @@ class L2D(nn.Module):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)} and t {tuple(t.shape)}; "
                              f"allowed: {expected} and {expected[:2]}")
         modulation = self.modulation(t, self.check_classes(class_ids, ids))
-        return self.lm.logits(self.denoise(x_t, t, modulation, self.lm.read(ids)))
+        reading = self.lm.read(ids)
+        return self.lm.logits(self.denoise(x_t, t, modulation, reading))
 
     def guess(self, x_t, t, class_ids, reading):
         """The same while sampling: logits (n, T, V) float32 after a reading; t a float or (n,)."""
         modulation = self.modulation_at(t, class_ids)
-        time = t[:, None] if torch.is_tensor(t) else torch.full((1, 1), t, device=x_t.device)
-        return self.lm.logits(self.denoise(x_t, time, modulation, reading)).float()
+        time = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
+        hidden = self.denoise(x_t, time, modulation, reading)
+        return self.lm.logits(hidden).float()
 
     def check_classes(self, class_ids, ids):
-        """class_ids (B,) or (B, T) -> (B, T); None stays None. Raises ValueError for unknown ones."""
+        """class_ids (B,) or (B, T) -> (B, T); None stays None. Raises ValueError for unknown."""
         if class_ids is None:
             return None
         some = class_ids.flatten().tolist()[:4]
@@ -274,7 +279,7 @@ class L2D(nn.Module):
 
         ids, targets  (B, T); targets[b, k] is the token after ids[b, k], or IGNORE
         class_ids     (B,) or (B, T) or None; documents (B, T) as in LM.read
-        t, noise      (B, T) in [0, 1] and (B, T, Z) of unit variance; drawn from `generator` if None
+        t, noise      (B, T) in [0, 1], (B, T, Z) of unit variance; drawn from `generator` if None
         """
         # 1. Which positions count: only there is the path evaluated, the frozen model everywhere.
         where = (targets != IGNORE).nonzero(as_tuple=True)              # two tensors (N,)
@@ -298,9 +303,10 @@ class L2D(nn.Module):
         x_0 = self.config.sigma * noise
         x_1 = self.vectors(y)
         # x_t = t·x_1 + (1−t)·x_0
-        x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0
+        x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                 # (N, Z)
         # 6. The path guesses the token, and is scored like any language model.
-        guess = self.denoise(x_t, t, self.modulation(t, class_ids), reading, where)
+        modulation = self.modulation(t, class_ids)
+        guess = self.denoise(x_t, t, modulation, reading, where)        # (N, C)
         # L = −log f(x_t, t, c)_y                                       (paper Eq. 3)
         return -self.lm.log_p(guess, y), t
 
@@ -347,10 +353,10 @@ def read_config(meta: dict, directory: Path) -> L2DConfig:
                          "train the path again with train.py") from None
 
 
-# --- randomness, always from a generator and on its device, so that a seed means the same everywhere 
+# --- randomness: from a generator, on its device, so that a seed means the same everywhere --------
 
 def draw_times(shape, distribution: str, generator) -> torch.Tensor:
-    """Training times t in [0, 1): uniform, or "cosmap", more of them near 1 (the paper's appendix)."""
+    """Training times t in [0, 1): uniform, or "cosmap", more near 1 (the paper's appendix)."""
     u = torch.rand(shape, generator=generator, device=generator.device)
     if distribution == "uniform":
         return u
@@ -365,7 +371,7 @@ def draw_tokens(p, generators):
     """
     size = (p.shape[1], 1)
     u = torch.stack([torch.rand(size, generator=g, device=g.device) for g in generators])
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1)                                                  # (n, T, V)
     # the sums end near 1, not at 1
     tokens = torch.searchsorted(cdf, u.to(p.device) * cdf[..., -1:])
     return tokens.squeeze(-1).clamp_max(p.shape[-1] - 1)
@@ -375,9 +381,9 @@ def draw_tokens(p, generators):
 
 @dataclass(frozen=True)
 class VelocityField:
-    """What `odeint` integrates for the newest tokens of a batch (paper Algorithm 1); made per token.
+    """What `odeint` integrates for the newest tokens of a batch (Algorithm 1); made per token.
 
-    l2d          or anything else with config, vocabulary() and guess(), see Oracle
+    l2d          or another thing with config, vocabulary() and guess(): the oracle
     reading      of the tokens after which the next one is drawn
     estimate     "argmax", "sample" or "average": how logits become the clean point x̂
     temperature  of that estimate, > 0, or "1-t"; argmax does not use it
@@ -393,9 +399,14 @@ class VelocityField:
     guidance: float = 1.0
     generators: list | None = None
 
+    def __post_init__(self):
+        choices(self.estimate, ESTIMATES, "estimate")
+
     def __call__(self, t, x):
         """(dx/dt, guess) at x (n, T, Z), t one float or (n,), below 1; guess: logits (n, T, V)."""
-        remaining = 1 - (t.view(-1, 1, 1) if torch.is_tensor(t) else t)
+        remaining = 1 - t
+        if torch.is_tensor(t):
+            remaining = remaining.view(-1, 1, 1)
         lines = self.look(t, x)
         x_hat = self.mix([self.clean_point(logits, remaining) for logits in lines])
         # dx/dt = (x̂ − x_t)/(1 − t)                                     (paper Eq. 4)
@@ -407,12 +418,13 @@ class VelocityField:
 
     def rows(self, index) -> "VelocityField":
         """The same for some sequences of the batch, index (n,)."""
-        class_ids = generators = None
-        if self.class_ids is not None:
-            class_ids = self.class_ids[index]
-        if self.generators is not None:
-            generators = [self.generators[row] for row in index.tolist()]
-        reading = self.reading.rows(index)
+        class_ids = self.class_ids
+        if class_ids is not None:
+            class_ids = class_ids[index]
+        generators = self.generators
+        if generators is not None:
+            generators = [generators[row] for row in index.tolist()]
+        reading = self.reading and self.reading.rows(index)
         return replace(self, reading=reading, class_ids=class_ids, generators=generators)
 
     # --- guidance: two lines in one batch, the second without the class ---
@@ -441,8 +453,9 @@ class VelocityField:
         """Logits (n, T, V) of every line."""
         reading, class_ids = self.asked
         if self.guided:
-            x = torch.cat((x, x))
-            t = torch.cat((t, t)) if torch.is_tensor(t) else t
+            x = torch.cat((x, x))                                       # (2n, T, Z)
+            if torch.is_tensor(t):
+                t = torch.cat((t, t))
         return self.l2d.guess(x, t, class_ids, reading).chunk(self.cost)
 
     def mix(self, lines):
@@ -450,8 +463,9 @@ class VelocityField:
         if not self.guided:
             return lines[0]
         conditional, unconditional = lines
+        w = self.guidance
         # w·(conditional) + (1−w)·(unconditional)                       (paper Eq. 7, as the code)
-        return self.guidance * conditional + (1 - self.guidance) * unconditional
+        return w * conditional + (1 - w) * unconditional
 
     # --- from logits to a point ---
 
@@ -460,8 +474,10 @@ class VelocityField:
         V = self.l2d.vocabulary()
         if self.estimate == "argmax":
             return V[logits.argmax(-1)]
-        temperature = remaining if self.temperature == "1-t" else self.temperature
-        p = (logits / temperature).softmax(-1)
+        temperature = self.temperature
+        if temperature == "1-t":
+            temperature = remaining
+        p = (logits / temperature).softmax(-1)                          # (n, T, V)
         if self.estimate == "average":
             # x̂ = Σ_y p_y·V_y
             return p @ V
@@ -469,35 +485,6 @@ class VelocityField:
 
 
 # --- run alone ------------------------------------------------------------------------------------
-
-class Oracle:
-    """The exact answer over a small vocabulary, where L2D has a network: what sampling must do.
-
-    p(y|x_t) ∝ p(y)·N(x_t; t·V_y, (1−t)²σ²I) for the prior p(y) and the vectors V (V, Z).
-    """
-
-    def __init__(self, vectors, prior, sigma: float):
-        self.vectors = torch.tensor(vectors)
-        self.prior = torch.tensor(prior, dtype=torch.float64)
-        self.config = L2DConfig(width=self.vectors.shape[1], sigma=sigma)
-
-    def vocabulary(self):
-        return self.vectors
-
-    def guess(self, x_t, t, class_ids, reading):
-        """log p(y|x_t), (n, T, V)."""
-        if torch.is_tensor(t):
-            t = t.double().view(-1, 1, 1)
-        means = torch.as_tensor(t)[..., None] * self.vectors
-        distance = (x_t.double()[..., None, :] - means).square().sum(-1)
-        variance = ((1 - t) * self.config.sigma) ** 2
-        log_p = (self.prior.log() - distance / (2 * variance)).log_softmax(-1)
-        return log_p.to(x_t.dtype)
-
-
-# Four tokens on a line: their vectors, and how likely they are.
-LINE = ([[-2.0], [-0.5], [1.0], [3.0]], [0.4, 0.1, 0.3, 0.2])
-
 
 def show_flow(steps: int):
     """Twenty noises, spread evenly, on their way to four tokens: a row for every evaluation."""

@@ -191,7 +191,9 @@ class Field:
         return velocity
 
     def of(self, rows) -> "Field":
-        """The same for some rows only, `rows` counted in the whole batch."""
+        """The same for some rows of the whole batch, which this one must be."""
+        if len(rows) == len(self.rows):
+            return self
         f = self.f
         if hasattr(f, "rows"):
             f = f.rows(rows)
@@ -262,10 +264,10 @@ class Run:
     def __init__(self, f, x_0):
         n = len(x_0)
         self.f = f
+        self.k1 = f(x_0.new_zeros(n), x_0)
         self.x = x_0.clone()
         self.t = x_0.new_zeros(n)
         self.h = x_0.new_full((n,), LONGEST_STEP)
-        self.k1 = f(self.t, self.x)
         self.nfe = torch.ones_like(f.rows)
         self.accepted = torch.zeros_like(f.rows)
         self.rejected = torch.zeros_like(f.rows)

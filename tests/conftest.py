@@ -8,36 +8,52 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.families import ModelConfig  # noqa: E402
 from diffusion import L2D, L2DConfig  # noqa: E402
-from model import LM, ModelConfig  # noqa: E402
+from model import LM  # noqa: E402
 
-torch.set_num_threads(1)     # several small matrices: more threads wait for each other longer than they compute
+# several small matrices: more threads wait for each other longer than they compute
+torch.set_num_threads(1)
 
-LLAMA = {"model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-         "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True}
+LLAMA = {
+    "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "hidden_act": "silu", "tie_word_embeddings": True,
+}
 QWEN = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e6}
-GPT2 = {"model_type": "gpt2", "vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-LLAMA_SCALED = {**LLAMA, "head_dim": 16, "tie_word_embeddings": False, "rope_scaling": {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "n_positions": 64, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+}
+SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMA_SCALED = {**LLAMA, "head_dim": 16, "tie_word_embeddings": False, "rope_scaling": SCALING}
 FAMILIES = {"llama": LLAMA, "llama_scaled": LLAMA_SCALED, "qwen2": QWEN, "gpt2": GPT2}
 
 
 def make_lm(config=LLAMA, seed=0) -> LM:
-    """Random weights large enough that every part of the network matters, biases and norms included."""
-    lm, generator = LM(ModelConfig.from_hf(config)), torch.Generator().manual_seed(seed)
+    """Random weights so large that every part matters, biases and norms included."""
+    lm = LM(ModelConfig.from_hf(config))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in lm.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.1 * noise if "norm" in name and name.endswith("weight") else (0.5 if "embed" in name else 0.2) * noise)
+            is_norm = ("norm" in name or "ln_f" in name) and name.endswith("weight")
+            if is_norm:
+                p.copy_(1 + 0.1 * noise)
+            else:
+                p.copy_((0.5 if "embed" in name else 0.2) * noise)
     return lm.eval()
 
 
 def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
-    """A path whose every tensor is moved away from its start by `perturb`, so that it changes the logits."""
+    """A path whose every tensor is moved from its start by `perturb`: it changes the logits."""
     torch.manual_seed(seed)
-    l2d = L2D(make_lm(config, seed), L2DConfig(**{"width": 16, "conditioning": 24, "rank": 4, **options}))
+    options = {"width": 16, "cond_dim": 24, "rank": 4, **options}
+    l2d = L2D(make_lm(config, seed), L2DConfig(**options))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in l2d.path_parameters().values():
@@ -46,7 +62,8 @@ def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
 
 
 def make_ids(batch=3, length=10, seed=0, vocab=258):
-    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab, (batch, length), generator=generator)
 
 
 @pytest.fixture(params=list(FAMILIES))

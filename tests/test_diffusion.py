@@ -14,9 +14,12 @@ from conftest import make_ids, make_l2d, make_lm
 from safetensors.torch import load_file, save_file
 from test_oracle import p_value
 
-import model
-from diffusion import IGNORE, L2D, Flow, L2DConfig, draw_times
-from model import LM, LoRA, ModelConfig
+import train
+from data.batches import IGNORE
+from data.families import ModelConfig
+from diffusion import L2D, L2DConfig, VelocityField, draw_times
+from model import LM, LoRA
+from sample import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +62,14 @@ def test_t_zero_is_exact_where_two_equal_products_round_differently():
 @torch.no_grad()
 def test_first_evaluation_of_the_sampler_sees_the_frozen_models_logits(family):
     l2d, ids = make_l2d(family), make_ids()
-    context = l2d.lm.context(ids).last()
-    logits = Flow(l2d, context).logits(torch.randn(3, 1, 16), 0.0)
-    assert torch.equal(logits, l2d.lm.logits(context.hidden))
+    reading = l2d.lm.read(ids).last()
+    logits = VelocityField(l2d, reading)(0.0, torch.randn(3, 1, 16))[1]
+    assert torch.equal(logits, l2d.lm.logits(reading.hidden))
 
 
 @torch.no_grad()
 def test_bfloat16_base_starts_at_its_own_logits_and_the_path_stays_float32(family):
-    l2d, ids = L2D(make_lm(family).bfloat16(), L2DConfig(width=16, conditioning=24, rank=4)), make_ids()
+    l2d, ids = L2D(make_lm(family).bfloat16(), L2DConfig(width=16, cond_dim=24, rank=4)), make_ids()
     assert {p.dtype for p in l2d.path_parameters().values()} == {torch.float32}
     assert torch.equal(l2d(ids, *noisy(l2d, ids, 0.5)), l2d.lm(ids))
     l2d.merge[2].weight += 0.2
@@ -77,13 +80,13 @@ def test_bfloat16_base_starts_at_its_own_logits_and_the_path_stays_float32(famil
 def test_only_the_path_learns_and_at_first_only_the_merge_weight(family):
     l2d, ids = make_l2d(family, perturb=0, classes=2).train(), make_ids()
     assert not l2d.lm.training and not any(p.requires_grad for p in l2d.lm.parameters())
-    l2d.loss(ids, make_ids(seed=1), torch.tensor([0, 1, 2])).backward()
+    l2d.loss(ids, make_ids(seed=1), torch.tensor([0, 1, 2]), generator=torch.Generator().manual_seed(0)).backward()
     awake = lambda: {name for name, p in l2d.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert awake() == {"merge.2.weight"}
     with torch.no_grad():
         for p in l2d.path_parameters().values():
             p += 0.1 * torch.randn(p.shape)
-    l2d.loss(ids, make_ids(seed=1), torch.tensor([0, 1, 2])).backward()
+    l2d.loss(ids, make_ids(seed=1), torch.tensor([0, 1, 2]), generator=torch.Generator().manual_seed(0)).backward()
     assert awake() == set(l2d.path_parameters())
 
 
@@ -97,7 +100,7 @@ def two_layers(net, x):
 def affine(module, x):
     if not isinstance(module, LoRA):
         return F.linear(x, module.weight, module.bias)
-    frozen = module.frozen[0]
+    frozen = module.frozen
     return F.linear(x, frozen.weight + 32 / 4 * (module.A @ module.B).T, frozen.bias)
 
 
@@ -112,7 +115,7 @@ def attention(lm, q, keys, values, position):
     config, out = lm.config, []
     for head, v in enumerate(q.view(config.heads, config.head_dim)):
         if lm.embed_positions is None:
-            angles = position * lm.frequencies
+            angles = position * lm.inv_freq
             a, b = v.chunk(2)
             v = torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()))
         group = head * config.kv_heads // config.heads
@@ -134,7 +137,7 @@ def logits_by_hand(l2d, context, position, x_t, t, class_id):
         n, mlp, act = normalised(frozen.norm_mlp, h, a2, s2), block.mlp, frozen.mlp.act
         h = h + g2 * affine(mlp.down, act(affine(mlp.up, n)) if mlp.gate is None else act(affine(mlp.gate, n)) * affine(mlp.up, n))
     w_d = two_layers(l2d.merge, embed(t)) - two_layers(l2d.merge, embed(0))
-    return lm.head.weight @ normalised(lm.norm_f, context.hidden[0, position] + w_d * h, 0, 0)
+    return lm.head.weight @ normalised(lm.ln_f, context.hidden[0, position] + w_d * h, 0, 0)
 
 
 @pytest.mark.parametrize("rank", [4, None])
@@ -142,7 +145,7 @@ def logits_by_hand(l2d, context, position, x_t, t, class_id):
 def test_network_equals_its_formulas_written_out(family, rank):
     l2d, ids = make_l2d(family, perturb=0.05, rank=rank, classes=2), make_ids(1, 7)
     x_t, t = noisy(l2d, ids, torch.rand(1, 7))
-    logits, context = l2d(ids, x_t, t, torch.tensor([1])), l2d.lm.context(ids)
+    logits, context = l2d(ids, x_t, t, torch.tensor([1])), l2d.lm.read(ids)
     for k in (0, 3, 6):
         torch.testing.assert_close(logits[0, k], logits_by_hand(l2d, context, k, x_t[0, k], float(t[0, k]), 1), atol=1e-4, rtol=1e-4)
 
@@ -184,19 +187,20 @@ def test_trainable_sizes_of_the_published_models(name):
 
 def test_vocabulary_has_norm_sqrt_z_and_is_computed_once_while_sampling():
     l2d, ids = make_l2d(), make_ids()
-    assert l2d.vocabulary().requires_grad and l2d.vectors(ids).requires_grad
+    assert l2d.vectors(ids).requires_grad
     with torch.no_grad():
         V = l2d.vocabulary()
         torch.testing.assert_close(V.norm(dim=-1), torch.full((258,), math.sqrt(16)))
         torch.testing.assert_close(V, 4 * F.normalize(l2d.lm.embed.weight @ l2d.to_z.weight.T + l2d.to_z.bias, dim=-1))
         torch.testing.assert_close(l2d.vectors(ids), V[ids], atol=1e-6, rtol=0)
         assert l2d.vocabulary() is V
-    for p in (l2d.to_z.weight, l2d.to_z.bias):      # one update of each: what was computed before is out of date
-        p.grad = torch.randn(p.shape)
-        torch.optim.SGD([p], lr=0.1).step()
+    for p in (l2d.to_z.weight, l2d.to_z.bias):      # after an update of either it is made again
         with torch.no_grad():
-            before, V = V, l2d.vocabulary()
-            assert V is not before and torch.equal(V, l2d.vectors(torch.arange(258))) and not torch.allclose(V, before)
+            p += 0.1 * torch.randn(p.shape)
+        l2d.eval()
+        before, V = V, l2d.vocabulary()
+        assert V is not before and not torch.allclose(V, before)
+        assert torch.equal(V, l2d.vectors(torch.arange(258)).detach())
 
 
 # --- every position on its own ----------------------------------------------------------------------------------------
@@ -222,15 +226,15 @@ def test_a_target_moves_the_loss_of_its_own_position_only(family):
     assert differs[:, k].all() and int(differs.sum()) == len(ids)
 
 
-@pytest.mark.parametrize("options", [{}, dict(classes=3), dict(rank=None, schedule="cosmap")])
+@pytest.mark.parametrize("options", [{}, dict(classes=3), dict(rank=None, time_distribution="cosmap")])
 def test_token_losses_are_those_of_the_whole_forward(family, options):
     """x_t = t·V_y + (1−t)·σ·noise, time drawn first, then noise, for every position; the path itself only where it counts."""
     l2d, ids, targets = make_l2d(family, perturb=0.05, **options), make_ids(), make_ids(seed=1)
     targets[torch.rand(ids.shape) < 0.5] = IGNORE
     classes = torch.tensor([0, 2, 3]) if "classes" in options else None
-    losses, times = l2d.token_losses(ids, targets, classes, torch.Generator().manual_seed(5))
+    losses, times = l2d.token_losses(ids, targets, classes, generator=torch.Generator().manual_seed(5))
     g = torch.Generator().manual_seed(5)
-    t, noise = draw_times(ids.shape, l2d.config.schedule, g), torch.randn(*ids.shape, 16, generator=g)
+    t, noise = draw_times(ids.shape, l2d.config.time_distribution, g), torch.randn(*ids.shape, 16, generator=g)
     x_t = t[..., None] * l2d.vectors(targets.clamp_min(0)) + (1 - t[..., None]) * l2d.config.sigma * noise
     expected = F.cross_entropy(l2d(ids, x_t, t, classes).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
     counts = targets.flatten() != IGNORE
@@ -243,36 +247,21 @@ def test_token_losses_are_those_of_the_whole_forward(family, options):
 def test_packed_examples_have_the_losses_they_have_alone(family):
     l2d, ids, targets = make_l2d(family), make_ids(1, 10), make_ids(1, 10, seed=1)
     t, noise = torch.rand(1, 10), torch.randn(1, 10, 16)
-    packed = l2d.token_losses(ids, targets, t=t, noise=noise, segments=torch.tensor([[1] * 4 + [2] * 6]))[0]
+    packed = l2d.token_losses(ids, targets, t=t, noise=noise, documents=torch.tensor([[1] * 4 + [2] * 6]))[0]
     alone = [l2d.token_losses(ids[:, s], targets[:, s], t=t[:, s], noise=noise[:, s])[0] for s in (slice(0, 4), slice(4, 10))]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_losses_computed_in_pieces_are_the_same(monkeypatch):
-    """A large vocabulary is scored a few positions at a time; neither the losses nor their gradients may notice."""
-    l2d, ids = make_l2d(), make_ids()
-    t, noise, results = torch.rand(ids.shape), torch.randn(*ids.shape, 16), []
-    for most in (model.LOGITS, 7 * 258, 1):
-        monkeypatch.setattr(model, "LOGITS", most)
-        l2d.zero_grad()
-        losses = l2d.token_losses(ids, make_ids(seed=1), t=t, noise=noise)[0]
-        losses.mean().backward()
-        results.append((losses.detach(), l2d.merge[2].weight.grad.clone(), l2d.to_z.weight.grad.clone()))
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
 def test_same_seed_same_loss_to_the_bit():
     l2d, ids, classes = make_l2d(classes=3).train(), make_ids(), torch.tensor([0, 1, 2])
-    loss = lambda seed: l2d.loss(ids, make_ids(seed=1), classes, torch.Generator().manual_seed(seed))
+    loss = lambda seed: l2d.loss(ids, make_ids(seed=1), classes, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(loss(0), loss(0)) and not torch.equal(loss(0), loss(1))
 
 
 def test_nothing_to_learn_gives_empty_losses(family):
     """All targets IGNORE: no losses and no times, a sum of zero that can still be differentiated; only the mean is not a number."""
     l2d, ids = make_l2d(family), make_ids()
-    losses, times = l2d.token_losses(ids, torch.full_like(ids, IGNORE))
+    losses, times = l2d.token_losses(ids, torch.full_like(ids, IGNORE), generator=torch.Generator().manual_seed(0))
     assert losses.shape == times.shape == (0,)
     losses.sum().backward()
 
@@ -304,91 +293,23 @@ def test_cosmap_times_follow_their_formula():
 def test_largest_uniform_number_still_gives_a_time_below_one(monkeypatch):
     """torch.rand can return 1 − 2⁻²⁴, where tan(πu/2) is 10⁷ and rounding could reach 1."""
     monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 1 - 2 ** -24))
-    assert 0.9999 < float(draw_times((1,), "cosmap", None)) < 1
-
-
-# --- the velocity -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("estimate, temperature", [("argmax", 1.0), ("average", 1.0), ("average", 0.5), ("average", "1-t")])
-@torch.no_grad()
-def test_velocity_is_the_way_to_the_estimate_over_the_time_left(family, estimate, temperature):
-    l2d, ids, rows = make_l2d(family, perturb=0.05), make_ids(), torch.arange(3)
-    x, times = torch.randn(3, 1, 16), torch.tensor([0.1, 0.5, 0.9])
-    flow = Flow(l2d, l2d.lm.context(ids).last(), estimate, temperature)
-    together = flow(times, x, rows)
-    for i, t in enumerate(times.tolist()):
-        whole = torch.cat((torch.zeros(3, 9, 16), x), dim=1)
-        logits = l2d(ids, whole, torch.full(ids.shape, t))[:, -1:]
-        p = (logits / (1 - t if temperature == "1-t" else temperature)).softmax(-1)
-        guess = l2d.vocabulary()[logits.argmax(-1)] if estimate == "argmax" else p @ l2d.vocabulary()
-        expected = (guess - x) / (1 - t)
-        torch.testing.assert_close(flow(t, x, rows), expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(together[i], expected[i], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(flow(t, x[1:2], rows[1:2]), expected[1:2], atol=1e-4, rtol=1e-4)     # of some sequences only
-
-
-@torch.no_grad()
-def test_modulation_looked_up_equals_modulation_computed():
-    l2d, ids, classes = make_l2d(classes=3, perturb=0.05), make_ids(), torch.tensor([2, 0, 3])
-    flow = Flow(l2d, l2d.lm.context(ids).last(), class_ids=classes)
-    for ids_or_none in (classes, None):
-        for t in (0.0, 0.35, 1.0):
-            looked_up, w_d = flow.modulated(t, ids_or_none)
-            computed, w_d_computed = flow.modulated(torch.full((3,), t), ids_or_none)
-            for a, b in zip((*looked_up, w_d), (*computed, w_d_computed)):
-                torch.testing.assert_close(a.expand_as(b), b, atol=1e-6, rtol=1e-6)
-
-
-# --- classes and guidance ---------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("t", [0.4, torch.tensor([0.2, 0.5, 0.8])])
-@torch.no_grad()
-def test_guidance_mixes_the_two_velocities(family, t):
-    l2d, ids, classes, calls = make_l2d(family, classes=3), make_ids(), torch.tensor([0, 1, 2]), []
-    context, x, rows = l2d.lm.context(ids).last(), torch.randn(3, 1, 16), torch.arange(3)
-    l2d.lm.norm_f.register_forward_hook(lambda *_: calls.append(1))
-
-    def velocity(class_ids, weight, cost):
-        flow = Flow(l2d, context, "average", class_ids=class_ids, guidance=weight)
-        calls.clear()
-        result = flow(t, x, rows)
-        assert flow.cost == len(calls) == cost
-        return result
-    null = torch.full((3,), 3)
-    conditional, unconditional = velocity(classes, 1, 1), velocity(None, 1, 1)
-    assert not torch.allclose(conditional, unconditional, atol=1e-3)
-    assert torch.equal(velocity(classes, 0, 1), unconditional) and torch.equal(velocity(null, 1, 1), unconditional)
-    for w in (2, 0.5, -1):
-        torch.testing.assert_close(velocity(classes, w, 2), w * conditional + (1 - w) * unconditional, atol=1e-4, rtol=1e-4)
-    one = t if isinstance(t, float) else t[:, None]
-    whole = l2d(ids, torch.cat((torch.zeros(3, 9, 16), x), 1), torch.zeros(3, 10) + one, classes)[:, -1:]
-    expected = (whole.softmax(-1) @ l2d.vocabulary() - x) / (1 - (one if isinstance(t, float) else one[..., None]))
-    torch.testing.assert_close(conditional, expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_final_logits_are_guided_like_the_velocity():
-    l2d, classes, x = make_l2d(classes=3), torch.tensor([0, 1, 2]), torch.randn(3, 1, 16)
-    context = l2d.lm.context(make_ids()).last()
-    logits = lambda w: Flow(l2d, context, class_ids=classes, guidance=w).logits(x)
-    torch.testing.assert_close(logits(2), 2 * logits(1) - logits(0), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits(1), logits(0), atol=1e-2)
+    assert 0.9999 < float(draw_times((1,), "cosmap", torch.Generator())) < 1
 
 
 def test_classes_the_path_was_not_made_with_are_refused():
     ids, bad = make_ids(), torch.tensor([0, 1, 4])
     for l2d, message in ((make_l2d(), "this path has no classes; allowed: None"), (make_l2d(classes=3), "out of range; allowed: 0 to 3")):
-        for act in (lambda: l2d(ids, *noisy(l2d, ids, 0.5), bad), lambda: l2d.loss(ids, ids, bad)):
+        for act in (lambda: l2d(ids, *noisy(l2d, ids, 0.5), bad), lambda: l2d.loss(ids, ids, bad, generator=torch.Generator().manual_seed(0))):
             with pytest.raises(ValueError, match=message):
                 act()
     with pytest.raises(ValueError, match="out of range"):
-        make_l2d(classes=3).loss(ids, ids, torch.tensor([0, -1, 1]))
+        make_l2d(classes=3).loss(ids, ids, torch.tensor([0, -1, 1]), generator=torch.Generator().manual_seed(0))
 
 
 def test_training_hides_some_classes_and_evaluation_none():
     l2d, classes = make_l2d(classes=3, class_dropout=0.2), torch.zeros(100, 200, dtype=torch.long)
-    assert torch.equal(l2d.hide_classes(classes, torch.Generator()), classes)
-    hidden = l2d.train().hide_classes(classes, torch.Generator().manual_seed(0))
+    assert torch.equal(l2d.drop_classes(classes, torch.Generator()), classes)
+    hidden = l2d.train().drop_classes(classes, torch.Generator().manual_seed(0))
     assert set(hidden.unique().tolist()) == {0, 3}
     assert p_value((hidden == 3).flatten().long().bincount(), torch.tensor([0.8, 0.2])) > 1e-3
     assert 0 < int((hidden == 3).sum(1).min())      # position by position: no sequence is hidden or shown whole
@@ -403,7 +324,7 @@ def saved(tmp_path):
     return l2d, tmp_path
 
 
-@pytest.mark.parametrize("options", [*VARIANTS, dict(sigma=7.0, schedule="cosmap")])
+@pytest.mark.parametrize("options", [*VARIANTS, dict(sigma=7.0, time_distribution="cosmap")])
 @torch.no_grad()
 def test_saving_and_loading_gives_the_same_path_to_the_bit(tmp_path, family, options):
     l2d, ids = make_l2d(family, **options), make_ids()
@@ -419,7 +340,7 @@ def test_saving_and_loading_gives_the_same_path_to_the_bit(tmp_path, family, opt
 
 def test_path_finds_its_base_by_the_directory_it_names(tmp_path):
     make_lm().save_pretrained(tmp_path / "base")
-    l2d = L2D(LM.from_pretrained(tmp_path / "base"), L2DConfig(width=16, conditioning=24, rank=4))
+    l2d = L2D(LM.from_pretrained(tmp_path / "base"), L2DConfig(width=16, cond_dim=24, rank=4))
     l2d.save(tmp_path / "path")
     again = L2D.load(tmp_path / "path")
     assert again.lm.fingerprint() == l2d.lm.fingerprint() and again.lm.directory == str(tmp_path / "base")
@@ -456,11 +377,12 @@ DAMAGE = {
     "no tensors": (lambda d: (d / "path.safetensors").unlink(), r"path.safetensors"),
     "no json": (lambda d: (d / "path.json").unlink(), r"path.json does not exist"),
     "half a json": (lambda d: (d / "path.json").write_text('{"config": {'), r"path.json is not valid JSON"),
+    "no base": (lambda d: edit_json(d / "path.json", lambda c: c.pop("base")), "it has no 'base'"),
     "other width": (lambda d: edit_json(d / "path.json", lambda c: c["config"].update(width=8)), "does not fit path.json: 3 tensors differ, first from_z.0.weight"),
     "full copies": (lambda d: edit_json(d / "path.json", lambda c: c["config"].update(rank=None)), "does not fit path.json"),
     "no classes": (lambda d: edit_json(d / "path.json", lambda c: c["config"].update(classes=0)), "does not fit path.json: 1 tensors differ, first class_embedding"),
     "tensor missing": (drop_tensor, "does not fit path.json: 1 tensors differ, first merge.2.weight"),
-    "bad option": (lambda d: edit_json(d / "path.json", lambda c: c["config"].update(schedule="late")), "schedule 'late' is not supported; allowed: uniform, cosmap"),
+    "bad option": (lambda d: edit_json(d / "path.json", lambda c: c["config"].update(time_distribution="late")), "time_distribution 'late' is not supported; allowed: uniform, cosmap"),
     "unknown option": (lambda d: edit_json(d / "path.json", lambda c: c["config"].update(depth=2)), "path.json"),
     "empty json": (lambda d: (d / "path.json").write_text("{}"), "path.json"),
 }
@@ -477,10 +399,52 @@ def test_damaged_path_is_refused_in_one_line(saved, damage):
 
 
 @pytest.mark.parametrize("options, message", [(dict(width=0), "width = 0"), (dict(rank=0), "rank = 0"), (dict(classes=-1), "classes = -1"),
-                                              (dict(conditioning=0), "conditioning = 0"), (dict(schedule="late"), "allowed: uniform, cosmap")])
+                                              (dict(cond_dim=0), "cond_dim = 0"), (dict(time_distribution="late"), "allowed: uniform, cosmap")])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         L2DConfig(**options)
+
+
+def test_defaults_are_the_papers_values():
+    """One table: what somebody gets who says nothing, on data of their own."""
+    config, paper, settings = L2DConfig(), train.PRESETS["paper"], Settings()
+    flags = train.build_parser().parse_args([])
+    table = [
+        (config.width, 256), (config.cond_dim, 256), (config.sigma, 64.0), (config.rank, 32),
+        (config.alpha, 32.0), (config.class_dropout, 0.2), (config.time_distribution, "uniform"),
+        (paper["width"], 256), (paper["cond_dim"], 256), (paper["updates"], 27_900),
+        (paper["batch_size"] * paper["accumulate"], 32), (paper["lr"], 1e-4),
+        (paper["min_lr"], 1e-6), (paper["warmup"], 100), (paper["weight_decay"], 0.01),
+        (train.BETAS, (0.9, 0.95)), (flags.clip, 1.0), (flags.seed, 42), (flags.rank, 32),
+        (flags.time_distribution, "uniform"),
+        (settings.guidance, 1.0), (settings.estimate, "argmax"), (settings.temperature, 0.0),
+        (settings.rtol, 1e-3), (settings.atol, 1e-3),
+    ]
+    assert [found for found, _ in table] == [expected for _, expected in table]
+
+
+def test_a_fresh_base_is_initialised_like_gpt2(family):
+    """N(0, 0.02²), smaller by √(2L) where the residual stream is written to; norms 1, biases 0."""
+    config = {**family, "num_hidden_layers": 8, "n_layer": 8}
+    lm = LM(ModelConfig.from_hf(config))
+    train.init_weights(lm, torch.Generator().manual_seed(0))
+    for name, p in lm.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert bool((p == 1).all()), name
+        else:
+            residual = name.endswith((".o.weight", ".down.weight"))
+            assert float(p.std()) == pytest.approx(0.005 if residual else 0.02, rel=0.15), name
+
+
+def test_a_path_saved_under_older_names_still_loads(saved):
+    l2d, directory = saved
+    meta = json.loads((directory / "path.json").read_text(encoding="utf-8"))
+    for new, old in (("cond_dim", "conditioning"), ("time_distribution", "schedule")):
+        meta["config"][old] = meta["config"].pop(new)
+    (directory / "path.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert L2D.load(directory, make_lm()).config == l2d.config
 
 
 def test_noise_scale_follows_the_width():

@@ -37,8 +37,8 @@ def test_arithmetic_is_what_torch_counts(rank, estimate):
     l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank)
     length = 12
     with torch.no_grad():
-        context = l2d.lm.context(torch.randint(258, (1, length))).last()
-        flow, x, rows = Flow(l2d, context, estimate), torch.randn(1, 1, 16), torch.arange(1)
+        context = l2d.lm.read(torch.randint(258, (1, length))).last()
+        flow, x, rows = VelocityField(l2d, context, estimate), torch.randn(1, 1, 16), torch.arange(1)
         flow(0.5, x, rows)      # fills the table of the modulation
         with FlopCounterMode(display=False) as counter:
             flow(0.5, x, rows)

@@ -6,6 +6,7 @@ Where transformers is installed, its networks are the reference. With NANOL2D_SH
 data/weights, so are the stored logits of two trained models.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,10 @@ import model
 from conftest import FAMILIES, GPT2, LLAMA, LLAMA_SCALED, QWEN, make_ids, make_lm
 from data import checkpoint
 from data.checkpoint import read_json, write_json
-from model import LM, ModelConfig, rope_frequencies
+from data.families import ModelConfig
+from model import LM, KVCache, positions_and_mask, rope_inv_freq
+from train import init_weights
+
 
 
 def close(ours, reference, bound=1e-5):
@@ -28,13 +32,17 @@ def close(ours, reference, bound=1e-5):
     assert torch.equal(ours.argmax(-1), reference.argmax(-1))
 
 
-def decode(lm, ids, segments=None, pieces=(1,)):
-    """Logits (B, T, V) as decoding computes them: through the cache, in pieces of these lengths, the last one repeated."""
-    context, logits, start = None, [], 0
+def decode(lm, ids, documents=None, pieces=(1,)):
+    """Logits (B, T, V) as decoding computes them: through the cache, in pieces of these lengths.
+
+    The last length is repeated.
+    """
+    cache, logits, start = KVCache(lm.config.layers), [], 0
     while start < ids.shape[1]:
-        part = slice(start, start + (pieces[len(logits)] if len(logits) < len(pieces) else pieces[-1]))
-        context = lm.context(ids[:, part], None if segments is None else segments[:, part], context)
-        logits.append(lm.logits(context.hidden))
+        length = pieces[min(len(logits), len(pieces) - 1)]
+        part = slice(start, start + length)
+        some = None if documents is None else documents[:, part]
+        logits.append(lm.logits(lm.read(ids[:, part], some, cache).hidden))
         start = part.stop
     return torch.cat(logits, dim=1)
 
@@ -51,23 +59,23 @@ def test_cached_equals_uncached(family, pieces):
 def test_a_left_padded_batch_equals_each_prompt_alone(family):
     """Prefill and five cached tokens. What stands on the padding does not matter, so it is random here."""
     lm, ids, padding = make_lm(family), make_ids(4, 17), (0, 3, 7, 11)
-    segments = torch.ones_like(ids)
+    documents = torch.ones_like(ids)
     for row, length in enumerate(padding):
-        segments[row, :length] = 0
+        documents[row, :length] = 0
     with torch.no_grad():
-        for logits in (lm(ids, segments), decode(lm, ids, segments, pieces=(12, 1))):
+        for logits in (lm(ids, documents), decode(lm, ids, documents, pieces=(12, 1))):
             for row, length in enumerate(padding):
                 close(logits[row, length:], lm(ids[row:row + 1, length:])[0])
 
 
 def test_packed_examples_do_not_see_each_other(family):
-    lm, ids, segments = make_lm(family), make_ids(2, 16), torch.tensor([[0] * 2 + [1] * 6 + [2] * 8] * 2)
+    lm, ids, documents = make_lm(family), make_ids(2, 16), torch.tensor([[0] * 2 + [1] * 6 + [2] * 8] * 2)
     with torch.no_grad():
-        packed = lm(ids, segments)
+        packed = lm(ids, documents)
         close(packed[:, 2:8], lm(ids[:, 2:8]))
         close(packed[:, 8:], lm(ids[:, 8:]))
-        changed = torch.where(segments == 1, (ids + 1) % 258, ids)
-        assert torch.equal(lm(changed, segments)[:, 8:], packed[:, 8:])
+        changed = torch.where(documents == 1, (ids + 1) % 258, ids)
+        assert torch.equal(lm(changed, documents)[:, 8:], packed[:, 8:])
         assert float((lm(ids)[:, 8:] - packed[:, 8:]).abs().max()) > 0.1     # they would see each other otherwise
 
 
@@ -84,32 +92,98 @@ def test_no_token_changes_what_comes_before_it(family):
 
 
 def test_a_cache_goes_on_with_some_of_its_rows(family):
-    lm, ids, segments = make_lm(family), make_ids(3, 10), torch.ones(3, 10, dtype=torch.long)
-    segments[1, :4], rows = 0, torch.tensor([1, 2])
+    lm, ids, cache = make_lm(family), make_ids(3, 10), KVCache(2)
+    documents = torch.ones(3, 10, dtype=torch.long)
+    documents[1, :4] = 0
+    rows = torch.tensor([1, 2])
     with torch.no_grad():
-        whole = lm(ids, segments)
-        context = lm.context(ids[:, :8], segments[:, :8]).last()
-        close(lm.logits(context.hidden), whole[:, 7:8])
-        context = lm.context(ids[rows, 8:9], segments[rows, 8:9], context.rows(rows))
-        close(lm.logits(context.hidden), whole[rows, 8:9])
+        whole = lm(ids, documents)
+        reading = lm.read(ids[:, :8], documents[:, :8], cache).last()
+        close(lm.logits(reading.hidden), whole[:, 7:8])
+        close(lm.logits(reading.rows(rows).hidden), whole[rows, 7:8])
+        cache.keep(rows)
+        reading = lm.read(ids[rows, 8:9], documents[rows, 8:9], cache)
+        close(lm.logits(reading.hidden), whole[rows, 8:9])
 
 
-def test_losses_in_pieces_are_the_losses(family, monkeypatch):
-    lm, ids = make_lm(family), make_ids(2, 12)
-    hidden = lm.context(ids).hidden.detach().flatten(0, 1).requires_grad_()
-    whole = F.cross_entropy(lm.logits(hidden), ids.flatten(), reduction="none")
-    gradient, = torch.autograd.grad(whole.sum(), hidden)
-    monkeypatch.setattr(model, "LOGITS", 5 * 258)       # five positions at once: 5 + 5 + 5 + 5 + 4
-    pieces = lm.losses(hidden, ids.flatten())
-    assert torch.allclose(pieces, whole, atol=1e-5)
-    assert torch.allclose(torch.autograd.grad(pieces.sum(), hidden)[0], gradient, atol=1e-5)
+def test_a_cache_grows_without_changing_anything(monkeypatch):
+    """Four tokens at first, so that it grows three times; the buffers hold what torch.cat would."""
+    monkeypatch.setattr(model, "MIN_ROOM", 2)
+    lm, ids, cache = make_lm(), make_ids(2, 21), KVCache(2)
+    rooms = []
+    with torch.no_grad():
+        for k in range(21):
+            reading = lm.read(ids[:, k:k + 1], cache=cache)
+            rooms.append(cache.keys[0].shape[2])
+        whole = lm.read(ids)
+    assert sorted(set(rooms)) == [4, 10, 22] and cache.length == 21
+    for layer in range(2):
+        torch.testing.assert_close(reading.keys[layer], whole.keys[layer], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(reading.values[layer], whole.values[layer], atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_read_cannot_be_changed():
+    reading = make_lm().read(make_ids())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        reading.hidden = None
+    one = reading.last()
+    assert one.hidden.shape[1] == one.positions.shape[1] == 1
+    assert torch.equal(one.hidden, reading.hidden[:, -1:])
+
+
+def test_positions_and_mask_are_those_of_the_worked_example():
+    lines = [line.split() for line in positions_and_mask.__doc__.splitlines()]
+    drawn = [line[1:] if line[:1] == ["mask"] else line for line in lines]
+    rows = [line[:6] for line in drawn if len(line) >= 6 and set(line[:6]) <= set(".x")]
+    documents, expected = ([int(word) for word in line[1:7]] for name in ("documents", "positions")
+                           for line in lines if line[:1] == [name] and line[1:2] == ["0"])
+    positions, mask = positions_and_mask(6, 0, torch.tensor([documents]), "cpu")
+    assert positions[0].tolist() == expected and len(rows) == 6
+    assert mask[0, 0].tolist() == [[word == "x" for word in row] for row in rows]
+    # the newest two of them alone, as in decoding
+    some_positions, some_mask = positions_and_mask(2, 4, torch.tensor([documents]), "cpu")
+    assert torch.equal(some_positions, positions[:, 4:])
+    assert torch.equal(some_mask, mask[:, :, 4:])
+
+
+def test_without_documents_only_a_piece_in_the_middle_needs_a_mask():
+    assert positions_and_mask(4, 0, None, "cpu")[1] is None
+    assert positions_and_mask(1, 7, None, "cpu")[1] is None
+    positions, mask = positions_and_mask(2, 3, None, "cpu")
+    assert positions.tolist() == [[3, 4]]
+    assert mask[0, 0].tolist() == [[True] * 4 + [False], [True] * 5]
+
+
+def test_log_p_in_pieces_is_that_of_plain_autograd(family, monkeypatch):
+    """Values, and the gradients of hidden state, final norm and head, all weighted unevenly."""
+    lm, ids, weights = make_lm(family), make_ids(2, 12), torch.rand(24)
+    hidden = lm.read(ids).hidden.detach().flatten(0, 1).requires_grad_()
+    inputs = [hidden, lm.head.weight, lm.ln_f.weight]
+    expected = -F.cross_entropy(lm.logits(hidden), ids.flatten(), reduction="none")
+    gradients = torch.autograd.grad((weights * expected).sum(), inputs)
+    for logits in (1 << 26, 5 * 258):       # at once; five positions at a time: 5 + 5 + 5 + 5 + 4
+        monkeypatch.setattr("data.log_p.LOGITS", logits)
+        found = lm.log_p(hidden, ids.flatten())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        ours = torch.autograd.grad((weights * found).sum(), inputs)
+        for a, b in zip(ours, gradients):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_no_piece_holds_more_logits_than_allowed(monkeypatch):
+    monkeypatch.setattr("data.log_p.LOGITS", 5 * 258)
+    sizes = []
+    plain = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: sizes.append(len(x)) or plain(x, *rest))
+    make_lm().log_p(torch.randn(24, 32), torch.arange(24))
+    assert sizes == [5, 5, 5, 5, 4]
 
 
 def test_llama3_scaling_leaves_fast_frequencies_and_slows_the_others():
-    plain = rope_frequencies(ModelConfig.from_hf({**LLAMA_SCALED, "rope_scaling": None}))
-    scaled = rope_frequencies(ModelConfig.from_hf(LLAMA_SCALED))
+    plain = rope_inv_freq(ModelConfig.from_hf({**LLAMA_SCALED, "rope_scaling": None}))
+    scaled = rope_inv_freq(ModelConfig.from_hf(LLAMA_SCALED))
     newer = {**LLAMA_SCALED, "rope_scaling": None, "rope_theta": None, "rope_parameters": {**LLAMA_SCALED["rope_scaling"], "rope_theta": 10000.0}}
-    assert torch.equal(rope_frequencies(ModelConfig.from_hf(newer)), scaled)
+    assert torch.equal(rope_inv_freq(ModelConfig.from_hf(newer)), scaled)
     turns = 32 * plain / (2 * torch.pi)                  # full turns in the original 32 positions; the limits are 1 and 4
     assert torch.equal(scaled[turns > 4], plain[turns > 4]) and bool((turns > 4).any())
     assert torch.allclose(scaled[turns < 1], plain[turns < 1] / 8) and bool((turns < 1).any())
@@ -118,7 +192,9 @@ def test_llama3_scaling_leaves_fast_frequencies_and_slows_the_others():
 
 
 def test_initialisation_repeats_and_starts_near_a_uniform_guess(family):
-    lms = [LM(ModelConfig.from_hf(family)).init_weights(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    lms = [LM(ModelConfig.from_hf(family)) for _ in range(3)]
+    for lm, seed in zip(lms, (0, 0, 1)):
+        init_weights(lm, torch.Generator().manual_seed(seed))
     assert lms[0].fingerprint() == lms[1].fingerprint() != lms[2].fingerprint()
     with torch.no_grad():
         losses = F.cross_entropy(lms[0](make_ids(4, 16)).flatten(0, 1), make_ids(4, 16, seed=1).flatten())
@@ -154,7 +230,7 @@ def by_hand(lm, ids):
         n = norm(x, f"{block}.norm_mlp")
         up = linear(n, f"{block}.mlp.up")
         x = x + linear(gelu(up) if learned else F.silu(linear(n, f"{block}.mlp.gate")) * up, f"{block}.mlp.down")
-    return norm(x, "norm_f") @ w.get("head.weight", w["embed.weight"]).T
+    return norm(x, "ln_f") @ w.get("head.weight", w["embed.weight"]).T
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN, GPT2], ids=["llama", "qwen2", "gpt2"])
@@ -357,7 +433,7 @@ def test_trained_models_agree_with_their_stored_logits(name):
         assert float((lm(reference["input_ids"][None])[0] - reference["logits"]).abs().max()) <= 5e-5
         ids, context = list(greedy["prompt_ids"]), None
         while len(ids) < len(greedy["greedy_ids"]):
-            context = lm.context(torch.tensor([ids if context is None else ids[-1:]]), cache=context)
+            context = lm.read(torch.tensor([ids if context is None else ids[-1:]]), cache=context)
             ids.append(int(lm.logits(context.hidden[:, -1]).argmax()))
     assert ids == greedy["greedy_ids"]
 
@@ -460,9 +536,10 @@ def test_text_beyond_gpt2s_positions_is_refused_and_counted_without_its_padding(
     with pytest.raises(ValueError, match="65 tokens are too long for this model; allowed: 64"):
         lm(make_ids(1, 65))
     with torch.no_grad():
-        context = lm.context(make_ids(1, 64))
+        cache = KVCache(2)
+        lm.read(make_ids(1, 64), cache=cache)
         with pytest.raises(ValueError, match="65 tokens are too long for this model; allowed: 64"):
-            lm.context(make_ids(1, 1), cache=context)
+            lm.read(make_ids(1, 1), cache=cache)
         assert lm(make_ids(1, 70), torch.tensor([[0] * 6 + [1] * 64])).isfinite().all()
 
 

@@ -256,7 +256,7 @@ def saved(tmp_path_factory):
     make_lm(LLAMA).save_pretrained(root / "base")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, root / "base")
-    l2d = L2D(LM.from_pretrained(root / "base", device="cpu"), L2DConfig(width=16, conditioning=24, rank=4, classes=5))
+    l2d = L2D(LM.from_pretrained(root / "base", device="cpu"), L2DConfig(width=16, cond_dim=24, rank=4, classes=5))
     with torch.no_grad():
         for p in l2d.path_parameters().values():
             p += 0.2 * torch.randn(p.shape)

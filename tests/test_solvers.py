@@ -1,149 +1,279 @@
-"""solvers.py: order, evaluations counted, the rule for t = 1, and one step size per sequence."""
+"""solvers.py: order, evaluations counted, the rule for t = 1, the controller, a step size each."""
 
 import math
 
 import pytest
 import torch
 
-from solvers import FIXED, dormand_prince, odeint
+from solvers import FIXED, SOLVERS, Field, Run, dormand_prince, error_ratio, next_step, odeint
 
 F64 = torch.float64
 
 
-def smooth(t, x, rows):
+def column(t, x):
+    """Times, one for all or one each, to go with states (n, ...)."""
+    return torch.as_tensor(t, dtype=x.dtype).view(-1, 1)
+
+
+def growth(t, x):
+    """dx/dt = (1 + t)·x, x(t) = x(0)·exp(t + t²/2)."""
+    return (1 + column(t, x)) * x, None
+
+
+def smooth(t, x):
     """dx/dt = t·x², x(t) = 1/(1/x(0) − t²/2)."""
-    return torch.as_tensor(t, dtype=x.dtype).view(-1, 1) * x ** 2
+    return column(t, x) * x ** 2, None
 
 
-def straight(target):
-    """The field of the method with one guess throughout, and a record of the times it was asked about."""
-    times = []
-
-    def f(t, x, rows):
-        times.append(float(torch.as_tensor(t).max()))
-        return (target[rows] - x) / (1 - torch.as_tensor(t, dtype=x.dtype).view(-1, 1))
-    return f, times
+def wiggle(t, x):
+    """Turns faster and faster, so that steps must become shorter."""
+    return 40 * torch.sin(30 * column(t, x) ** 2) - x, None
 
 
-def slope(solver, f, x0, exact, steps=(32, 64, 128)):
-    errors = [float((odeint(f, x0, solver, n).x - exact).abs().max()) for n in steps]
-    return [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+class Straight:
+    """The field of the method with one guess throughout, and the times it was asked about."""
 
+    def __init__(self, target, times=None):
+        self.target = target
+        self.times = [] if times is None else times
+
+    def __call__(self, t, x):
+        self.times.append(float(torch.as_tensor(t).max()))
+        return (self.target - x) / (1 - column(t, x)), None
+
+    def rows(self, index):
+        return Straight(self.target[index], self.times)
+
+
+JUMPS = [2.0, 0.35, 0.6, 0.8, 0.9]
+
+
+class Hesitant:
+    """A guess that jumps at a time of its own for every sequence; sequence 0 never hesitates."""
+
+    def __init__(self, numbers=range(5), asked=None):
+        self.numbers = torch.tensor(list(numbers))
+        self.asked = asked              # evaluations of every sequence
+        self.selections = []
+
+    def __call__(self, t, x):
+        assert len(x) == len(self.numbers)
+        if self.asked is not None:
+            self.asked[self.numbers] += 1
+        jump = torch.tensor(JUMPS, dtype=x.dtype)[self.numbers].view(-1, 1)
+        t = column(t, x)
+        sign = torch.where(t < jump, 1.0, -1.0)
+        guess = sign * (1 + self.numbers.view(-1, 1))
+        return (guess - x) / (1 - t), guess
+
+    def rows(self, index):
+        self.selections.append(index.tolist())
+        return Hesitant(self.numbers[index].tolist(), self.asked)
+
+
+# --- order and cost -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_error_falls_with_the_order_of_the_solver(solver, order):
-    """Over [0, 1] whole, so the cheaper rule of the last interval is part of what is measured. dx/dt = (1 + t)·x."""
-    f = lambda t, x, rows: (1 + t) * x
-    assert all(abs(s - order) < 0.1 for s in slope(solver, f, torch.ones(1, 1, dtype=F64), math.exp(1.5))), solver
+    """Over [0, 1] whole, so the cheaper rule of the last interval is part of what is measured."""
+    x_0 = torch.ones(1, 1, dtype=F64)
+    errors = [float((odeint(growth, x_0, solver, n).x - math.exp(1.5)).abs()) for n in (32, 64, 128)]
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(abs(slope - order) < 0.1 for slope in slopes), slopes
 
 
 def test_dormand_prince_is_of_order_five_and_estimates_its_error():
-    f = lambda t, x: (1 + t) * x
     errors, estimates = [], []
     for n in (16, 32, 64):
-        x, t, h = torch.ones(1, dtype=F64), 0.0, 1 / n
-        k1 = f(t, x)
-        for _ in range(n):
-            x, error, k1 = dormand_prince(f, t, x, h, k1)
-            t += h
+        x = torch.ones(1, dtype=F64)
+        k1 = x
+        for i in range(n):
+            x, error, k1 = dormand_prince(lambda t, x: (1 + t) * x, i / n, x, 1 / n, k1)
         errors.append(abs(float(x) - math.exp(1.5)))
         estimates.append(float(error.abs()))
-    for values in (errors, estimates):      # the estimate is of the fourth-order rule in one step: h⁵
+    for values in (errors, estimates):      # the estimate is of the fourth-order rule's step: h⁵
         assert all(4.7 < math.log2(a / b) < 5.3 for a, b in zip(values, values[1:]))
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7, 1e-9])
 def test_adaptive_error_follows_the_tolerance(tolerance):
-    solution = odeint(smooth, torch.ones(1, 1, dtype=F64), "dopri5", rtol=tolerance, atol=tolerance)
+    x_0 = torch.ones(1, 1, dtype=F64)
+    solution = odeint(smooth, x_0, "dopri5", rtol=tolerance, atol=tolerance)
     assert float((solution.x - 2).abs()) < 20 * tolerance and bool(solution.finished)
 
 
 def test_adaptive_needs_few_more_evaluations_for_a_smaller_error():
-    """Order 5: a tolerance 10⁴ times smaller costs about 10^(4/5) = 6 times as many steps, far from Euler's 10⁴."""
-    nfe = [int(odeint(smooth, torch.ones(1, 1, dtype=F64), "dopri5", rtol=tol, atol=tol).nfe) for tol in (1e-6, 1e-10)]
+    """Order 5: a tolerance 10⁴ times smaller costs 10^(4/5) = 6 times as many steps."""
+    x_0 = torch.ones(1, 1, dtype=F64)
+    nfe = [int(odeint(smooth, x_0, "dopri5", rtol=tol, atol=tol).nfe) for tol in (1e-6, 1e-10)]
     assert nfe[0] < nfe[1] < 7 * nfe[0]
 
 
-@pytest.mark.parametrize("solver, per_step, last", [("euler", 1, 1), ("midpoint", 2, 2), ("heun", 2, 2), ("rk4", 4, 3)])
+@pytest.mark.parametrize("solver, per_step, last", [
+    ("euler", 1, 1), ("midpoint", 2, 2), ("heun", 2, 2), ("rk4", 4, 3)])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_evaluations_are_counted(solver, per_step, last, steps):
     calls = []
-    solution = odeint(lambda t, x, rows: calls.append(1) or -x, torch.ones(3, 2), solver, steps)
+    solution = odeint(lambda t, x: (calls.append(1) or -x, None), torch.ones(3, 2), solver, steps)
     assert len(calls) == per_step * (steps - 1) + last
-    assert solution.nfe.tolist() == [len(calls)] * 3 and solution.accepted.tolist() == [steps] * 3
+    assert solution.nfe.tolist() == [len(calls)] * 3
+    assert solution.accepted.tolist() == [steps] * 3
 
 
-@pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
+# --- the last interval --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_a_straight_path_is_exact_and_never_evaluated_at_one(solver, steps):
-    x0, target = torch.randn(2, 5, dtype=F64) * 64, torch.randn(2, 5, dtype=F64)
-    f, times = straight(target)
-    solution = odeint(f, x0, solver, steps)
-    assert max(times) < 1
-    torch.testing.assert_close(solution.x, target, atol=1e-12, rtol=0)
+    x_0 = torch.randn(2, 5, dtype=F64) * 64
+    field = Straight(torch.randn(2, 5, dtype=F64))
+    solution = odeint(field, x_0, solver, steps)
+    assert max(field.times) < 1
+    torch.testing.assert_close(solution.x, field.target, atol=1e-12, rtol=0)
 
 
 def test_last_points_of_euler_and_midpoint_are_the_closed_forms():
-    """Last Euler point = last estimate; last midpoint point = 2·x̂(mid) − x̂(start of the last interval)."""
+    """Last Euler point = last estimate; last midpoint point = 2·x̂(mid) − x̂(start of interval)."""
     estimates = []
 
-    def f(t, x, rows):
+    def field(t, x):
         estimates.append(torch.full_like(x, math.sin(5 * t)))
-        return (estimates[-1] - x) / (1 - t)
-    x0 = torch.randn(1, 4, dtype=F64)
-    assert torch.allclose(odeint(f, x0, "euler", 6).x, estimates[-1], atol=1e-14)
-    x = odeint(f, x0, "midpoint", 6).x
-    assert torch.allclose(x, 2 * estimates[-1] - estimates[-2], atol=1e-14)
-    x = odeint(f, x0, "heun", 6).x      # its last interval is the midpoint rule's
-    assert torch.allclose(x, 2 * estimates[-1] - estimates[-2], atol=1e-14)
+        return (estimates[-1] - x) / (1 - t), None
+
+    x_0 = torch.randn(1, 4, dtype=F64)
+    assert torch.allclose(odeint(field, x_0, "euler", 6).x, estimates[-1], atol=1e-14)
+    for solver in ("midpoint", "heun"):      # Heun's last interval is the midpoint rule's
+        x = odeint(field, x_0, solver, 6).x
+        assert torch.allclose(x, 2 * estimates[-1] - estimates[-2], atol=1e-14)
 
 
 @pytest.mark.parametrize("solver", ["heun", "rk4"])
 def test_replacing_the_last_velocity_by_zero_would_be_biased(solver):
-    """What the rule for the last interval is for: with zero at t = 1 instead, one interval ends far from the target."""
-    target, x0 = torch.ones(1, 1, dtype=F64), torch.full((1, 1), 9.0, dtype=F64)
-    f, _ = straight(target)
-    zero_at_one = lambda t, x: torch.zeros_like(x) if t >= 1 else f(t, x, [0])
-    rule = FIXED[solver][0]
-    assert float((rule(zero_at_one, 0.0, x0, 1.0, zero_at_one(0.0, x0)) - target).abs()) > 1
-    assert float((odeint(f, x0, solver, 1).x - target).abs()) < 1e-12
+    """What the rule for the last interval is for: with zero at t = 1 one interval ends far off."""
+    x_0 = torch.full((1, 1), 9.0, dtype=F64)
+    field = Straight(torch.ones(1, 1, dtype=F64))
+
+    def zero_at_one(t, x):
+        return torch.zeros_like(x) if t >= 1 else field(t, x)[0]
+
+    rule = SOLVERS[solver][0]
+    end = rule.step(zero_at_one, 0.0, x_0, 1.0, zero_at_one(0.0, x_0)).x
+    assert float((end - 1).abs()) > 1
+    assert float((odeint(field, x_0, solver, 1).x - 1).abs()) < 1e-12
 
 
-def hesitant(t, x, rows):
-    """A guess that jumps at a time of its own for every sequence, as an argmax does; sequence 0 never hesitates."""
-    jump = torch.tensor([2.0, 0.35, 0.6, 0.8, 0.9], dtype=x.dtype)[rows].view(-1, 1)
-    t = torch.as_tensor(t, dtype=x.dtype).view(-1, 1)
-    return (torch.where(t < jump, 1.0, -1.0) * (1 + rows.view(-1, 1)) - x) / (1 - t)
+# --- the controller -----------------------------------------------------------------------------------
 
+def costs(solution):
+    return list(zip(solution.nfe.tolist(), solution.accepted.tolist(), solution.rejected.tolist()))
+
+
+# (nfe, accepted, rejected). Found by running; any change of the controller moves some of them.
+GOLDEN = [
+    (smooth, torch.tensor([[1.0], [0.5], [1.7]], dtype=F64), 1e-8,
+     [(193, 23, 13), (135, 17, 10), (263, 35, 10)]),
+    (wiggle, torch.tensor([[1.0, -3.0], [20.0, 0.0]], dtype=F64), 1e-4,
+     [(203, 24, 13), (125, 16, 6)]),
+    (Hesitant(), torch.ones(5, 3, dtype=F64), 1e-3,
+     [(21, 4, 0), (45, 5, 3), (63, 7, 4), (47, 7, 2), (61, 9, 3)]),
+]
+
+
+@pytest.mark.parametrize("field, x_0, tolerance, expected", GOLDEN)
+def test_the_controller_takes_these_steps(field, x_0, tolerance, expected):
+    assert costs(odeint(field, x_0, "dopri5", rtol=tolerance, atol=tolerance)) == expected
+
+
+def test_a_step_grows_shrinks_and_is_limited_as_the_text_says():
+    def step(h, ratio, order=5, repelled=False):
+        result = next_step(torch.tensor([h], dtype=F64), torch.tensor([ratio], dtype=F64), order,
+                           torch.tensor([repelled]))
+        return float(result)
+
+    assert step(0.01, 1.0) == pytest.approx(0.009)
+    assert step(0.01, 32.0) == pytest.approx(0.0045)          # 32^(1/5) = 2
+    assert step(0.01, 8.0, order=3) == pytest.approx(0.0045)  # 8^(1/3) = 2
+    assert step(0.01, 1e9) == pytest.approx(0.002)            # never below a fifth
+    assert step(0.01, 0.0) == pytest.approx(0.1)              # never above ten times
+    assert step(0.2, 0.0) == pytest.approx(0.25)              # nor above the longest
+    assert step(0.01, 0.0, repelled=True) == pytest.approx(0.01)
+    assert step(0.01, 32.0, repelled=True) == pytest.approx(0.0045)
+    assert step(0.01, float("nan")) == pytest.approx(0.01)
+
+
+def test_error_ratio_is_a_root_mean_square_over_the_tolerance():
+    error = torch.tensor([[3e-3, 0.0, 0.0, 0.0], [1e-3, 1e-3, 1e-3, 1e-3]], dtype=F64)
+    x = torch.tensor([[1.0, 0, 0, 0], [1.0, -1.0, 2.0, 0.0]], dtype=F64)
+    x_new = torch.tensor([[-2.0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0]], dtype=F64)
+    found = error_ratio(error, x, x_new, (1e-3, 1e-3))
+    first = math.sqrt((3e-3 / 3e-3) ** 2 / 4)
+    second = math.sqrt((0.25 + 0.25 + 1 / 9 + 1) / 4)
+    assert found.tolist() == pytest.approx([first, second])
+
+
+@pytest.mark.parametrize("h, last", [(0.2485, True), (0.247, False), (0.25, True)])
+def test_a_step_that_would_leave_almost_nothing_takes_the_rest_too(h, last):
+    x_0 = torch.zeros(1, 2)
+    run = Run(Field(growth, torch.arange(1), None), x_0)
+    run.t[:] = 0.75
+    run.h[:] = h
+    assert bool(run.choose()[1]) == last
+
+
+# --- a step size for every sequence -------------------------------------------------------------------
 
 def test_adaptive_result_is_the_same_alone_and_in_a_batch_to_the_bit():
-    x0 = 8 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    batch = odeint(hesitant, x0, "dopri5", rtol=1e-2, atol=1e-2)
+    x_0 = 8 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    batch = odeint(Hesitant(), x_0, "dopri5", rtol=1e-2, atol=1e-2)
     for i in range(5):
-        alone = odeint(lambda t, x, rows: hesitant(t, x, rows + i), x0[i:i + 1], "dopri5", rtol=1e-2, atol=1e-2)
+        alone = odeint(Hesitant([i]), x_0[i:i + 1], "dopri5", rtol=1e-2, atol=1e-2)
         assert torch.equal(alone.x[0], batch.x[i])
-        assert (int(alone.nfe), int(alone.accepted), int(alone.rejected)) == (int(batch.nfe[i]), int(batch.accepted[i]), int(batch.rejected[i]))
+        assert costs(alone)[0] == costs(batch)[i]
 
 
 def test_hesitation_costs_evaluations_and_certainty_does_not():
-    solution = odeint(hesitant, torch.ones(5, 3), "dopri5", rtol=1e-3, atol=1e-3)
+    solution = odeint(Hesitant(), torch.ones(5, 3), "dopri5")
     assert int(solution.nfe[0]) == 21 and int(solution.nfe[1:].min()) > 40
 
 
 def test_adaptive_evaluates_only_the_sequences_still_running():
     asked = torch.zeros(5, dtype=torch.long)
-
-    def f(t, x, rows):
-        asked[rows] += 1
-        assert len(x) == len(rows) == len(t)
-        return hesitant(t, x, rows)
-    assert torch.equal(odeint(f, torch.ones(5, 3), "dopri5").nfe, asked)
+    solution = odeint(Hesitant(asked=asked), torch.ones(5, 3), "dopri5")
+    assert torch.equal(solution.nfe, asked)
 
 
-@pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
+def test_rows_are_selected_only_when_the_running_set_changes():
+    field = Hesitant()
+    solution = odeint(field, torch.ones(5, 3), "dopri5")
+    rounds = int((solution.accepted + solution.rejected).max())
+    assert 0 < len(field.selections) < rounds
+    assert [0, 1, 2, 3, 4] not in field.selections      # the whole batch needs no copy
+    assert all(a != b for a, b in zip(field.selections, field.selections[1:]))
+    calm = Straight(torch.ones(3, 2))
+    calm.rows = lambda index: pytest.fail("all go the same way at the same pace")
+    odeint(calm, torch.zeros(3, 2), "dopri5")
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_every_evaluation_is_shown_to_who_watches(solver):
+    seen = []
+    solution = odeint(Hesitant(), torch.ones(5, 3), solver, steps=4,
+                      watch=lambda rows, t, x, guess: seen.append((rows, t, x, guess)))
+    counts = torch.zeros(5, dtype=torch.long)
+    for rows, t, x, guess in seen:
+        counts[rows] += 1
+        assert len(rows) == len(x) == len(guess)
+        assert torch.equal(guess.abs().flatten(), 1.0 + rows)      # of these very rows
+    assert torch.equal(counts, solution.nfe)
+    assert float(torch.as_tensor(seen[0][1]).max()) == 0
+
+
+# --- budgets ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
 @pytest.mark.parametrize("budget", [1, 2, 5, 8])
 def test_a_spent_budget_returns_a_state_and_says_so(solver, budget):
-    solution = odeint(hesitant, torch.ones(5, 3), solver, steps=20, max_nfe=budget)
+    solution = odeint(Hesitant(), torch.ones(5, 3), solver, steps=20, max_nfe=budget)
     assert int(solution.nfe.max()) <= budget and torch.isfinite(solution.x).all()
     assert not solution.finished.any()
     # going straight on along the last velocity reaches one of the guesses
@@ -151,27 +281,45 @@ def test_a_spent_budget_returns_a_state_and_says_so(solver, budget):
 
 
 def test_budget_that_suffices_changes_nothing():
-    free, tight = odeint(hesitant, torch.ones(5, 3), "rk4", 5), odeint(hesitant, torch.ones(5, 3), "rk4", 5, max_nfe=19)
+    free = odeint(Hesitant(), torch.ones(5, 3), "rk4", 5)
+    tight = odeint(Hesitant(), torch.ones(5, 3), "rk4", 5, max_nfe=19)
     assert torch.equal(free.x, tight.x) and tight.finished.all() and int(tight.nfe[0]) == 19
 
 
-@pytest.mark.parametrize("solver", [*FIXED, "dopri5"])
-def test_trajectory_starts_at_noise_and_ends_at_the_result(solver):
-    x0 = torch.randn(5, 3)
-    solution = odeint(hesitant, x0, solver, steps=4, trajectory=True)
-    assert torch.equal(solution.trajectory[0][2], x0)
-    rows, t, x = solution.trajectory[-1]
-    assert torch.equal(x, solution.x[rows]) and float(torch.as_tensor(t).min()) == 1
-    assert odeint(hesitant, x0, solver, steps=4).trajectory == []
+def test_a_budget_that_just_suffices_is_enough_for_the_adaptive_solver():
+    """A straight path takes 1 + 6 + 6 + 6 + 2 evaluations."""
+    for budget, enough in ((21, True), (20, False)):
+        solution = odeint(Straight(torch.ones(2, 3)), torch.zeros(2, 3), "dopri5", max_nfe=budget)
+        assert bool(solution.finished.all()) == enough
 
 
-def test_nan_comes_back_instead_of_hanging():
-    for solver in [*FIXED, "dopri5"]:
-        assert odeint(lambda t, x, rows: x * float("nan"), torch.ones(2, 2), solver).x.isnan().all()
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_nan_comes_back_instead_of_hanging(solver):
+    solution = odeint(lambda t, x: (x * float("nan"), None), torch.ones(2, 2), solver)
+    assert solution.x.isnan().all()
 
+
+def test_nan_that_comes_later_never_makes_a_step_longer():
+    """Steps were short because the field jumps; when it turns into NaN they stay so."""
+    times = []
+
+    def field(t, x):
+        t = column(t, x)
+        times.append(float(t.max()))
+        velocity = 100 * torch.sin(40 * t) - x
+        return torch.where(t > 0.5, float("nan"), velocity), None
+
+    odeint(field, torch.ones(1, 2), "dopri5", rtol=1e-6, atol=1e-6)
+    gaps = [b - a for a, b in zip(times, times[1:])]
+    before = max(gap for gap, t in zip(gaps, times) if t < 0.4)
+    after = max(gap for gap, t in zip(gaps, times) if 0.55 < t < 0.9)
+    assert after < 1.5 * before
+
+
+# --- bad input ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
-    (dict(solver="rk5"), "solver 'rk5' is unknown; allowed: euler, midpoint, heun, rk4, dopri5"),
+    (dict(solver="rk5"), "'rk5' is unknown; allowed: euler, midpoint, heun, rk4, dopri5"),
     (dict(steps=0), "steps = 0 is out of range; allowed: 1 or more"),
     (dict(max_nfe=0), "max_nfe = 0 is out of range"),
     (dict(rtol=0.0), "rtol = 0.0 and atol = 0.001 are out of range"),
@@ -184,3 +332,7 @@ def test_bad_numbers_are_refused(options, message):
 def test_half_precision_state_is_refused():
     with pytest.raises(ValueError, match="allowed: float32 and float64"):
         odeint(smooth, torch.ones(1, 1, dtype=torch.bfloat16))
+
+
+def test_fixed_and_adaptive_are_all_there_is():
+    assert set(FIXED) | {"dopri5"} == set(SOLVERS)

@@ -25,7 +25,7 @@ from diffusion import IGNORE, L2D, L2DConfig
 from model import LM, LoRA, map_linears
 
 ROOT = Path(train.__file__).parent
-FLAGS = {"batch_size": 4, "accumulate": 1, "width": 8, "conditioning": 8, "rank": 2, "updates": 6, "warmup": 2, "lr": 0.01,
+FLAGS = {"batch_size": 4, "accumulate": 1, "width": 8, "cond_dim": 8, "rank": 2, "updates": 6, "warmup": 2, "lr": 0.01,
          "eval_every": 100, "val_rows": 8, "report": 0, "device": "cpu", "dtype": "float32"}
 
 
@@ -192,8 +192,8 @@ def test_full_training_changes_every_weight(method, base, tmp_path):
 @pytest.mark.parametrize("method", ["l2d", "lora", "full"])
 def test_one_batch_is_learned_by_heart(method, base):
     """Sixty updates on the same rows, times and noise leave a twentieth of the loss (measured: a five-hundredth and less)."""
-    args = Namespace(**{**FLAGS, "lr": 0.02, "weight_decay": 0.0, "rank": 8, "width": 16, "conditioning": 32}, method=method,
-                     init_from=str(base), seed=0, cache_dir=None, full_copies=False, schedule="uniform")
+    args = Namespace(**{**FLAGS, "lr": 0.02, "weight_decay": 0.0, "rank": 8, "width": 16, "cond_dim": 32}, method=method,
+                     init_from=str(base), seed=0, cache_dir=None, full_copies=False, time_distribution="uniform")
     (model, _), batch = train.build_model(args, classes=0), train.collate(rows(4, 12), "cpu")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = train.build_optimizer(trainable, args), []
@@ -255,7 +255,7 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 def rows(count, length, spread=5):
-    """Rows (ids, mask, segments) of different lengths; the first third is the prompt, and no two rows begin alike."""
+    """Rows (ids, mask, documents) of different lengths; the first third is the prompt, and no two rows begin alike."""
     result = []
     for i in range(count):
         size = length - i % spread
@@ -287,12 +287,12 @@ def test_targets_are_the_next_tokens_of_the_response():
     batch = train.collate([([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)], "cpu")
     assert batch["ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
     assert batch["targets"].tolist() == [[IGNORE, 9, 10], [6, IGNORE, IGNORE]]
-    assert batch["class_ids"].tolist() == [3, 0] and "segments" not in batch
+    assert batch["class_ids"].tolist() == [3, 0] and "documents" not in batch
 
 
-def test_packed_rows_keep_their_segments():
+def test_packed_rows_keep_their_documents():
     batch = train.collate([([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])], "cpu")
-    assert batch["segments"].tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
+    assert batch["documents"].tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
     assert batch["targets"].tolist() == [[2, IGNORE, 4, 5], [2, 3, IGNORE, IGNORE]] and "class_ids" not in batch
 
 
