@@ -9,15 +9,18 @@ import sys
 import pytest
 import torch
 from conftest import LLAMA, make_l2d
+from solvers import odeint
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 from data.hub import resolve
+from data.tasks import TASKS
 from data.tiny.topics import make_problem
-from diffusion import L2D, Flow
-from sample import Settings, load_model
+from diffusion import L2D, VelocityField
+from sample import Settings, answer_problems, load_model
 
 TINY = resolve("tiny")
+TASK = TASKS["tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +33,28 @@ def test_wilson_interval_against_published_values(right, n, low, high):
     assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=2e-4)
 
 
-@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("rank, folded", [(4, False), (4, True), (None, False)])
 @pytest.mark.parametrize("estimate", ["argmax", "average"])
-def test_arithmetic_is_what_torch_counts(rank, estimate):
-    """Matrix products of one evaluation of the path and of the frozen model's token, from shapes alone (attention: one query)."""
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_arithmetic_is_what_torch_counts(rank, folded, estimate, solver):
+    """Matrix products of one evaluation of the path, from shapes alone (attention: one query).
+
+    dopri5 costs the same: the modulation is looked up by its time, and V is made once.
+    """
     l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank)
+    l2d.fold_lora(folded)
     length = 12
     with torch.no_grad():
-        context = l2d.lm.read(torch.randint(258, (1, length))).last()
-        flow, x, rows = VelocityField(l2d, context, estimate), torch.randn(1, 1, 16), torch.arange(1)
-        flow(0.5, x, rows)      # fills the table of the modulation
+        reading = l2d.lm.read(torch.randint(258, (1, length))).last()
+        field, x = VelocityField(l2d, reading, estimate), torch.randn(1, 1, 16)
+        t = torch.full((1,), 0.5) if solver == "dopri5" else 0.5
+        field(t, x)      # fills the table of the modulation
         with FlopCounterMode(display=False) as counter:
-            flow(0.5, x, rows)
-    settings = Settings(steps=1, estimate=estimate)
-    ours = evaluation.flops_per_token(l2d, 1, length, settings) - evaluation.flops_per_token(l2d, 0, length, settings)
-    attention = 4 * 2 * length * 32      # torch does not count the fused attention on every device
-    assert counter.get_total_flops() in (ours, ours - attention)
+            field(t, x)
+    settings = Settings(steps=1, estimate=estimate, solver=solver)
+    one, none = (evaluation.flops_per_token(l2d, nfe, length, settings) for nfe in (1, 0))
+    attention = 4 * 2 * length * 32      # torch does not count fused attention on every device
+    assert counter.get_total_flops() in (one - none, one - none - attention)
 
 
 def test_the_shipped_files_are_those_that_their_readme_describes():
@@ -66,24 +75,66 @@ def test_the_shipped_path_answers_what_its_frozen_model_cannot(tiny, topic, leve
     """The claim of the README, on 40 test problems; the bounds lie far below the measured accuracy."""
     model, tokenizer = tiny
     problems = [make_problem("test", i, topic=topic, level=level) for i in range(40)]
-    frozen, ours = ([a.right for a in evaluation.answer_problems(model, tokenizer, problems, Settings(steps=steps))] for steps in (0, 8))
+    frozen, ours = ([a.right for a in answer_problems(model, tokenizer, TASK, problems, Settings(steps=steps))] for steps in (0, 8))
     assert sum(frozen) / 40 <= 0.1 and sum(ours) / 40 >= least
 
 
 def test_answers_are_graded_and_cut_off_ones_are_wrong(tiny):
     model, tokenizer = tiny
     problems = [make_problem("test", i, topic="strings", level=1) for i in range(6)]
-    answers = evaluation.answer_problems(model, tokenizer, problems, Settings(steps=4))
+    answers = answer_problems(model, tokenizer, TASK, problems, Settings(steps=4))
     assert all(a.right == (a.text == p.answer) for a, p in zip(answers, problems))
-    assert not any(a.right for a in evaluation.answer_problems(model, tokenizer, problems, Settings(steps=4, max_new_tokens=2)))
 
 
-def test_fixed_and_broken_add_up(tiny):
+def test_an_answer_must_end_by_itself_to_be_right(tiny):
+    """The right letters without the stop token behind them are wrong; one token more is enough."""
     model, tokenizer = tiny
-    problems = [make_problem("test", i, topic="math", level=1) for i in range(8)]
-    before, after = (evaluation.forced_tokens(model, tokenizer, problems, Settings(steps=steps), 0) for steps in (0, 4))
-    assert len(before) == sum(len(p.response) + 1 for p in problems)
-    assert int(after.sum()) == int(before.sum()) + int((~before & after).sum()) - int((before & ~after).sum())
+    problems = [make_problem("test", i, topic="strings", level=1) for i in range(40)]
+    answers = answer_problems(model, tokenizer, TASK, problems, Settings(steps=2))
+    right = next(i for i, answer in enumerate(answers) if answer.right)
+    problem, length = problems[right], len(answers[right].ids)
+    for room, expected in ((length, False), (length + 1, True)):
+        settings = Settings(steps=2, max_new_tokens=room)
+        again, = answer_problems(model, tokenizer, TASK, [problem], settings)
+        assert again.text == problem.answer and again.right == expected
+
+
+def test_changes_are_counted_by_direction():
+    before = torch.tensor([0, 0, 0, 1, 1, 1, 1]).bool()
+    after = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()
+    assert evaluation.changes(before, after) == {"tokens": 7, "fixed": 2, "broken": 1}
+
+
+@torch.no_grad()
+def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
+    """Each position read alone, with the same noise, by the sampler's own functions."""
+    model, tokenizer = tiny
+    problems = [make_problem("test", i, topic="math", level=1) for i in range(2)]
+    settings, expected = Settings(steps=3), []
+    for number, problem in enumerate(problems):
+        ids, mask, _, label = TASK.reference(problem, tokenizer)
+        longest = max(len(TASK.reference(p, tokenizer)[0]) for p in problems) - 1
+        noise = torch.randn(longest, model.config.width,
+                            generator=torch.Generator().manual_seed(number))
+        for k in range(1, len(ids)):
+            if mask[k]:
+                reading = model.lm.read(torch.tensor(ids[None, :k])).last()
+                field = VelocityField(model, reading, class_ids=torch.tensor([label]))
+                x_0 = model.config.sigma * noise[None, k - 1:k]
+                logits = field.logits(odeint(field, x_0, "euler", 3).x)
+                expected.append(int(logits.argmax()) == ids[k])
+    found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
+    assert found.tolist() == expected and 0 < sum(expected)
+
+
+def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
+    model, tokenizer = tiny
+    problems = [make_problem("test", i, topic="math", level=2) for i in range(12)]
+    settings = Settings(steps=2, temperature=1.0, estimate="sample")
+    texts = [[a.text for a in answer_problems(model, tokenizer, TASK, problems, settings, seed)]
+             for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert TASK.problem(("math", 1), 0, 0) != TASK.problem(("math", 1), 0, 1)
 
 
 @pytest.mark.parametrize("estimate", ["argmax", "sample", "average"])
@@ -95,8 +146,8 @@ def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estima
     for word in ("frozen", "euler 1", "euler 2", "dopri5", "strings   1", "NFE/token", "MFLOP/token", "temperature 1", "fixed", "broken", "w = 0"):
         assert word in printed
     assert len(result["accuracy"]) == 2 * 2 * 4 and {"args", "commit", "torch", "machine", "base_sha256", "guidance", "fixed_and_broken"} <= result.keys()
-    cells = {(r["level"], r["temperature"], r["column"]): r for r in result["accuracy"]}
-    assert cells[1, 0.0, "frozen"]["nfe_per_token"] == 0 and cells[1, 0.0, "euler 2"]["nfe_per_token"] == 3
+    cells = {(r["group"], r["temperature"], r["column"]): r for r in result["accuracy"]}
+    assert cells["strings   1", 0.0, "frozen"]["nfe_per_token"] == 0 and cells["strings   1", 0.0, "euler 2"]["nfe_per_token"] == 3
     assert all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 and r["seconds"] > 0 for r in result["accuracy"])
     assert not list(tmp_path.glob("*.part"))
 

@@ -14,9 +14,12 @@ from test_oracle import p_value
 from data.tiny.topics import LEVELS
 from diffusion import L2D, L2DConfig
 from model import LM
+from data.stop import Stop
+from data.tokenizer import load_tokenizer
 from sample import Settings, generate, main
 from solvers import odeint
 
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
 ADAPTIVE = dict(solver="dopri5", rtol=0.5, atol=0.5)     # random models hesitate a lot; a loose tolerance keeps the tests short
 SAMPLED = dict(temperature=1.0, estimate="sample")
@@ -53,13 +56,14 @@ def l2d_by_hand(l2d, prompt, count, settings, seed, class_id=None):
             whole = torch.cat((torch.zeros(1, len(ids) - 1, Z), x), dim=1)
             return l2d(text, whole, torch.full(text.shape, float(t)), None if label is None else torch.tensor([label]))[:, -1:]
 
-        def velocity(t, x, rows):
+        def velocity(t, x):
             total = 0
             for weight, label in mixture:
                 guess = logits(x, t, label)
                 point = l2d.vocabulary()[guess.argmax(-1)] if settings.estimate == "argmax" else guess.softmax(-1) @ l2d.vocabulary()
                 total = total + weight * (point - x) / (1 - float(t))
-            return total
+            return total, None
+
         x_0 = l2d.config.sigma * torch.randn(1, Z, generator=g)[None]
         x_1 = odeint(velocity, x_0, settings.solver, settings.steps, settings.rtol, settings.atol).x
         ids.append(int(sum(weight * logits(x_1, 1.0, label) for weight, label in mixture).argmax()))
@@ -127,9 +131,9 @@ def test_finished_sequences_leave_and_the_others_do_not_notice(family, options, 
     stop = max((token for answer in free for token in answer.ids), key=lambda token: len(set(lengths(token))))
     expected = lengths(stop)
     assert len(set(expected)) > 1      # the token at which they stop at the most different times
-    original = LM.context
-    monkeypatch.setattr(LM, "context", lambda self, ids, *rest: sizes.append(len(ids)) or original(self, ids, *rest))
-    answers = generate(l2d, PROMPTS, settings, {stop}, class_ids=classes)
+    original = LM.read
+    monkeypatch.setattr(LM, "read", lambda self, ids, *rest: sizes.append(len(ids)) or original(self, ids, *rest))
+    answers = generate(l2d, PROMPTS, settings, Stop({stop}), class_ids=classes)
     for answer, whole, length in zip(answers, free, expected):
         assert answer.ids == whole.ids[:length] and answer.stopped == (length < 6)
         assert answer.nfe == whole.nfe[:length + 1]      # the stop token was paid for too
@@ -139,8 +143,63 @@ def test_finished_sequences_leave_and_the_others_do_not_notice(family, options, 
 def test_tokens_are_announced_as_they_come():
     told = [[] for _ in PROMPTS]
     free = generate(make_lm(), PROMPTS, Settings(steps=0, max_new_tokens=8))
-    answers = generate(make_lm(), PROMPTS, Settings(steps=0, max_new_tokens=8), {free[0].ids[3]}, on_token=lambda i, token: told[i].append(token))
+    answers = generate(make_lm(), PROMPTS, Settings(steps=0, max_new_tokens=8), Stop({free[0].ids[3]}), on_token=lambda i, token: told[i].append(token))
     assert told == ids_of(answers) and answers[0].stopped
+
+
+# --- stop strings ---
+
+class Letters:
+    """A tokenizer whose token i is a piece of text."""
+
+    def __init__(self, pieces):
+        self.pieces = [piece.encode() for piece in pieces]
+
+    def decode(self, ids):
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+
+PIECES = ["a", "\n\n", "Que", "stion", ":", "x\n", "\nQ", "é", "b"]
+
+
+@pytest.mark.parametrize("ids, strings, at, text", [
+    ([0, 1, 2, 3, 4, 8], ["\n\nQuestion:"], 4, "a"),            # over four tokens
+    ([0, 5, 6, 8], ["\nQ"], 2, "ax\n"),                           # begins and ends with a token
+    ([0, 5, 6, 8], ["\n\n"], 2, "ax"),                            # begins and ends inside tokens
+    ([8, 7, 0], ["é"], 1, "b"),                                    # two bytes, one token
+    ([0, 8, 0], ["zz", "b"], 1, "a"),                              # any of several
+    ([0, 8, 0], ["zz"], None, "aba"),
+])
+def test_a_stop_string_is_found_at_the_token_that_completes_it(ids, strings, at, text):
+    stop = Stop(set(), strings, Letters(PIECES))
+    found = [n for n in range(len(ids)) if stop.found(ids[:n + 1])]
+    assert found[:1] == ([] if at is None else [at])
+    end = len(ids) if at is None else at + 1
+    assert stop.text(ids[:end]) == text
+
+
+@pytest.mark.parametrize("options", [dict(steps=0), dict(steps=4)])
+def test_an_answer_that_ends_with_a_string_costs_nothing_more(options):
+    """The others in the batch do not notice, and every token is told."""
+    l2d, settings, told = make_l2d(), Settings(max_new_tokens=8, **options), []
+    tokenizer = Letters([f"<{i}>" for i in range(258)])
+    free = generate(l2d, PROMPTS, settings)
+    ids = free[0].ids
+    string = f"{ids[2]}><{ids[3]}"          # from inside one token into the next
+    assert all(string not in tokenizer.decode(answer.ids) for answer in free[1:])
+    cut = generate(l2d, PROMPTS, settings, Stop(set(), [string], tokenizer),
+                   on_token=lambda number, token: told.append((number, token)))
+    assert cut[0].stopped and cut[0].ids == ids[:4] and cut[0].nfe == free[0].nfe[:4]
+    assert cut[0].text == tokenizer.decode(ids[:2]) + "<"
+    assert ids_of(cut[1:]) == ids_of(free[1:])
+    assert [token for number, token in told if number == 0] == ids[:4]
+
+
+def test_stop_texts_of_the_command_line_may_name_special_tokens():
+    tokenizer = load_tokenizer(TINY)
+    stop = Stop.of(tokenizer, ["<|end_of_text|>", "xy"])
+    assert stop.strings == ["xy"] and stop.ids == set(tokenizer.stop_ids)
+    assert tokenizer.special["<|end_of_text|>"] in stop.ids
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -148,12 +207,30 @@ def test_tokens_are_announced_as_they_come():
 @pytest.mark.parametrize("solver, cost", COSTS)
 @pytest.mark.parametrize("guidance, factor", [(0, 1), (1, 1), (2, 2), (0.5, 2)])
 def test_cost_of_a_token(solver, cost, guidance, factor, monkeypatch):
-    """What is reported is what was evaluated: every call of the network, counted at its door."""
-    l2d, calls, original = make_l2d(classes=2), [], L2D.denoise
-    monkeypatch.setattr(L2D, "denoise", lambda *args: calls.append(1) or original(*args))
-    answers = generate(l2d, PROMPTS[:2], Settings(steps=4, solver=solver, guidance=guidance, max_new_tokens=3), class_ids=[0, 1])
+    """What is reported is what was evaluated: every call of the network, counted at its door.
+
+    With guidance both lines are one call, of twice the batch.
+    """
+    l2d, sizes, original = make_l2d(classes=2), [], L2D.denoise
+
+    def counted(self, x_t, *rest):
+        sizes.append(len(x_t))
+        return original(self, x_t, *rest)
+
+    monkeypatch.setattr(L2D, "denoise", counted)
+    settings = Settings(steps=4, solver=solver, guidance=guidance, max_new_tokens=3)
+    answers = generate(l2d, PROMPTS[:2], settings, class_ids=[0, 1])
     assert [answer.nfe for answer in answers] == [[factor * cost] * 3] * 2
-    assert len(calls) == 3 * factor * cost
+    assert sizes == [2 * factor] * (3 * cost)
+
+
+@pytest.mark.parametrize("max_nfe, calls", [(1, 1), (2, 1), (6, 3), (7, 3), (16, 8)])
+def test_a_budget_counts_both_lines_of_guidance(max_nfe, calls):
+    """8 Euler steps would cost 16 with guidance; the final look is not part of the budget."""
+    settings = Settings(steps=8, guidance=2.0, max_nfe=max_nfe, max_new_tokens=2)
+    answers = generate(make_l2d(classes=2), PROMPTS[:2], settings, class_ids=[0, 1])
+    assert all(answer.nfe == [2 * (calls + 1)] * 2 for answer in answers)
+    assert all(answer.unfinished == (0 if calls == 8 else 2) for answer in answers)
 
 
 def test_adaptive_costs_differ_from_token_to_token():
@@ -164,8 +241,8 @@ def test_adaptive_costs_differ_from_token_to_token():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_modulation_is_computed_once_per_time(guidance, monkeypatch):
-    calls, original = [], L2D.modulate
-    monkeypatch.setattr(L2D, "modulate", lambda self, t, *rest: calls.append(float(t[0])) or original(self, t, *rest))
+    calls, original = [], L2D.modulation
+    monkeypatch.setattr(L2D, "modulation", lambda self, t, *rest: calls.append(float(t[0])) or original(self, t, *rest))
     generate(make_l2d(classes=2), PROMPTS, Settings(steps=4, guidance=guidance, max_new_tokens=2), class_ids=[0, 1, 1, 0])
     assert calls == [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -184,9 +261,23 @@ def test_guesses_of_the_traced_token_are_kept():
     traced = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3, trace_token=1))
     plain = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3))
     assert ids_of(traced) == ids_of(plain) and all(answer.guesses == [] for answer in (*plain, *traced[1:]))
-    assert [t for t, _, _ in traced[0].guesses][:4] == [0.0, 0.25, 0.5, 0.75]
+    assert [t for t, _, _ in traced[0].guesses] == [0.0, 0.25, 0.5, 0.75, 1.0]
     frozen = l2d.lm(torch.tensor([PROMPTS[0] + traced[0].ids[:1]]))[0, -1].softmax(-1)     # at t = 0 the guess is the frozen model's
     assert traced[0].guesses[0][1:] == (int(frozen.argmax()), pytest.approx(float(frozen.max()), abs=1e-5))
+
+
+def test_times_of_an_adaptive_trace_run_from_noise_to_data():
+    settings = Settings(max_new_tokens=1, trace_token=0, **ADAPTIVE)
+    for l2d in (make_l2d(perturb=0), make_l2d()):
+        traced, = generate(l2d, PROMPTS[:1], settings)
+        times = [t for t, _, _ in traced.guesses]
+        assert times[0] == 0 and times[-1] == 1 and max(times[:-1]) < 1
+        assert len(times) == traced.nfe[0]
+    # a path that never hesitates: nodes of Dormand and Prince, three steps of 1/4, then ½ and ¾
+    calm, = generate(make_l2d(perturb=0), PROMPTS[:1], settings)
+    nodes = [1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
+    expected = [0.0] + [k / 4 + c / 4 for k in range(3) for c in nodes] + [0.875, 0.9375, 1.0]
+    assert [t for t, _, _ in calm.guesses] == pytest.approx(expected)
 
 
 # --- choosing the token -----------------------------------------------------------------------------------------------
@@ -244,9 +335,6 @@ def test_what_cannot_be_continued_is_refused(call, message):
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
-
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -356,7 +444,7 @@ BAD = {
     "class number": (["--prompt", "ab", "--class", "5"], "path", "--class '5' is not supported"),
     "class without classes": (["--prompt", "ab", "--class", "0", "--steps", "0"], "base", "this model has no classes"),
     "guidance without class": (["--prompt", "ab", "--guidance", "2"], "path", "--class"),
-    "stop": (["--prompt", "ab", "--stop", "xy"], "path", "--stop 'xy' is 2 tokens"),
+    "stop": (["--prompt", "ab", "--stop", ""], "path", "--stop is empty; allowed: a text of at least one"),
     "num_samples": (["--prompt", "ab", "--num_samples", "0"], "path", "--num_samples 0 is out of range"),
     "batch_size": (["--prompt", "ab", "--batch_size", "0"], "path", "--batch_size 0 is out of range"),
     "steps": (["--prompt", "ab", "--steps", "-1"], "path", "steps = -1 is out of range"),

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import LLAMA, make_ids, make_lm
-from diffusion import IGNORE, L2D, L2DConfig
-from model import LM, LoRA, map_linears
+from data.batches import IGNORE, collate
+from diffusion import L2D, L2DConfig
+from model import LM, LoRA
 
 ROOT = Path(train.__file__).parent
 FLAGS = {"batch_size": 4, "accumulate": 1, "width": 8, "cond_dim": 8, "rank": 2, "updates": 6, "warmup": 2, "lr": 0.01,
@@ -135,14 +136,6 @@ def test_gradient_reaches_the_whole_path_within_five_updates_and_never_the_base(
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
-@pytest.mark.parametrize("rank", [2, None])
-def test_the_first_gradient_reaches_only_the_last_layer_of_the_merge(rank):
-    l2d = L2D(make_lm(), L2DConfig(8, 8, rank=rank, classes=5))
-    ids = make_ids(4, 12)
-    l2d.loss(ids[:, :-1], ids[:, 1:], class_ids=torch.tensor([0, 1, 2, 3]), generator=torch.Generator().manual_seed(0)).backward()
-    assert [name for name, p in l2d.path_parameters().items() if p.grad is not None and p.grad.any()] == ["merge.2.weight"]
-
-
 def test_the_saved_path_is_the_trained_one(base, tmp_path):
     model = run(base, tmp_path / "out")["model"]
     again, tensors = L2D.load(tmp_path / "out", device="cpu"), load_file(tmp_path / "out" / "state.safetensors")
@@ -168,13 +161,13 @@ def test_a_merged_model_equals_the_adapted_one(family):
     lm, ids = make_lm(family), make_ids()
     with torch.no_grad():
         plain = lm(ids)
-        map_linears(lm, lambda linear: LoRA(linear, 4, alpha=8.0))
+        train.replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, 4, alpha=8.0))
         assert torch.equal(lm(ids), plain)              # B starts at zero
         adapters = [module for module in lm.modules() if isinstance(module, LoRA)]
         for i, adapter in enumerate(adapters):
             adapter.B.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
         adapted = lm(ids)
-        map_linears(lm, lambda module: module.merged())
+        train.replace_linears(lm, LoRA, train.merge_linear)
         merged = lm(ids)
     assert len(adapters) == 2 * (6 if lm.config.model_type == "gpt2" else 7)
     assert not any(isinstance(module, LoRA) for module in lm.modules())
@@ -194,7 +187,7 @@ def test_one_batch_is_learned_by_heart(method, base):
     """Sixty updates on the same rows, times and noise leave a twentieth of the loss (measured: a five-hundredth and less)."""
     args = Namespace(**{**FLAGS, "lr": 0.02, "weight_decay": 0.0, "rank": 8, "width": 16, "cond_dim": 32}, method=method,
                      init_from=str(base), seed=0, cache_dir=None, full_copies=False, time_distribution="uniform")
-    (model, _), batch = train.build_model(args, classes=0), train.collate(rows(4, 12), "cpu")
+    (model, _), batch = train.build_model(args, classes=0), collate(rows(4, 12), "cpu")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = train.build_optimizer(trainable, args), []
     for _ in range(60):
@@ -248,7 +241,7 @@ def test_matrices_decay_and_biases_and_norms_do_not():
         p.requires_grad_().grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in everything.items():
-        vector = name.endswith("bias") or "norm" in name
+        vector = name.endswith("bias") or "norm" in name or "ln_f" in name
         assert torch.allclose(p, before[name] * (1 if vector else 0.95), atol=1e-7), name
 
 
@@ -284,14 +277,14 @@ def test_every_row_is_seen_once_an_epoch_and_in_another_order_in_the_next():
 
 
 def test_targets_are_the_next_tokens_of_the_response():
-    batch = train.collate([([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)], "cpu")
+    batch = collate([([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)], "cpu")
     assert batch["ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
     assert batch["targets"].tolist() == [[IGNORE, 9, 10], [6, IGNORE, IGNORE]]
     assert batch["class_ids"].tolist() == [3, 0] and "documents" not in batch
 
 
 def test_packed_rows_keep_their_documents():
-    batch = train.collate([([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])], "cpu")
+    batch = collate([([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])], "cpu")
     assert batch["documents"].tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
     assert batch["targets"].tolist() == [[2, IGNORE, 4, 5], [2, 3, IGNORE, IGNORE]] and "class_ids" not in batch
 
@@ -301,9 +294,9 @@ def test_padding_and_neighbours_change_no_loss():
     packed = [torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(a[:2], b[:2])]
     packed.append(torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor([len(a[0]), len(b[0])])))
     with torch.no_grad():
-        alone = [train.token_losses(lm, train.collate([row], "cpu"), None)[0] for row in (a, b, c)]
-        padded = train.token_losses(lm, train.collate([a, b, c], "cpu"), None)[0]
-        together = train.token_losses(lm, train.collate([packed, c], "cpu"), None)[0]
+        alone = [train.token_losses(lm, collate([row], "cpu"), None)[0] for row in (a, b, c)]
+        padded = train.token_losses(lm, collate([a, b, c], "cpu"), None)[0]
+        together = train.token_losses(lm, collate([packed, c], "cpu"), None)[0]
         count = len(a[0]) - len(a[0]) // 3
         by_hand = F.cross_entropy(lm(torch.tensor([a[0]]))[0, -count - 1:-1], torch.tensor(a[0][-count:]), reduction="none")
     assert torch.allclose(alone[0], by_hand, atol=1e-5)
@@ -332,7 +325,7 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
 def test_validation_is_the_plain_loss_of_a_language_model_and_repeats(base):
     lm, data, args = make_lm(), rows(9, 12), Namespace(batch_size=4, val_rows=100)
     with torch.no_grad():
-        expected = torch.cat([train.token_losses(lm, train.collate([row], "cpu"), None)[0] for row in data]).mean()
+        expected = torch.cat([train.token_losses(lm, collate([row], "cpu"), None)[0] for row in data]).mean()
     assert train.validate(lm, data, args, "cpu") == {"val_loss": pytest.approx(float(expected), abs=1e-3)}
     l2d = L2D(lm, L2DConfig(8, 8, rank=2))
     first, second = (train.validate(l2d, data, args, "cpu") for _ in range(2))
@@ -441,3 +434,56 @@ def test_resuming_on_another_base_is_refused_in_one_line(base, capsys, tmp_path)
 def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda *args: (rows(8, 12), []))
     assert "valid" in refused(capsys, f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags())
+
+
+# --- presets and one update ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, preset, updates", [
+    ([], "tiny", 2700),
+    (["--init_from=scratch", "--method=pretrain"], "scratch", 2600),
+    (["--init_from=gpt2"], "topics", 1000),
+    (["--init_from=gpt2", "--data=somewhere"], "paper", 27_900),
+    (["--init_from=tiny", "--data=somewhere"], "tiny", 2700),
+    (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
+])
+def test_the_preset_fits_model_and_data(flags, preset, updates):
+    args = train.parse(flags)
+    assert (args.preset, args.updates) == (preset, updates)
+    assert args.lr == train.PRESETS[preset]["lr"]
+
+
+def test_the_plan_is_said_before_and_the_pace_after_ten_updates(base, tmp_path, capsys):
+    run(base, tmp_path / "out", updates=12)
+    text = capsys.readouterr().out
+    assert "preset topics: 12 updates of 4 rows, lr 0.01, validation every 100" in text
+    assert "at the pace of the first 10 updates:" in text and "min left" in text
+    assert text.index("preset topics") < text.index("at the pace")
+    run(base, tmp_path / "short", updates=9)
+    assert "at the pace" not in capsys.readouterr().out
+
+
+def test_the_optimizer_has_the_papers_betas_and_warms_up(base, tmp_path):
+    run(base, tmp_path / "out", warmup=4)
+    assert [entry["lr"] for entry in updates(tmp_path / "out")][:5] == pytest.approx(
+        [0.0025, 0.005, 0.0075, 0.01, 0.01])
+    optimizer = train.build_optimizer({"w": nn.Parameter(torch.ones(2, 2))},
+                                      Namespace(lr=1.0, weight_decay=0.0))
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_one_update_on_two_batches_is_one_update_on_both_together():
+    """Every token weighs the same: the rows differ in length, so a mean of means would not do."""
+    states = []
+    for sizes in ([4], [2, 2], [3, 1]):
+        lm, some = make_lm(), rows(4, 12)
+        optimizer = train.build_optimizer(dict(lm.named_parameters()),
+                                          Namespace(lr=0.01, weight_decay=0.0))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        batches = [collate(some[at:at + size], "cpu") for at, size in zip(starts, sizes)]
+        loss, norm, tokens = train.update_once(lm, optimizer, batches, None, clip=1.0)
+        states.append((loss, norm, tokens, lm))
+    for loss, norm, tokens, lm in states[1:]:
+        assert loss == pytest.approx(states[0][0], rel=1e-5) and tokens == states[0][2]
+        assert norm == pytest.approx(states[0][1], rel=1e-4)
+        assert all(p.grad is None for p in lm.parameters())
+    assert not torch.equal(states[0][3].head.weight, make_lm().head.weight)
