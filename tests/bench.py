@@ -1,7 +1,7 @@
 """What each saving is worth, as ratios of medians within one run. Not a test: nothing here can pass or fail.
 
     python tests/bench.py
-    python tests/bench.py --init_from=out --batch_size 16 --context 128 --repeats 30
+    python tests/bench.py --init_from=out --batch_size 16 --context 128 512 --repeats 30
 """
 
 import argparse
@@ -9,14 +9,14 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from diffusion import Flow  # noqa: E402
+from diffusion import VelocityField  # noqa: E402
+from model import KVCache  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
 
 
@@ -32,51 +32,89 @@ def median_ms(work, repeats: int, device) -> float:
     return statistics.median(times[2:])
 
 
+def evaluation_table(model, batch: int, context: int, timed):
+    """One evaluation of the path, and what it would take without each saving."""
+    lm, device = model.lm, next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(lm.config.vocab_size, (batch, context + 1), generator=generator).to(device)
+    cache = KVCache(lm.config.layers)
+    lm.read(ids[:, :-1], cache=cache)
+    reading = lm.read(ids[:, -1:], cache=cache)
+    x = torch.randn(batch, 1, model.config.width, generator=generator).to(device)
+    field = VelocityField(model, reading)
+
+    def decode():
+        cache.length = context      # the newest token is read again, in its place
+        lm.logits(lm.read(ids[:, -1:], cache=cache).hidden)
+
+    def fresh_vocabulary():
+        model.kept_vocabulary = None
+        field(0.5, x)
+
+    def fresh_modulation():
+        model.kept_modulation.clear()
+        field(0.5, x)
+
+    def guided():
+        VelocityField(model, reading, class_ids=classes, guidance=2.0)(0.5, x)
+
+    def apart():
+        VelocityField(model, reading, class_ids=classes)(0.5, x)
+        VelocityField(model, reading)(0.5, x)
+
+    evaluation = timed(lambda: field(0.5, x))
+    print(f"batch {batch}, context {context}: one evaluation of the path {evaluation:.3f} ms; "
+          "below: what it takes instead, and the ratio")
+    works = [("the frozen model's own next token", decode), ("with V made again", fresh_vocabulary),
+             ("with the modulation made again", fresh_modulation)]
+    if model.config.classes:
+        classes = torch.zeros(batch, dtype=torch.long, device=device)
+        works += [("guided, two lines in one batch", guided), ("guided, one after the other", apart)]
+    for name, work in works:
+        ms = timed(work)
+        print(f"  {name:38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
+    model.fold_lora(False)
+    ms = timed(lambda: field(0.5, x))
+    model.fold_lora(True)
+    print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init_from", default="tiny")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--context", type=int, default=64, help="tokens before the one that is drawn")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[64, 1024, 2048],
+                        help="tokens before the one that is drawn")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     model, tokenizer = load_model(args.init_from, device=args.device)
     lm, device = model.lm, next(model.parameters()).device
-    print(f"{platform.platform()}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.repeats}")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.config.vocab_size, (args.batch_size, args.context), generator=generator).to(device)
-    context, read = lm.context(ids).last(), lm.context(ids[:, :-1])
-    cache = lambda: replace(read, keys=list(read.keys), values=list(read.values))    # decoding makes its own longer ones
-    rows = torch.arange(args.batch_size, device=device)
-    x = torch.randn(args.batch_size, 1, model.config.width, generator=generator).to(device)
-    flow = Flow(model, context)
-    timed = lambda work: median_ms(work, args.repeats, device)
-    t = torch.full((1,), 0.5, device=device)
+    print(f"{platform.platform()}, {device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, medians of {args.repeats}")
 
-    def fresh_vocabulary():
-        model._vocabulary = None
-        flow(0.5, x, rows)
+    def timed(work):
+        return median_ms(work, args.repeats, device)
 
-    evaluation = timed(lambda: flow(0.5, x, rows))
-    print(f"one evaluation of the path: {evaluation:.3f} ms; each line below: what it takes instead, and the ratio")
-    for name, work in (
-        ("with V computed again", fresh_vocabulary),
-        ("with the modulation computed again", lambda: flow(t.expand(args.batch_size), x, rows)),
-        ("with the frozen path run again", lambda: (lm.context(ids), flow(0.5, x, rows))),
-        ("the frozen model's own next token", lambda: lm.logits(lm.context(ids[:, -1:], cache=cache()).hidden)),
-    ):
-        ms = timed(work)
-        print(f"  {name:38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
-    prompts = ids[:, :8].tolist()
+    for batch in args.batch_size:
+        for context in args.context:
+            evaluation_table(model, batch, context, timed)
+    ids = torch.randint(lm.config.vocab_size, (args.batch_size[0], 8),
+                        generator=torch.Generator().manual_seed(0)).to(device)
+    prompts = ids.tolist()
     speed = {}
     for steps, solver in ((0, "euler"), (1, "euler"), (8, "euler"), (32, "euler"), (1, "dopri5")):
         settings = Settings(steps=steps, solver=solver, max_new_tokens=16)
-        answers = generate(model, prompts, settings, seeds=range(args.batch_size))
+        answers = generate(model, prompts, settings, seeds=range(len(prompts)))
         nfe = sum(sum(a.nfe) for a in answers) / sum(len(a.nfe) for a in answers)
-        speed[steps, solver] = timed(lambda: generate(model, prompts, settings, seeds=range(args.batch_size)))
-        name = "frozen" if not steps else solver if solver == "dopri5" else f"{solver} {steps}"
-        print(f"generate 16 tokens, {name:9} NFE {nfe:6.1f}  {speed[steps, solver]:9.1f} ms  {speed[steps, solver] / speed[0, 'euler']:6.2f} times the frozen model")
+        speed[steps, solver] = timed(lambda: generate(model, prompts, settings, seeds=range(len(prompts))))
+        name = f"{solver} {steps}"
+        if not steps:
+            name = "frozen"
+        ms = speed[steps, solver]
+        print(f"generate 16 tokens, {name:9} NFE {nfe:6.1f}  {ms:9.1f} ms  "
+              f"{ms / speed[0, 'euler']:6.2f} times the frozen model")
 
 
 if __name__ == "__main__":
