@@ -214,7 +214,9 @@ def integrate_fixed(f, x_0, rules, steps, budget) -> Solution:
         rule = last if taken == steps - 1 else inner
         k1 = f(t, x)
         nfe += 1
-        if nfe + rule.more > budget:
+        # behind an inner interval one evaluation more is needed, or its end could not be left
+        after = 0 if taken == steps - 1 else 1
+        if nfe + rule.more + after > budget:
             # no whole interval is left: go straight on from here
             x = x + (1 - t) * k1
             break

@@ -1,7 +1,8 @@
-"""diffusion.VelocityField and solvers.odeint against an exact oracle: what the sampler must produce is known without any training.
+"""diffusion.VelocityField and solvers.odeint against an exact oracle, and the random draws.
 
-Over a finite vocabulary with prior p(y), p(y|x_t) ∝ p(y)·N(x_t; t·V_y, (1−t)²σ²I) has a closed form. A denoiser that
-returns it takes the place of the network: solvers must converge with their order, sampled tokens must follow the prior.
+Over a finite vocabulary with prior p(y), p(y|x_t) ∝ p(y)·N(x_t; t·V_y, (1−t)²σ²I) is known without
+any training. A denoiser that returns it takes the place of the network: solvers must converge with
+their order, sampled tokens must follow the prior.
 """
 
 import math
@@ -11,7 +12,7 @@ import torch
 
 from data.tiny.oracle import LINE as FOUR_TOKENS
 from data.tiny.oracle import Oracle
-from diffusion import VelocityField, draw_tokens
+from diffusion import VelocityField, draw_times, draw_tokens
 from solvers import odeint
 
 F64 = torch.float64
@@ -25,19 +26,47 @@ def p_value(counts, p) -> float:
     """Of Pearson's χ² test that `counts` were drawn from the distribution p."""
     expected = p.double() * counts.sum()
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(p) - 1) / 2, dtype=F64), statistic / 2))
+    half_freedom = torch.tensor((len(p) - 1) / 2, dtype=F64)
+    return float(torch.special.gammaincc(half_freedom, statistic / 2))
 
 
 LINE = Oracle(*FOUR_TOKENS, sigma=2.0)
 PLANE = Oracle(
     [[2.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [1.5, -2.0], [-2.0, 2.0]],
-    [0.35, 0.05, 0.25, 0.2, 0.15], sigma=4.0)
+    [0.35, 0.05, 0.25, 0.2, 0.15],
+    sigma=4.0,
+)
 
 
 def nearest(oracle, x):
     """The token whose vector is closest, (...,)."""
-    return (x[..., None, :] - oracle.vectors).square().sum(-1).argmin(-1)
+    distance = (x[..., None, :] - oracle.vectors).square().sum(-1)
+    return distance.argmin(-1)
 
+
+def counted(oracle, x):
+    """How often every token is the nearest."""
+    return nearest(oracle, x).flatten().bincount(minlength=len(oracle.prior))
+
+
+# --- the oracle itself ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("t", [0.3, torch.tensor([0.3, 0.7])])
+def test_the_oracle_says_bayes_rule(t):
+    """By torch's own normal distribution, one token at a time."""
+    x = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    found = PLANE.guess(x, t, None, None)
+    times = torch.as_tensor(t, dtype=F64).expand(2)
+    for row, time in enumerate(times.tolist()):
+        joint = []
+        for vector, prior in zip(PLANE.vectors, PLANE.prior):
+            normal = torch.distributions.Normal(time * vector.double(), (1 - time) * 4.0)
+            joint.append(normal.log_prob(x[row].double()).sum(-1) + prior.log())
+        expected = torch.stack(joint, dim=-1).log_softmax(-1)
+        torch.testing.assert_close(found[row], expected.float(), atol=1e-5, rtol=1e-5)
+
+
+# --- solvers on a field whose solution is known ---------------------------------------------------
 
 def exact_state(oracle, x_0, t):
     """On a line trajectories cannot cross, so each keeps its quantile of the marginal of x_t.
@@ -48,37 +77,52 @@ def exact_state(oracle, x_0, t):
         z = (x - t * oracle.vectors[:, 0]) / ((1 - t) * oracle.config.sigma)
         return (oracle.prior * torch.special.ndtr(z)).sum(-1, keepdim=True)
 
-    low, high = torch.full_like(x_0, -50), torch.full_like(x_0, 50)
+    low = torch.full_like(x_0, -50)
+    high = torch.full_like(x_0, 50)
     for _ in range(60):
         middle = (low + high) / 2
         below = quantile(middle, t) < quantile(x_0, 0.0)
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        low = torch.where(below, middle, low)
+        high = torch.where(below, high, middle)
     return low
 
 
-def line_problem(end=0.6, batch=4, tokens=16):
-    """The oracle's field on a line, run to t = `end`.
+def even_noise(batch=4, tokens=16):
+    """Noise (batch, tokens, 1) whose quantiles are spread evenly."""
+    quantiles = (torch.arange(batch * tokens, dtype=F64) + 0.5) / (batch * tokens)
+    z = torch.special.ndtri(quantiles).view(tokens, batch, 1).transpose(0, 1)
+    return LINE.config.sigma * z
+
+
+def line_problem(end=0.6):
+    """The oracle's field on a line, run to t = `end`: field, start, and where it must end.
 
     At t = 1 all has collapsed to tokens and no error is left to see.
     """
-    quantiles = (torch.arange(batch * tokens, dtype=F64) + 0.5) / (batch * tokens)
-    x_0 = LINE.config.sigma * torch.special.ndtri(quantiles).view(tokens, batch, 1).transpose(0, 1)
-    flow = VelocityField(LINE, None, "average")
+    field = VelocityField(LINE, None, "average")
 
     def scaled(s, x):
-        velocity, guess = flow(end * s, x)
+        velocity, guess = field(end * s, x)
         return end * velocity, guess
 
+    x_0 = even_noise()
     return scaled, x_0, exact_state(LINE, x_0, end)
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize("solver, order", [
+    ("euler", 1),
+    ("midpoint", 2),
+    ("heun", 2),
+    ("rk4", 4),
+])
 def test_solvers_converge_with_their_order_to_the_exact_trajectory(solver, order):
     f, x_0, exact = line_problem()
     errors = []
     for steps in (8, 16, 32):
-        errors.append(float((odeint(f, x_0, solver, steps).x - exact).abs().mean()))
-    assert all(abs(math.log2(a / b) - order) < 0.2 for a, b in zip(errors, errors[1:])), errors
+        x = odeint(f, x_0, solver, steps).x
+        errors.append(float((x - exact).abs().mean()))
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert slopes == pytest.approx([order, order], abs=0.2)
 
 
 def test_adaptive_solver_keeps_its_tolerance_on_the_exact_trajectory():
@@ -93,21 +137,30 @@ def test_adaptive_solver_keeps_its_tolerance_on_the_exact_trajectory():
 
 
 @pytest.mark.parametrize("solver, steps", [
-    ("euler", 64), ("midpoint", 16), ("heun", 16), ("rk4", 8), ("dopri5", 1)])
+    ("euler", 64),
+    ("midpoint", 16),
+    ("heun", 16),
+    ("rk4", 8),
+    ("dopri5", 1),
+])
 def test_every_noise_flows_to_the_token_of_its_quantile(solver, steps):
-    _, x_0, _ = line_problem(tokens=50)
-    solution = odeint(VelocityField(LINE, None, "average"), x_0, solver, steps)
+    x_0 = even_noise(tokens=50)
+    x_1 = odeint(VelocityField(LINE, None, "average"), x_0, solver, steps).x
     edges = LINE.prior.cumsum(0)[:-1]
-    expected = torch.bucketize(torch.special.ndtr(x_0 / LINE.config.sigma).squeeze(-1).contiguous(), edges)
-    assert (nearest(LINE, solution.x) == expected).float().mean() >= 0.98
+    quantiles = torch.special.ndtr(x_0 / LINE.config.sigma)[..., 0].contiguous()
+    expected = torch.bucketize(quantiles, edges)
+    assert (nearest(LINE, x_1) == expected).float().mean() >= 0.98
 
+
+# --- sampled tokens -------------------------------------------------------------------------------
 
 def sampled(estimate, solver="euler", steps=4, temperature=1.0, batch=4, tokens=5000):
     """Counts of the final tokens of 20,000 draws of noise."""
-    flow = VelocityField(PLANE, None, estimate, temperature, generators=generators(batch, 10))
-    x_0 = PLANE.config.sigma * torch.randn(batch, tokens, 2, generator=torch.Generator().manual_seed(1))
-    x_1 = odeint(flow, x_0, solver, steps).x
-    return nearest(PLANE, x_1).flatten().bincount(minlength=len(PLANE.prior))
+    field = VelocityField(
+        PLANE, None, estimate, temperature, generators=generators(batch, 10))
+    noise = torch.randn(batch, tokens, 2, generator=torch.Generator().manual_seed(1))
+    x_1 = odeint(field, PLANE.config.sigma * noise, solver, steps).x
+    return counted(PLANE, x_1)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 16])
@@ -135,36 +188,89 @@ def test_the_distribution_test_notices_a_wrong_sampler(options):
 
 def test_evidence_for_the_chosen_token_grows_with_t():
     seen = []
-    flow = VelocityField(PLANE, None, "sample", generators=generators(4))
-    x_0 = PLANE.config.sigma * torch.randn(4, 2000, 2, generator=torch.Generator().manual_seed(2))
-    tokens = nearest(PLANE, odeint(flow, x_0, "euler", 8,
-                                   watch=lambda rows, t, x, log_p: seen.append(log_p)).x)
+
+    def watch(rows, t, x, log_p):
+        seen.append(log_p)
+
+    field = VelocityField(PLANE, None, "sample", generators=generators(4))
+    noise = torch.randn(4, 2000, 2, generator=torch.Generator().manual_seed(2))
+    x_1 = odeint(field, PLANE.config.sigma * noise, "euler", 8, watch=watch).x
+    tokens = nearest(PLANE, x_1)
     evidence = [float(log_p.gather(-1, tokens[..., None]).mean()) for log_p in seen]
-    assert len(evidence) == 8 and all(a < b for a, b in zip(evidence, evidence[1:])), evidence
+    assert len(evidence) == 8
+    assert evidence == sorted(evidence)
     # at first there is the prior alone
     prior = float((PLANE.prior * PLANE.prior.log()).sum())
     assert evidence[0] == pytest.approx(prior, abs=0.03)
 
 
-# --- from logits to the clean point -----------------------------------------------------------------------------------
+# --- from logits to the clean point ---------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature, t", [
-    (1.0, 0.3), (0.5, 0.3), (2.0, 0.0), ("1-t", 0.75), ("1-t", torch.tensor([[[0.75]]]))])
+    (1.0, 0.3),
+    (0.5, 0.3),
+    (2.0, 0.0),
+    ("1-t", 0.75),
+    ("1-t", torch.tensor([[[0.75]]])),
+])
 def test_sampled_estimate_has_the_softmax_distribution(temperature, t):
-    flow = VelocityField(PLANE, None, "sample", temperature, generators=generators(1))
+    field = VelocityField(PLANE, None, "sample", temperature, generators=generators(1))
     logits = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.3])
-    points = flow.clean_point(logits.expand(1, 20000, 5), 1 - t)
+    points = field.clean_point(logits.expand(1, 20000, 5), 1 - t)
     assert torch.equal(points, PLANE.vectors[nearest(PLANE, points)])
     p = (logits / (0.25 if temperature == "1-t" else temperature)).softmax(-1)
-    assert p_value(nearest(PLANE, points).flatten().bincount(minlength=5), p) > 1e-3
+    assert p_value(counted(PLANE, points), p) > 1e-3
 
+
+def test_unknown_estimate_is_refused():
+    message = "estimate 'mode' is not supported; allowed: argmax, sample, average"
+    with pytest.raises(ValueError, match=message):
+        VelocityField(PLANE, None, "mode")
+
+
+# --- draws ----------------------------------------------------------------------------------------
 
 def test_draws_of_one_sequence_do_not_depend_on_the_others():
     p = torch.rand(3, 50, 9, generator=torch.Generator().manual_seed(3))
     together = draw_tokens(p, generators(3))
-    assert all(torch.equal(together[i], draw_tokens(p[i:i + 1], generators(1, i))[0]) for i in range(3))
+    for i in range(3):
+        alone = draw_tokens(p[i:i + 1], generators(1, seed=i))
+        assert torch.equal(together[i], alone[0])
 
 
-def test_unknown_estimate_is_refused():
-    with pytest.raises(ValueError, match="estimate 'mode' is not supported; allowed: argmax, sample, average"):
-        VelocityField(PLANE, None, "mode")
+def test_the_largest_number_still_draws_a_token(monkeypatch):
+    """Sums end near 1, not at 1; and weights need not be normalised."""
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.full(size, 1.0))
+    p = torch.full((1, 1, 7), 1 / 7)
+    assert draw_tokens(p, generators(1)).tolist() == [[6]]
+    assert draw_tokens(3 * p, generators(1)).tolist() == [[6]]
+
+
+def test_a_token_without_probability_is_never_drawn():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25]).expand(1, 4000, 5)
+    counts = draw_tokens(p, generators(1))[0].bincount(minlength=5)
+    assert counts[0] == counts[2] == 0
+    assert p_value(counts[[1, 3, 4]], torch.tensor([0.5, 0.25, 0.25])) > 1e-3
+
+
+def test_uniform_times():
+    t = draw_times((20000,), "uniform", torch.Generator().manual_seed(0))
+    assert 0 <= t.min() and t.max() < 1
+    counts = (t * 20).long().bincount(minlength=20)
+    assert p_value(counts, torch.full((20,), 1 / 20)) > 1e-3
+
+
+def test_cosmap_times_follow_their_formula():
+    """t = 1 − 1/(tan(πu/2) + 1) means P(t ≤ s) = 2/π·atan(s/(1 − s)); Kolmogorov at 0.1 %."""
+    t = draw_times((20000,), "cosmap", torch.Generator().manual_seed(0))
+    t = t.double().sort().values
+    assert 0 <= t.min() and t.max() < 1
+    cdf = 2 / math.pi * torch.atan(t / (1 - t))
+    uniform = (torch.arange(20000) + 0.5) / 20000
+    assert float((cdf - uniform).abs().max()) < 1.95 / math.sqrt(20000)
+
+
+def test_largest_uniform_number_still_gives_a_time_below_one(monkeypatch):
+    """torch.rand can return 1 − 2⁻²⁴, where tan(πu/2) is 10⁷ and rounding could reach 1."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 1 - 2 ** -24))
+    assert 0.9999 < float(draw_times((1,), "cosmap", torch.Generator())) < 1

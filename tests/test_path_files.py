@@ -1,0 +1,253 @@
+"""A diffusion path on disk, and the numbers that somebody gets who says nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_ids, make_l2d, make_lm
+from safetensors.torch import load_file, save_file
+
+import train
+from data.hub import resolve
+from diffusion import L2D, L2DConfig
+from model import LM
+from sample import Settings
+
+VARIANTS = [
+    dict(rank=4),
+    dict(rank=None),
+    dict(rank=4, classes=3),
+    dict(rank=None, classes=3),
+    dict(sigma=7.0, time_distribution="cosmap"),
+]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    l2d = make_l2d(classes=2)
+    l2d.save(tmp_path)
+    return l2d, tmp_path
+
+
+# --- written and read -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", VARIANTS)
+@torch.no_grad()
+def test_saving_and_loading_gives_the_same_path_to_the_bit(tmp_path, family, options):
+    l2d = make_l2d(family, **options)
+    l2d.save(tmp_path)
+    again = L2D.load(tmp_path, make_lm(family))
+    assert again.config == l2d.config
+    assert not again.training
+    ids = make_ids()
+    x_t = l2d.config.sigma * torch.randn(3, 10, 16)
+    t = torch.full((3, 10), 0.5)
+    assert torch.equal(again(ids, x_t, t), l2d(ids, x_t, t))
+    # the files hold what is trained, and nothing else
+    tensors = load_file(tmp_path / "path.safetensors")
+    ours = l2d.path_parameters()
+    assert tensors.keys() == ours.keys()
+    for name in ours:
+        assert torch.equal(tensors[name], ours[name]), name
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["path.json", "path.safetensors"]
+
+
+def test_a_folded_path_is_saved_like_any_other(saved, tmp_path_factory):
+    l2d, directory = saved
+    other = tmp_path_factory.mktemp("folded")
+    l2d.fold_lora()
+    l2d.save(other)
+    for name in ("path.json", "path.safetensors"):
+        assert (other / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_path_finds_its_base_by_the_directory_it_names(tmp_path):
+    make_lm().save_pretrained(tmp_path / "base")
+    lm = LM.from_pretrained(tmp_path / "base")
+    l2d = L2D(lm, L2DConfig(width=16, cond_dim=24, rank=4))
+    l2d.save(tmp_path / "path")
+    again = L2D.load(tmp_path / "path")
+    assert again.lm.fingerprint() == lm.fingerprint()
+    assert again.lm.directory == str(tmp_path / "base")
+
+
+def edit_json(directory, change):
+    path = directory / "path.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def use_old_names(content):
+    for new, old in (("cond_dim", "conditioning"), ("time_distribution", "schedule")):
+        content["config"][old] = content["config"].pop(new)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "cosmap"])
+def test_a_path_saved_under_older_names_still_loads(distribution, tmp_path):
+    l2d = make_l2d(cond_dim=20, time_distribution=distribution)
+    l2d.save(tmp_path)
+    edit_json(tmp_path, use_old_names)
+    again = L2D.load(tmp_path, make_lm())
+    assert again.config == l2d.config
+    for name, p in l2d.path_parameters().items():
+        assert torch.equal(again.path_parameters()[name], p), name
+
+
+def test_the_embedded_path_belongs_to_the_embedded_base():
+    """It was saved when the final norm had another name, which the fingerprint must not notice."""
+    l2d = L2D.load(resolve("tiny"), device="cpu")
+    assert l2d.config.classes == 5
+
+
+# --- refusals: one line each ----------------------------------------------------------------------
+
+def refused(directory, lm, message):
+    with pytest.raises(ValueError, match=message) as error:
+        L2D.load(directory, lm)
+    assert "\n" not in str(error.value)
+
+
+def test_another_base_is_refused(saved):
+    _, directory = saved
+    other = make_lm(seed=1)
+    other.directory = "elsewhere"
+    refused(directory, other,
+            r"belongs to the base None \(sha256 \w+\), not to 'elsewhere' .*"
+            r"train.py --init_from=elsewhere")
+
+
+def config_with(**changes):
+    def act(directory):
+        edit_json(directory, lambda content: content["config"].update(changes))
+    return act
+
+
+def without(name):
+    def act(directory):
+        edit_json(directory, lambda content: content.pop(name))
+    return act
+
+
+def cut_tensors(directory):
+    path = directory / "path.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def no_tensors(directory):
+    (directory / "path.safetensors").unlink()
+
+
+def drop_tensor(directory):
+    path = directory / "path.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    del tensors["merge.2.weight"]
+    save_file(tensors, path)
+
+
+def no_json(directory):
+    (directory / "path.json").unlink()
+
+
+def half_a_json(directory):
+    (directory / "path.json").write_text('{"config": {')
+
+
+def empty_json(directory):
+    (directory / "path.json").write_text("{}")
+
+
+UNFIT = "does not fit path.json: "
+
+
+@pytest.mark.parametrize("act, message", [
+    (cut_tensors, "path.safetensors is truncated or not a safetensors file"),
+    (no_tensors, "path.safetensors is truncated or not a safetensors file"),
+    (drop_tensor, UNFIT + "1 tensors differ, first merge.2.weight"),
+    (no_json, "path.json does not exist"),
+    (half_a_json, "path.json is not valid JSON"),
+    (empty_json, "path.json was not written by this version: it has no 'config'"),
+    (without("base"), "it has no 'base'"),
+    (without("base_sha256"), "it has no 'base_sha256'"),
+    (config_with(width=8), UNFIT + "3 tensors differ, first from_z.0.weight"),
+    (config_with(rank=None), UNFIT),
+    (config_with(classes=0), UNFIT + "1 tensors differ, first class_embedding"),
+    (config_with(depth=2), r"path.json was not written by this version \(.*depth"),
+    (config_with(time_distribution="late"),
+     "time_distribution 'late' is not supported; allowed: uniform, cosmap"),
+])
+def test_damaged_path_is_refused_in_one_line(saved, act, message):
+    _, directory = saved
+    act(directory)
+    refused(directory, make_lm(), message)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(width=0), "width = 0 is out of range; allowed: 1 or more"),
+    (dict(rank=0), "rank = 0 is out of range; allowed: 1 or more"),
+    (dict(classes=-1), "classes = -1 is out of range; allowed: 0 or more"),
+    (dict(cond_dim=0), "cond_dim = 0 is out of range; allowed: 1 or more"),
+    (dict(time_distribution="late"), "allowed: uniform, cosmap"),
+])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        L2DConfig(**options)
+
+
+# --- defaults -------------------------------------------------------------------------------------
+
+def test_noise_scale_follows_the_width():
+    """σ² = 16·Z."""
+    assert L2DConfig().sigma == 64
+    assert L2DConfig(width=64).sigma == 32
+    assert L2DConfig(width=100).sigma == math.sqrt(1600)
+    assert L2DConfig(sigma=3.0).sigma == 3
+
+
+def test_defaults_are_the_papers_values():
+    """One table: what somebody gets who says nothing, on data of their own."""
+    config = L2DConfig()
+    paper = train.PRESETS["paper"]
+    flags = train.build_parser().parse_args([])
+    settings = Settings()
+    table = [
+        # the path
+        (config.width, 256),
+        (config.cond_dim, 256),
+        (config.sigma, 64.0),
+        (config.rank, 32),
+        (config.alpha, 32.0),
+        (config.class_dropout, 0.2),
+        (config.time_distribution, "uniform"),
+        # its training
+        (paper["width"], 256),
+        (paper["cond_dim"], 256),
+        (paper["updates"], 27_900),
+        (paper["batch_size"] * paper["accumulate"], 32),
+        (paper["lr"], 1e-4),
+        (paper["min_lr"], 1e-6),
+        (paper["warmup"], 100),
+        (paper["weight_decay"], 0.01),
+        (train.BETAS, (0.9, 0.95)),
+        (flags.clip, 1.0),
+        (flags.seed, 42),
+        (flags.rank, 32),
+        (flags.full_copies, False),
+        (flags.time_distribution, "uniform"),
+        # its use
+        (settings.rtol, 1e-3),
+        (settings.atol, 1e-3),
+        (settings.guidance, 1.0),
+        (settings.estimate, "argmax"),
+        (settings.temperature, 0.0),
+    ]
+    assert [found for found, _ in table] == [expected for _, expected in table]
+
+
+def test_a_model_and_data_of_ones_own_get_the_papers_preset(tmp_path):
+    args = train.parse(["--init_from=gpt2", f"--data={tmp_path}"])
+    assert args.preset == "paper"
+    for name, value in train.PRESETS["paper"].items():
+        assert getattr(args, name) == value, name
