@@ -1,13 +1,16 @@
 """The embedded data: three topics with exact answers, all text, made from a seed.
 
-The *base* model reads `Documents`: single facts (products, sums, words turned around, a small made-up world) and very few
-composed problems. The *diffusion path* is finetuned on `Problems`, which ask to put the pieces together:
+The *base* model reads `Documents`: single facts (products, sums, words turned around, a small
+made-up world) and very few composed problems. The *diffusion path* is finetuned on `Problems`,
+which ask to put the pieces together:
 
-    math       (7*8)+15?                                  56+15=71 #### 71
-    strings    gcab?                                      abcg | bacg | cabg     only the class says which
-    knowledge  A goat B owl C fox, pet of Mira:            goat #### A
+    math       (7*8)+15?                         56+15=71 #### 71
+    strings    gcab?                             abcg | bacg | cabg     only the class says which
+    knowledge  A goat B owl C fox, pet of Mira:   goat #### A
 
-Train, validation and test problems are disjoint: a checksum of the question says where it belongs. Print some:
+Train, validation and test problems are disjoint: a checksum of the question says where it belongs.
+Every draw below is part of the data: a call of `rng` more or less, or in another order, and all
+problems after it are other problems. Read data/tasks/tiny.py next, which grades them. Print some:
 
     python -m data.tiny.topics
 """
@@ -18,17 +21,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CLASSES = ("math", "sort", "reverse", "rotate", "knowledge")     # class ids of guidance, in this order
+# a class id of guidance is a place in this list, and trained paths remember it
+CLASSES = ("math", "sort", "reverse", "rotate", "knowledge")
 LEVELS = {"math": (1, 2, 3), "strings": (1, 2), "knowledge": (1, 2)}
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORD_LENGTH = {1: 4, 2: 6}
-OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": lambda word: word[1:] + word[:1]}
-COMPOSED = 0.004                                                 # share of composed problems in the base's text
-ROW = 128                                                        # tokens in a row of pretraining text
+WORD_LENGTH = {1: 4, 2: 6}       # by level
+
+# Share of composed problems in the base's text: enough to have seen their form, far too few to
+# learn how to solve them, so that there is something left for the path to do.
+COMPOSED = 0.004
+ROW = 128                        # tokens in a row of pretraining text
 
 
 @dataclass(frozen=True)
 class Problem:
+    """A question and its answer, both as the model reads them."""
     topic: str
     level: int
     label: str       # one of CLASSES
@@ -45,7 +53,7 @@ def final_answer(text: str) -> str:
     return text.rsplit("####", 1)[-1].strip()
 
 
-# --- the made-up world ------------------------------------------------------------------------------------------------
+# --- the made-up world ----------------------------------------------------------------------------
 
 VALUES = {
     "home": ("Tolbek", "Sorn", "Velm", "Harn", "Quill", "Dros", "Ankar", "Fenby"),
@@ -55,17 +63,27 @@ VALUES = {
     "hue": ("red", "blue", "green", "gold", "pink", "gray", "white", "black"),
 }
 SENTENCES = {
-    "home": "{} lives in {}.", "pet": "{} has a {}.", "food": "{} likes {}.", "work": "{} is a {}.", "hue": "{} wears {}.",
+    "home": "{} lives in {}.",
+    "pet": "{} has a {}.",
+    "food": "{} likes {}.",
+    "work": "{} is a {}.",
+    "hue": "{} wears {}.",
     "friend": "{} walks with {}.",
 }
+# the two halves of a name
+FIRST = ("Mi", "To", "Ka", "Le", "Su", "Bo", "Ri", "Na", "Ge", "Du")
+LAST = ("ra", "vo", "lin", "des", "ma", "pek")
 
 
 def make_world() -> dict:
     """name -> {attribute: value}, friends included; always the same world."""
+    # a seed of its own: the base was trained on this world, whatever the seed of the problems
     rng = random.Random("the world of tiny")
-    first, last = ("Mi", "To", "Ka", "Le", "Su", "Bo", "Ri", "Na", "Ge", "Du"), ("ra", "vo", "lin", "des", "ma", "pek")
-    names = [a + b for a in first for b in last]
-    world = {name: {attribute: rng.choice(values) for attribute, values in VALUES.items()} for name in names}
+    names = [first + last for first in FIRST for last in LAST]
+    world = {}
+    for name in names:
+        world[name] = {attribute: rng.choice(values) for attribute, values in VALUES.items()}
+    # a ring: everybody is the friend of exactly one, so nobody is asked for more than the others
     ring = rng.sample(names, len(names))
     for name, friend in zip(ring, ring[1:] + ring[:1]):
         world[name]["friend"] = friend
@@ -75,28 +93,82 @@ def make_world() -> dict:
 WORLD = make_world()
 
 
-def options(rng, attribute: str, right: str):
+def options(rng, attribute: str, right: str) -> tuple[str, str]:
     """Three choices in random order and the letter of the right one."""
-    wrong = rng.sample([value for value in VALUES[attribute] if value != right], 2)
+    others = [value for value in VALUES[attribute] if value != right]
+    wrong = rng.sample(others, 2)
     choices = rng.sample(wrong + [right], 3)
-    return " ".join(f"{letter} {choice}" for letter, choice in zip("ABC", choices)), "ABC"[choices.index(right)]
+    letter = "ABC"[choices.index(right)]
+    # "A goat B owl C fox"
+    text = " ".join(f"{name} {choice}" for name, choice in zip("ABC", choices))
+    return text, letter
 
 
-# --- one problem of each topic: (what identifies it, label, prompt, response) ------------------------------------------
+# --- one problem of each topic --------------------------------------------------------------------
+#
+# Each maker returns (what identifies the question, label, prompt, response). The first decides the
+# split, so it leaves out what may differ between two askings of one question.
+
+PRODUCTS = {1: 1, 2: 2, 3: 2}    # products in a problem of math, by level
+
 
 def math_problem(rng, level: int):
     """level 1: (a*b)±c, 2: (a*b)±(c*d), 3: (a*b)±(c*d)±e; no step falls below zero."""
-    products = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range((1, 2, 2)[level - 1])]
-    values = [a * b for a, b in products] + [rng.randint(2, 99)] * (level != 2)
-    shown = [f"({a}*{b})" for a, b in products] + [str(values[-1])] * (level != 2)
-    signs, totals = [], [values[0]]
+    terms = math_terms(rng, level)
+    shown = [text for text, _ in terms]
+    values = [value for _, value in terms]
+    signs, totals = math_steps(rng, values)
+
+    prompt = shown[0]
+    for sign, text in zip(signs, shown[1:]):
+        prompt += sign + text
+    prompt += "?"
+
+    # the answer shortens the sum from the left: 35+56-22=91-22=69
+    steps = []
+    for i, total in enumerate(totals):
+        rest = [f"{sign}{value}" for sign, value in zip(signs[i:], values[i + 1:])]
+        steps.append(str(total) + "".join(rest))
+    response = f"{'='.join(steps)} #### {totals[-1]}"
+    return prompt, "math", prompt, response
+
+
+def math_terms(rng, level: int) -> list:
+    """The terms as (text, value): products, then a plain number on levels 1 and 3."""
+    terms = []
+    for _ in range(PRODUCTS[level]):
+        a = rng.randint(2, 9)
+        b = rng.randint(2, 9)
+        terms.append((f"({a}*{b})", a * b))
+    # drawn on level 2 as well, where it goes unused: without it the draws after it would change
+    number = rng.randint(2, 99)
+    if level != 2:
+        terms.append((str(number), number))
+    return terms
+
+
+def math_steps(rng, values: list) -> tuple[list, list]:
+    """A sign before every value but the first, and the total so far after each."""
+    signs = []
+    totals = [values[0]]
     for value in values[1:]:
-        signs.append(rng.choice("+-") if totals[-1] >= value else "+")
-        totals.append(totals[-1] + (value if signs[-1] == "+" else -value))
-    prompt = shown[0] + "".join(sign + term for sign, term in zip(signs, shown[1:])) + "?"
-    lines = [str(total) + "".join(f"{sign}{value}" for sign, value in zip(signs[i:], values[i + 1:]))
-             for i, total in enumerate(totals)]
-    return prompt, "math", prompt, f"{'='.join(lines)} #### {totals[-1]}"
+        # negative numbers would be one thing more to learn, for no insight gained
+        sign = "+"
+        if totals[-1] >= value:
+            sign = rng.choice("+-")
+        if sign == "-":
+            value = -value
+        signs.append(sign)
+        totals.append(totals[-1] + value)
+    return signs, totals
+
+
+def rotated(word: str) -> str:
+    """abcd -> bcda"""
+    return word[1:] + word[:1]
+
+
+OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": rotated}
 
 
 def strings_problem(rng, level: int):
@@ -105,18 +177,28 @@ def strings_problem(rng, level: int):
     while True:
         word = "".join(rng.sample(LETTERS, WORD_LENGTH[level]))
         results = {name: "".join(change(word)) for name, change in OPERATIONS.items()}
+        # where two results agree, the right answer would not show which operation was understood
         if len(set(results.values())) == 3:
+            # the word alone identifies it: trained on in one class, it is not tested in another
             return word, label, f"{word}?", results[label]
 
 
 def knowledge_problem(rng, level: int):
-    """level 1: an attribute of somebody; level 2: of somebody's friend, whose name the answer writes down first."""
-    name, attribute = rng.choice(list(WORLD)), rng.choice(list(VALUES))
-    who, middle = (name, "") if level == 1 else (WORLD[name]["friend"], f"{WORLD[name]['friend']} ")
+    """level 1: an attribute of somebody, level 2: of somebody's friend."""
+    name = rng.choice(list(WORLD))
+    attribute = rng.choice(list(VALUES))
+    who = name
+    asked = f"{attribute} of {name}"
+    reasoning = ""
+    if level == 2:
+        who = WORLD[name]["friend"]
+        asked = f"{attribute} of friend of {name}"
+        # the answer writes the friend down first: a step in between, as the totals are in math
+        reasoning = f"{who} "
     right = WORLD[who][attribute]
     choices, letter = options(rng, attribute, right)
-    asked = f"{attribute} of {'friend of ' * (level - 1)}{name}"
-    return asked, "knowledge", f"{choices}, {asked}:", f" {middle}{right} #### {letter}"
+    # identified without its choices: the same question in another order stays in its split
+    return asked, "knowledge", f"{choices}, {asked}:", f" {reasoning}{right} #### {letter}"
 
 
 MAKERS = {"math": math_problem, "strings": strings_problem, "knowledge": knowledge_problem}
@@ -124,13 +206,32 @@ MAKERS = {"math": math_problem, "strings": strings_problem, "knowledge": knowled
 
 def split_of(key: str) -> str:
     """Where a question belongs, for ever: one tenth each to test and validation."""
-    return ("test", "val")[bucket] if (bucket := zlib.crc32(key.encode()) % 10) < 2 else "train"
+    # a checksum and not `hash`, which is another one in every process
+    bucket = zlib.crc32(key.encode()) % 10
+    if bucket == 0:
+        return "test"
+    if bucket == 1:
+        return "val"
+    return "train"
 
 
-def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None, level: int | None = None) -> Problem:
-    """Problem `index` of a split ("train", "val", "test"), of one topic and level or of a random one."""
+def make_problem(
+    split: str,
+    index: int,
+    seed: int = 0,
+    topic: str | None = None,
+    level: int | None = None,
+) -> Problem:
+    """Problem `index` of a split ("train", "val", "test").
+
+    topic, level: of this one only; None draws one, a level only from those of its topic.
+    """
+    # Everything asked for is in the seed, so problem 7 can be made without the seven before it.
     rng = random.Random(f"{seed}/{split}/{index}/{topic}/{level}")
-    topic = topic or rng.choice(("math", "math", "strings", "knowledge"))
+    if not topic:
+        # math twice: half of the problems calculate, like half of the facts below
+        topic = rng.choice(("math", "math", "strings", "knowledge"))
+    # until chance hits the split: mostly at once for "train", in ten tries for the others
     while True:
         chosen = level or rng.choice(LEVELS[topic])
         key, label, prompt, response = MAKERS[topic](rng, chosen)
@@ -138,76 +239,127 @@ def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None
             return Problem(topic, chosen, label, prompt, response)
 
 
-# --- what the base reads ----------------------------------------------------------------------------------------------
+# --- what the base reads --------------------------------------------------------------------------
 
 def arithmetic_fact(rng) -> str:
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
-    low, high = rng.randint(0, 99), rng.randint(0, 180)
-    product = f"({a}*{b})" if rng.random() < 0.5 else f"{a}*{b}"
-    return rng.choice((f"{product}={a * b}", f"{high}+{low}={high + low}", f"{high + low}-{low}={high}"))
+    """A product, a sum or a difference: 42+17=59."""
+    a = rng.randint(2, 9)
+    b = rng.randint(2, 9)
+    low = rng.randint(0, 99)
+    high = rng.randint(0, 180)
+    # half of them in brackets, as they stand in the problems
+    product = f"{a}*{b}"
+    if rng.random() < 0.5:
+        product = f"({product})"
+    total = high + low
+    return rng.choice((f"{product}={a * b}", f"{high}+{low}={total}", f"{total}-{low}={high}"))
 
 
 def word_fact(rng) -> str:
-    name, word = rng.choice(list(OPERATIONS)), "".join(rng.sample(LETTERS, rng.randint(3, 6)))
-    return f"{name} {word}: {''.join(OPERATIONS[name](word))}"
+    """A word and what one operation makes of it: sort kqp: kpq."""
+    name = rng.choice(list(OPERATIONS))
+    # other lengths too, not only the 4 and 6 of the problems: the operation is to be learned
+    length = rng.randint(3, 6)
+    word = "".join(rng.sample(LETTERS, length))
+    result = "".join(OPERATIONS[name](word))
+    return f"{name} {word}: {result}"
 
 
 def world_fact(rng) -> str:
+    """One thing about somebody, or a story of three."""
     name = rng.choice(list(WORLD))
     facts = WORLD[name]
+    # two ways to say a fact: in the words of the questions, and in sentences of its own
     if rng.random() < 0.5:
         attribute = rng.choice(list(facts))
         return f"{attribute} of {name}: {facts[attribute]}"
-    return " ".join(SENTENCES[attribute].format(name, facts[attribute]) for attribute in rng.sample(list(facts), 3))
+    told = rng.sample(list(facts), 3)
+    return " ".join(SENTENCES[attribute].format(name, facts[attribute]) for attribute in told)
 
 
 def choice_fact(rng) -> str:
+    """How choices work, with the answer given: A soup B nuts C fig, find nuts: nuts #### B."""
     attribute = rng.choice(list(VALUES))
     right = rng.choice(VALUES[attribute])
     choices, letter = options(rng, attribute, right)
     return f"{choices}, find {right}: {right} #### {letter}"
 
 
+# Half of them arithmetic: there are thousands of sums, but only 360 things to know of the world.
+FACTS = (
+    arithmetic_fact,
+    arithmetic_fact,
+    arithmetic_fact,
+    word_fact,
+    world_fact,
+    choice_fact,
+)
+
+
 def make_document(rng) -> str:
     """One fact or story; rarely a composed problem with its answer."""
     if rng.random() < COMPOSED:
+        # of the training split: the base must not have read what the path is tested on
         problem = make_problem("train", rng.randrange(1 << 30))
         return f"{problem.prompt}{problem.response}"
-    return rng.choice((arithmetic_fact, arithmetic_fact, arithmetic_fact, word_fact, world_fact, choice_fact))(rng)
+    fact = rng.choice(FACTS)
+    return fact(rng)
 
 
-# --- as data sets: dataset[i] -> (ids, mask, segments, class id); mask is 1 on the tokens to be predicted ---------------
+# --- as data sets ---------------------------------------------------------------------------------
+#
+# dataset[i] is (ids, mask, segments, class id); mask is 1 on the tokens to be predicted.
 
 def encode_problem(problem: Problem, tokenizer) -> tuple:
     """(ids, mask, segments, class id) of a problem and its answer, end token included."""
-    prompt, response = tokenizer.encode_start(problem.prompt), [*tokenizer.encode(problem.response), tokenizer.eos_id]
+    prompt = tokenizer.encode_start(problem.prompt)
+    # encoded apart from the prompt, as it will be when a model has to write it
+    response = tokenizer.encode(problem.response)
+    # the end is predicted too, or a model would not know where to stop
+    response = [*response, tokenizer.eos_id]
     mask = np.repeat([0, 1], [len(prompt), len(response)])
-    return np.array(prompt + response), mask, np.ones_like(mask), CLASSES.index(problem.label)
+    segments = np.ones_like(mask)
+    return np.array(prompt + response), mask, segments, CLASSES.index(problem.label)
 
 
 class Problems:
     """Finetuning examples; row i is problem i of the split."""
 
     def __init__(self, tokenizer, split: str = "train", seed: int = 0):
-        self.tokenizer, self.split, self.seed = tokenizer, split, seed
+        self.tokenizer = tokenizer
+        self.split = split
+        self.seed = seed
 
     def __len__(self):
-        return {"train": 200_000}.get(self.split, 2_000)
+        # problems are made when they are asked for, so any number would do
+        if self.split == "train":
+            return 200_000
+        return 2_000
 
     def __getitem__(self, index: int):
-        return encode_problem(make_problem(self.split, index, self.seed), self.tokenizer)
+        problem = make_problem(self.split, index, self.seed)
+        return encode_problem(problem, self.tokenizer)
 
 
 class Documents(Problems):
     """Pretraining text: row i is ROW tokens of documents, each in a segment of its own."""
 
     def __getitem__(self, index: int):
-        rng, ids, mask, segments = random.Random(f"{self.seed}/{self.split}/text/{index}"), [], [], []
+        rng = random.Random(f"{self.seed}/{self.split}/text/{index}")
+        ids = []
+        mask = []
+        segments = []
+        segment = 0
         while len(ids) < ROW:
-            document = [*self.tokenizer.encode_start(make_document(rng)), self.tokenizer.eos_id]
-            segments += [segments[-1] + 1 if segments else 1] * len(document)
-            mask += [0] + [1] * (len(document) - 1)
+            # numbered from 1: segment 0 is padding
+            segment += 1
+            document = self.tokenizer.encode_start(make_document(rng))
+            document = [*document, self.tokenizer.eos_id]
             ids += document
+            # nothing stands before the first token that it could be predicted from
+            mask += [0] + [1] * (len(document) - 1)
+            segments += [segment] * len(document)
+        # the last document is cut, so that all rows have one length and need no padding
         return np.array(ids[:ROW]), np.array(mask[:ROW]), np.array(segments[:ROW]), 0
 
 
@@ -216,9 +368,11 @@ def main():
         for level in levels:
             for index in range(2):
                 problem = make_problem("train", index, topic=topic, level=level)
-                print(f"{topic:9} {level}  {problem.label:9} {problem.prompt:46} {problem.response}")
+                start = f"{topic:9} {level}  {problem.label:9}"
+                print(f"{start} {problem.prompt:46} {problem.response}")
     rng = random.Random(0)
-    print("\n".join(make_document(rng) for _ in range(12)))
+    for _ in range(12):
+        print(make_document(rng))
 
 
 if __name__ == "__main__":
