@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from data.batches import left_pad
-from data.chat import encode_chat
 from data.checkpoint import read_path
 from data.families import choices
 from data.figures import trace_text
+from data.formats import encode_chat
 from data.hub import resolve
 from data.stop import Stop
 from data.tasks import TASKS

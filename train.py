@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 
 from data.batches import IGNORE, collate, draw_rows
-from data.chat import TokenFiles
 from data.checkpoint import copy_tokenizer, pick_device, read_state, write_safetensors
 from data.families import ModelConfig
 from data.hub import resolve
@@ -29,6 +28,7 @@ from data.log import Log
 from data.tasks import TASKS
 from data.tiny.topics import Documents, Problems
 from data.tokenizer import load_tokenizer
+from data.tokens import TokenFiles
 from diffusion import L2D, TIME_DISTRIBUTIONS, L2DConfig
 from model import LM, LoRA
 from sample import Settings, answer_problems

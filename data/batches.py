@@ -1,7 +1,7 @@
 """Rows to batches: padding, targets, and the order in which rows are read.
 
 A row is (ids, mask, documents) and perhaps a class id; mask is 1 on the tokens to be predicted, documents number the
-examples packed into one row. Data sets are in data/chat.py and data/tiny/topics.py; read train.py next.
+examples packed into one row. Data sets are in data/tokens.py and data/tiny/topics.py; read train.py next.
 
     python -m data.batches
 """

@@ -1,9 +1,13 @@
-"""Claims about data/tokenizer.py: the same ids from every file form, exact round trips, one clear line per refusal.
+"""data/tokenizer.py and data/vocab.py.
+
+The same ids from every file form, exact round trips, one clear line per refusal.
 
     python -m pytest tests/test_tokenizer.py
 
-With NANOL2D_SHARED set to a folder that holds data/tokenizers/{gpt2,llama3,qwen2}, published encodings are checked too.
+With NANOL2D_SHARED set to a folder that holds data/tokenizers/{gpt2,llama3,qwen2}, published
+encodings are checked too.
 """
+
 import base64
 import functools
 import json
@@ -16,27 +20,38 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.tokenizer import (GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, Tokenizer, load_tokenizer, main)
+from data.tokenizer import Tokenizer, load_tokenizer, main  # noqa: E402
+from data.vocab import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
 
-# A vocabulary small enough to encode by hand: 256 bytes (id = value), nine merges in the printable alphabet, where
-# "Ġ" is the space and "Ã©" the two bytes of "é"; then the special tokens.
+# A vocabulary small enough to encode by hand: 256 bytes (id = value), nine merges in the printable
+# alphabet, where "Ġ" is the space and "Ã©" the two bytes of "é"; then the special tokens.
 MERGES = ["t h", "th e", "Ġ the", "i n", "1 2", "12 3", "123 4", "Ã ©", "Ġ i"]
 SPECIAL = {"<|begin_of_text|>": 265, "<|end_of_text|>": 266, "<|im_end|>": 267}
 NAMES = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 DECODER = {str(id): {"content": text, "special": True} for text, id in SPECIAL.items()}
 
-AWKWARD = ["", " ", "the in", "  trailing  ", "a\r\nb\r\n\r\n", "\t\n \n x", "1234567890123", "x=[i**2 for i in y[1:]]",
-           "👩‍👩‍👧‍👦 🇩🇪 😀😀", "你好，世界 日本語", "e\u0301 \u0338\u0301\u0327", "한국어", "ſ I'LL don'T",
-           "\x00\x1c\x85\u2028\ufeff", "<|end_of_text|>", "<|im_end|>\u0338", "<|<|im_end|>|>", "\u00a0\u3000\u200b",
-           "½²Ⅷ٣٤", "\U0010ffff\ue000"]
+AWKWARD = [
+    "", " ", "the in", "  trailing  ", "a\r\nb\r\n\r\n", "\t\n \n x", "1234567890123",
+    "x=[i**2 for i in y[1:]]",
+    "👩‍👩‍👧‍👦 🇩🇪 😀😀", "你好，世界 日本語", "e\u0301 \u0338\u0301\u0327",
+    "한국어", "ſ I'LL don'T",
+    "\x00\x1c\x85\u2028\ufeff", "<|end_of_text|>", "<|im_end|>\u0338", "<|<|im_end|>|>",
+    "\u00a0\u3000\u200b", "½²Ⅷ٣٤", "\U0010ffff\ue000",
+]
+BYTES = {bytes([byte]): byte for byte in range(256)}
 
 
 @functools.cache
 def printable(data: bytes) -> str:
-    """Bytes in GPT-2's alphabet, written here a second time: what Latin-1 cannot show moves to U+0100 and up."""
+    """Bytes in GPT-2's alphabet, written here a second time.
+
+    What Latin-1 cannot show moves to U+0100 and up.
+    """
     shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     hidden = [b for b in range(256) if b not in shown]
-    return "".join(chr(b) if b in shown else chr(256 + hidden.index(b)) for b in data)
+    alphabet = {b: chr(b) for b in shown}
+    alphabet.update({b: chr(256 + place) for place, b in enumerate(hidden)})
+    return "".join(alphabet[b] for b in data)
 
 
 def vocabulary():
@@ -49,9 +64,11 @@ def save(directory, **files):
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         stem, _, suffix = name.rpartition("_")
-        content = json.dumps(content) if isinstance(content, dict) else content
-        data = content if isinstance(content, bytes) else content.encode("utf-8")
-        (directory / f"{stem}.{suffix}").write_bytes(data)
+        if isinstance(content, dict):
+            content = json.dumps(content)
+        if isinstance(content, str):
+            content = content.encode("utf-8")
+        (directory / f"{stem}.{suffix}").write_bytes(content)
     return directory
 
 
@@ -60,12 +77,12 @@ def tiktoken_lines(ranks):
 
 
 def byte_lines():
-    return tiktoken_lines({bytes([byte]): byte for byte in range(256)})
+    return tiktoken_lines(BYTES)
 
 
 def merged_ranks():
     texts = [merge.replace(" ", "").replace("Ġ", " ").encode("latin-1") for merge in MERGES]
-    return {bytes([byte]): byte for byte in range(256)} | {text: 256 + place for place, text in enumerate(texts)}
+    return BYTES | {text: 256 + place for place, text in enumerate(texts)}
 
 
 def merges_txt(merges=MERGES):
@@ -73,26 +90,48 @@ def merges_txt(merges=MERGES):
 
 
 def tokenizer_json(pattern=LLAMA3_PATTERN, **model):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"added_tokens": [{"id": id, "content": text, "special": True} for text, id in SPECIAL.items()],
-            "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-            "post_processor": {"type": "TemplateProcessing", "single": [
-                {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]},
-            "model": {"type": "BPE", "vocab": vocabulary(), "merges": MERGES, **model}}
+    added = [{"id": id, "content": text, "special": True} for text, id in SPECIAL.items()]
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    single = [
+        {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    return {
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": {"type": "TemplateProcessing", "single": single},
+        "model": {"type": "BPE", "vocab": vocabulary(), "merges": MERGES, **model},
+    }
 
 
 def save_form(directory, form):
     named = {**NAMES, "added_tokens_decoder": DECODER}
     if form == "tiktoken":
-        return save(directory, tokenizer_model=tiktoken_lines(merged_ranks()), tokenizer_config_json=named)
+        lines = tiktoken_lines(merged_ranks())
+        return save(directory, tokenizer_model=lines, tokenizer_config_json=named)
     if form == "json":
         return save(directory, tokenizer_json=tokenizer_json(), tokenizer_config_json=NAMES)
     if form == "json pairs":
         pairs = [merge.split(" ") for merge in MERGES]
-        return save(directory, tokenizer_json=tokenizer_json(merges=pairs), tokenizer_config_json=NAMES)
-    first, second = {"vocab": ("vocab_json", "merges_txt"), "encoder": ("encoder_json", "vocab_bpe")}[form]
-    return save(directory, **{first: vocabulary(), second: merges_txt()}, config_json={"model_type": "llama"},
+        content = tokenizer_json(merges=pairs)
+        return save(directory, tokenizer_json=content, tokenizer_config_json=NAMES)
+    files = {
+        "vocab": {"vocab_json": vocabulary(), "merges_txt": merges_txt()},
+        "encoder": {"encoder_json": vocabulary(), "vocab_bpe": merges_txt()},
+    }[form]
+    return save(directory, **files, config_json={"model_type": "llama"},
                 tokenizer_config_json={**named, "add_bos_token": True})
 
 
@@ -101,20 +140,32 @@ FORMS = ["tiktoken", "json", "json pairs", "vocab", "encoder"]
 
 def pair(directory, special=SPECIAL, **config):
     """A vocab.json + merges.txt directory with this tokenizer_config.json."""
-    return save(directory, vocab_json=vocabulary(), merges_txt=merges_txt(), added_tokens_json=special,
-                tokenizer_config_json={"eos_token": "<|im_end|>", **config})
+    return save(
+        directory,
+        vocab_json=vocabulary(),
+        merges_txt=merges_txt(),
+        added_tokens_json=special,
+        tokenizer_config_json={"eos_token": "<|im_end|>", **config},
+    )
 
 
 def random_texts(count, seed=0):
     rng = random.Random(seed)
     atoms = AWKWARD + ["the", " the", "in", " i", "1234", "é", "\n", " ", "'s", "hello", "World"]
-    points = [*range(0x20, 0x7F), *range(0xA0, 0x500), *range(0x3040, 0x30FF), *range(0x1F600, 0x1F640)]
+    points = [
+        *range(0x20, 0x7F),
+        *range(0xA0, 0x500),
+        *range(0x3040, 0x30FF),
+        *range(0x1F600, 0x1F640),
+    ]
     for place in range(count):
-        parts = rng.choices(atoms, k=rng.randint(1, 8)) if place % 2 else map(chr, rng.choices(points, k=12))
-        yield "".join(parts)
+        if place % 2:
+            yield "".join(rng.choices(atoms, k=rng.randint(1, 8)))
+        else:
+            yield "".join(map(chr, rng.choices(points, k=12)))
 
 
-# --- ids -------------------------------------------------------------------------------------------------------------
+# --- ids ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_ids_computed_by_hand(tmp_path, form):
@@ -130,7 +181,8 @@ def test_every_form_gives_the_same_ids_and_fingerprint(tmp_path):
     loaded = [load_tokenizer(save_form(tmp_path / form, form)) for form in FORMS]
     assert len({tokenizer.fingerprint for tokenizer in loaded}) == 1
     for text in [*AWKWARD, *random_texts(300)]:
-        assert len({tuple(tokenizer.encode(text, special=True)) for tokenizer in loaded}) == 1, repr(text)
+        ids = {tuple(tokenizer.encode(text, special=True)) for tokenizer in loaded}
+        assert len(ids) == 1, repr(text)
 
 
 @pytest.mark.parametrize("form", ["tiktoken", "json", "vocab"])
@@ -138,27 +190,35 @@ def test_text_and_stream_round_trip(tmp_path, form):
     tokenizer = load_tokenizer(save_form(tmp_path, form))
     for text in [*AWKWARD, *random_texts(300)]:
         for special in (False, True):
-            ids, stream = tokenizer.encode(text, special=special), tokenizer.stream()
+            ids = tokenizer.encode(text, special=special)
+            stream = tokenizer.stream()
             assert tokenizer.decode(ids) == text
             assert "".join(map(stream, ids)) + stream.flush() == text
 
 
-def test_declared_family_chooses_the_split_pattern_not_the_directory_name(tmp_path):
-    digits = {"GPT2Tokenizer": [262], "Qwen2TokenizerFast": [49, 50, 51, 52], "PreTrainedTokenizerFast": [261, 52]}
-    for name, ids in digits.items():
-        save(tmp_path / "gpt2-qwen2", config_json={"model_type": "llama"})
-        assert load_tokenizer(pair(tmp_path / "gpt2-qwen2", tokenizer_class=name)).encode("1234") == ids
+@pytest.mark.parametrize("name, ids", [
+    ("GPT2Tokenizer", [262]),
+    ("Qwen2TokenizerFast", [49, 50, 51, 52]),
+    ("PreTrainedTokenizerFast", [261, 52]),
+])
+def test_declared_family_chooses_the_split_pattern_not_the_directory_name(tmp_path, name, ids):
+    directory = save(tmp_path / "gpt2-qwen2", config_json={"model_type": "llama"})
+    assert load_tokenizer(pair(directory, tokenizer_class=name)).encode("1234") == ids
 
 
 @pytest.mark.parametrize("pattern, pieces", [
     (GPT2_PATTERN, ["I", "'", "LLx", " pay", " 1234", ".", "\n\n ", " x", "+", "é"]),
     (LLAMA3_PATTERN, ["I", "'LL", "x", " pay", " ", "123", "4", ".\n\n", " ", " x", "+é"]),
-    (QWEN2_PATTERN, ["I", "'LL", "x", " pay", " ", "1", "2", "3", "4", ".\n\n", " ", " x", "+é"])])
+    (QWEN2_PATTERN, ["I", "'LL", "x", " pay", " ", "1", "2", "3", "4", ".\n\n", " ", " x", "+é"]),
+])
 def test_split_patterns(pattern, pieces):
     text = "".join(pieces)
     # With every substring a token, each piece becomes one id.
-    parts = {text[start:end].encode() for start in range(len(text)) for end in range(start + 1, len(text) + 1)}
-    ranks = {token: id for id, token in enumerate(sorted(parts | {bytes([byte]) for byte in range(256)}))}
+    tokens = set(BYTES)
+    for start in range(len(text)):
+        for end in range(start + 1, len(text) + 1):
+            tokens.add(text[start:end].encode())
+    ranks = {token: id for id, token in enumerate(sorted(tokens))}
     tokenizer = Tokenizer(ranks, {}, pattern)
     assert [tokenizer.decode([id]) for id in tokenizer.encode(text)] == pieces
 
@@ -168,18 +228,21 @@ def test_original_gpt2_files_need_no_config(tmp_path):
     tokenizer = load_tokenizer(save(tmp_path, encoder_json=vocab, vocab_bpe=merges_txt()))
     assert tokenizer.pattern == GPT2_PATTERN and tokenizer.bos_id is None
     assert tokenizer.eos_id == 265 and tokenizer.stop_ids == {265}
-    assert 265 not in tokenizer.encode("<|endoftext|>") and tokenizer.encode("<|endoftext|>", True) == [265]
+    assert 265 not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.encode("<|endoftext|>", True) == [265]
 
 
 def test_byte_level_with_its_own_regex_is_gpt2(tmp_path):
-    content = tokenizer_json() | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    level = {"type": "ByteLevel", "add_prefix_space": False}
+    content = tokenizer_json() | {"pre_tokenizer": level}
     save(tmp_path, tokenizer_json=content, tokenizer_config_json=NAMES)
     assert load_tokenizer(tmp_path).encode("1234") == [262]
 
 
 def test_ignore_merges_keeps_a_whole_piece_that_no_merge_makes(tmp_path):
     vocab = vocabulary() | {"zq": 300}
-    save(tmp_path, tokenizer_json=tokenizer_json(vocab=vocab, ignore_merges=True), tokenizer_config_json=NAMES)
+    content = tokenizer_json(vocab=vocab, ignore_merges=True)
+    save(tmp_path, tokenizer_json=content, tokenizer_config_json=NAMES)
     assert load_tokenizer(tmp_path).encode("zq") == [300]
 
 
@@ -193,22 +256,30 @@ def test_qwen_normalises_text_but_not_across_special_tokens(tmp_path):
 
 
 def test_nfc_of_tokenizer_json(tmp_path):
-    content = tokenizer_json() | {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}
+    normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    content = tokenizer_json() | {"normalizer": normalizer}
     save(tmp_path, tokenizer_json=content, tokenizer_config_json=NAMES)
     assert load_tokenizer(tmp_path).encode("e\u0301") == [263]
 
 
 def test_gaps_in_the_ids_and_a_pattern_from_the_config(tmp_path):
-    ranks = {bytes([byte]): byte + 3 for byte in range(256)} | {b"a b": 400, b"a ": 290}
-    config = {"pat_str": r"[\s\S]+", "eos_token": "</s>", "bos_token": "<s>",
-              "added_tokens_decoder": {"1": {"content": "<s>"}, "2": {"content": "</s>"}}}
-    tokenizer = load_tokenizer(save(tmp_path, tokenizer_model=tiktoken_lines(ranks), tokenizer_config_json=config))
-    assert tokenizer.encode("a b") == [400] and tokenizer.encode("a c") == [290, ord("c") + 3]
+    ranks = {token: id + 3 for token, id in BYTES.items()} | {b"a b": 400, b"a ": 290}
+    config = {
+        "pat_str": r"[\s\S]+",
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+        "added_tokens_decoder": {"1": {"content": "<s>"}, "2": {"content": "</s>"}},
+    }
+    save(tmp_path, tokenizer_model=tiktoken_lines(ranks), tokenizer_config_json=config)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a b") == [400]
+    assert tokenizer.encode("a c") == [290, ord("c") + 3]
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (401, 1, 2)
-    assert tokenizer.decode([400, 350, 2]) == "a b\ufffd</s>"     # 350 has no token: a padded row of an embedding
+    # 350 has no token: a padded row of an embedding
+    assert tokenizer.decode([400, 350, 2]) == "a b\ufffd</s>"
 
 
-# --- special tokens --------------------------------------------------------------------------------------------------
+# --- special tokens -------------------------------------------------------------------------------
 
 def test_special_text_written_by_a_user_stays_text(tmp_path):
     tokenizer = load_tokenizer(save_form(tmp_path, "tiktoken"))
@@ -218,52 +289,77 @@ def test_special_text_written_by_a_user_stays_text(tmp_path):
 
 
 def test_longest_special_token_wins(tmp_path):
-    tokenizer = load_tokenizer(pair(tmp_path, {**SPECIAL, "<x": 300, "<x>y": 301}, tokenizer_class="Qwen2Tokenizer"))
+    special = {**SPECIAL, "<x": 300, "<x>y": 301}
+    tokenizer = load_tokenizer(pair(tmp_path, special, tokenizer_class="Qwen2Tokenizer"))
     assert tokenizer.encode("<x>y<x>", special=True) == [301, 300, ord(">")]
 
 
-def test_bos_only_where_the_model_expects_it(tmp_path):
-    plain = tokenizer_json() | {"post_processor": {"type": "ByteLevel"}}
-    cases = [({"tokenizer_json": tokenizer_json()}, {}, 265), ({"tokenizer_json": plain}, {}, None),
-             ({"tokenizer_json": plain}, {"add_bos_token": True}, 265),
-             ({"tokenizer_json": tokenizer_json()}, {"add_bos_token": False}, None)]
-    for place, (files, config, bos_id) in enumerate(cases):
-        directory = save(tmp_path / str(place), **files, tokenizer_config_json={**NAMES, **config})
-        assert load_tokenizer(directory).bos_id == bos_id
+@pytest.mark.parametrize("template, config, bos_id", [
+    (True, {}, 265),
+    (False, {}, None),
+    (False, {"add_bos_token": True}, 265),
+    (True, {"add_bos_token": False}, None),
+])
+def test_bos_only_where_the_model_expects_it(tmp_path, template, config, bos_id):
+    content = tokenizer_json()
+    if not template:
+        content["post_processor"] = {"type": "ByteLevel"}
+    save(tmp_path, tokenizer_json=content, tokenizer_config_json={**NAMES, **config})
+    assert load_tokenizer(tmp_path).bos_id == bos_id
 
 
 def test_stop_ids_from_every_file_that_names_them(tmp_path):
     special = {**SPECIAL, "<a>": 300, "<b>": 301}
-    save(tmp_path, generation_config_json={"eos_token_id": [300, 50256]}, config_json={"eos_token_id": 301},
-         special_tokens_map_json={"eos_token": {"content": "<a>"}})
-    tokenizer = load_tokenizer(pair(tmp_path, special, tokenizer_class="Qwen2Tokenizer", eos_token=None))
-    assert tokenizer.eos_id == 300 and tokenizer.stop_ids == {266, 267, 300, 301}
+    save(
+        tmp_path,
+        generation_config_json={"eos_token_id": [300, 50256]},
+        config_json={"eos_token_id": 301},
+        special_tokens_map_json={"eos_token": {"content": "<a>"}},
+    )
+    pair(tmp_path, special, tokenizer_class="Qwen2Tokenizer", eos_token=None)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 300
+    assert tokenizer.stop_ids == {266, 267, 300, 301}
 
 
 def test_llama3_file_alone_gets_its_256_special_tokens(tmp_path):
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"%06x" % id: id for id in range(256, 128000)}
-    tokenizer = load_tokenizer(save(tmp_path, tokenizer_model=tiktoken_lines(ranks)), vocab_rows=128256)
+    ranks = BYTES | {b"%06x" % id: id for id in range(256, 128000)}
+    save(tmp_path, tokenizer_model=tiktoken_lines(ranks))
+    tokenizer = load_tokenizer(tmp_path, vocab_rows=128256)
     assert (tokenizer.vocab_size, len(tokenizer.special)) == (128256, 256)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (128000, 128001, {128001, 128008, 128009})
-    expected = {"<|reserved_special_token_0|>": 128002, "<|start_header_id|>": 128006, "<|end_header_id|>": 128007,
-                "<|reserved_special_token_2|>": 128005, "<|reserved_special_token_247|>": 128255}
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (128000, 128001)
+    assert tokenizer.stop_ids == {128001, 128008, 128009}
+    expected = {
+        "<|reserved_special_token_0|>": 128002,
+        "<|start_header_id|>": 128006,
+        "<|end_header_id|>": 128007,
+        "<|reserved_special_token_2|>": 128005,
+        "<|reserved_special_token_247|>": 128255,
+    }
     assert {text: tokenizer.special[text] for text in expected} == expected
 
 
-# --- streaming, long runs, fingerprint -------------------------------------------------------------------------------
+# --- streaming, long runs, fingerprint ------------------------------------------------------------
 
 def test_stream_never_shows_half_a_character(tmp_path):
     tokenizer = load_tokenizer(save_form(tmp_path, "tiktoken"))
     stream = tokenizer.stream()
-    assert [stream(id) for id in tokenizer.encode("😀é日a")] == ["", "", "", "😀", "é", "", "", "日", "a"]
+    shown = [stream(id) for id in tokenizer.encode("😀é日a")]
+    assert shown == ["", "", "", "😀", "é", "", "", "日", "a"]
     assert stream.flush() == ""
     cut = tokenizer.stream()
-    assert [cut(id) for id in tokenizer.encode("a😀")[:3]] == ["a", "", ""] and cut.flush() == "\ufffd"
+    assert [cut(id) for id in tokenizer.encode("a😀")[:3]] == ["a", "", ""]
+    assert cut.flush() == "\ufffd"
     broken = tokenizer.stream()
     assert [broken(0xF0), broken(ord("b"))] == ["", "\ufffdb"]
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_001, "\n" * 500_000, " \t" * 500_000 + "x", "the" * 99_999])
+@pytest.mark.parametrize("text", [
+    " " * 1_000_001,
+    "\n" * 500_000,
+    " \t" * 500_000 + "x",
+    "the" * 99_999,
+])
 def test_long_runs_round_trip(tmp_path, text):
     tokenizer = load_tokenizer(save_form(tmp_path, "tiktoken"))
     assert tokenizer.decode(tokenizer.encode("a" + text)) == "a" + text
@@ -272,13 +368,19 @@ def test_long_runs_round_trip(tmp_path, text):
 def test_fingerprint_follows_the_content(tmp_path):
     ranks = merged_ranks()
     swapped = ranks | {b"th": ranks[b"in"], b"in": ranks[b"th"]}
-    variants = [(ranks, SPECIAL, GPT2_PATTERN), (swapped, SPECIAL, GPT2_PATTERN), (ranks, {"<x>": 265}, GPT2_PATTERN),
-                (ranks, SPECIAL, QWEN2_PATTERN), (ranks, SPECIAL, GPT2_PATTERN, True)]
-    assert len({Tokenizer(*variant).fingerprint for variant in variants}) == len(variants)
-    assert Tokenizer(*variants[0]).fingerprint == Tokenizer(dict(reversed(ranks.items())), *variants[0][1:]).fingerprint
+    variants = [
+        Tokenizer(ranks, SPECIAL, GPT2_PATTERN),
+        Tokenizer(swapped, SPECIAL, GPT2_PATTERN),
+        Tokenizer(ranks, {"<x>": 265}, GPT2_PATTERN),
+        Tokenizer(ranks, SPECIAL, QWEN2_PATTERN),
+        Tokenizer(ranks, SPECIAL, GPT2_PATTERN, nfc=True),
+    ]
+    assert len({tokenizer.fingerprint for tokenizer in variants}) == len(variants)
+    reordered = Tokenizer(dict(reversed(ranks.items())), SPECIAL, GPT2_PATTERN)
+    assert reordered.fingerprint == variants[0].fingerprint
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     save_form(tmp_path, "tiktoken")
@@ -288,7 +390,8 @@ def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer in .*model.*tokenizer.json.*merges.txt.*vocab.bpe"):
+    every_name = "no tokenizer in .*model.*tokenizer.json.*merges.txt.*vocab.bpe"
+    with pytest.raises(FileNotFoundError, match=every_name):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no merges.txt in"):
         load_tokenizer(save(tmp_path / "a", vocab_json=vocabulary()))
@@ -308,13 +411,21 @@ SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n"
 WORDPIECE = {"model": {"type": "WordPiece", "vocab": {"a": 0}}}
 
 
+def lines_with(**config):
+    return {"tokenizer_model": byte_lines(), "tokenizer_config_json": config}
+
+
 def changed_json(**parts):
     return {"tokenizer_json": tokenizer_json() | parts, "tokenizer_config_json": NAMES}
 
 
 def pair_files(vocab=None, merges=MERGES, config=QWEN, special=SPECIAL):
-    return {"vocab_json": vocab or vocabulary(), "merges_txt": merges_txt(merges), "tokenizer_config_json": config,
-            "added_tokens_json": special}
+    return {
+        "vocab_json": vocab or vocabulary(),
+        "merges_txt": merges_txt(merges),
+        "tokenizer_config_json": config,
+        "added_tokens_json": special,
+    }
 
 
 REFUSED = {
@@ -322,28 +433,37 @@ REFUSED = {
     "line 257 is not": {"tokenizer_model": byte_lines() + b"no rank here\n"},
     "no token for byte 0 .256 of 256": {"tokenizer_model": b"YWI= 0\n"},
     "share one id": {"tokenizer_model": TWICE},
-    "id 65 is both b'A' and the special token '<x>'": pair_files(special={**SPECIAL, "<x>": 65}),
+    "id 65 is both b'A' and the special token '<x>'":
+        pair_files(special={**SPECIAL, "<x>": 65}),
     "no end-of-text token": {"tokenizer_model": byte_lines()},
-    "eos_token is '<end>', but no file": {"tokenizer_model": byte_lines(),
-                                          "tokenizer_config_json": {"eos_token": "<end>"}},
-    "does not cover every text": {"tokenizer_model": byte_lines(), "tokenizer_config_json": {"pat_str": "[a-z]+"}},
-    "Parsing error": {"tokenizer_model": byte_lines(), "tokenizer_config_json": {"pat_str": "("}},
-    "config.json does not hold a JSON object": {"tokenizer_model": byte_lines(), "config_json": "{"},
+    "eos_token is '<end>', but no file": lines_with(eos_token="<end>"),
+    "does not cover every text": lines_with(pat_str="[a-z]+"),
+    "Parsing error": lines_with(pat_str="("),
+    "config.json does not hold a JSON object":
+        {"tokenizer_model": byte_lines(), "config_json": "{"},
     "tokenizer.json: .*unexpected form": {"tokenizer_json": {"version": "1.0"}},
     "ids do not follow the order of merges": pair_files(merges=["i n", "t h"]),
     "is not two tokens that together make a third": pair_files(merges=["t q"]),
     "'zq' .id 300. is neither": pair_files(vocab=vocabulary() | {"zq": 300}),
     "'▁' holds '▁', which stands for no byte": changed_json(
-        model={"vocab": vocabulary() | {"▁": 300, "▁the": 301}, "merges": ["▁ the"], "ignore_merges": True}),
+        model={
+            "vocab": vocabulary() | {"▁": 300, "▁the": 301},
+            "merges": ["▁ the"],
+            "ignore_merges": True,
+        }),
     "two files give '<.im_end.>' different ids": pair_files(
         config=QWEN | {"added_tokens_decoder": {"270": {"content": "<|im_end|>"}}}),
-    "two files give '<.im_end.>' different ids: 300 and 267": pair_files(vocab=vocabulary() | {"<|im_end|>": 300}),
-    "cannot tell how to split text: .*'T5Tokenizer'": pair_files(config={"tokenizer_class": "T5Tokenizer"}),
+    "two files give '<.im_end.>' different ids: 300 and 267":
+        pair_files(vocab=vocabulary() | {"<|im_end|>": 300}),
+    "cannot tell how to split text: .*'T5Tokenizer'":
+        pair_files(config={"tokenizer_class": "T5Tokenizer"}),
     "a WordPiece model is not supported": {"tokenizer_json": WORDPIECE},
-    "end_of_word_suffix '</w>' is not supported": {"tokenizer_json": tokenizer_json(end_of_word_suffix="</w>")},
+    "end_of_word_suffix '</w>' is not supported":
+        {"tokenizer_json": tokenizer_json(end_of_word_suffix="</w>")},
     "normalizer NFKC is not supported": changed_json(normalizer={"type": "NFKC"}),
     "pre-tokenizer .*Digits.* is not supported": changed_json(pre_tokenizer={"type": "Digits"}),
-    "pre-tokenizer .*add_prefix_space": changed_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+    "pre-tokenizer .*add_prefix_space":
+        changed_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
     "must be split by one pattern": changed_json(pre_tokenizer=None),
 }
 
@@ -360,38 +480,57 @@ def test_main_shows_the_tokens_or_exits_with_2(tmp_path, capsys):
     save_form(tmp_path / "ok", "tiktoken")
     assert main([str(tmp_path / "ok"), "the é<|im_end|>", "--special"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == ["     257  b'the'", "      32  b' '", "     263  b'\\xc3\\xa9'", "     267  b'<|im_end|>'"]
+    assert lines[1:] == [
+        "     257  b'the'",
+        "      32  b' '",
+        "     263  b'\\xc3\\xa9'",
+        "     267  b'<|im_end|>'",
+    ]
     assert main([str(tmp_path), "text"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- comparison with the tokenizers package --------------------------------------------------------------------------
+# --- comparison with the tokenizers package -------------------------------------------------------
 
 def train_reference(pattern, normalizer=None):
     """A small byte-level BPE trained by the `tokenizers` package on this repository's source."""
     tokenizers = pytest.importorskip("tokenizers")
     reference = tokenizers.Tokenizer(tokenizers.models.BPE())
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == GPT2_PATTERN)
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    reference.pre_tokenizer = (level if pattern == GPT2_PATTERN
-                               else tokenizers.pre_tokenizers.Sequence([split, level]))
+    steps = tokenizers.pre_tokenizers
+    if pattern == GPT2_PATTERN:
+        reference.pre_tokenizer = steps.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        split = steps.Split(tokenizers.Regex(pattern), "isolated")
+        level = steps.ByteLevel(add_prefix_space=False, use_regex=False)
+        reference.pre_tokenizer = steps.Sequence([split, level])
     if normalizer:
         reference.normalizer = tokenizers.normalizers.NFC()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<|endoftext|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    reference.train_from_iterator([Path(__file__).read_text(encoding="utf-8")] + AWKWARD * 5, trainer)
+        vocab_size=1000,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        show_progress=False,
+        initial_alphabet=steps.ByteLevel.alphabet(),
+    )
+    source = Path(__file__).read_text(encoding="utf-8")
+    reference.train_from_iterator([source] + AWKWARD * 5, trainer)
     return reference
 
 
-@pytest.mark.parametrize("family", ["GPT2Tokenizer", "Qwen2Tokenizer", "llama"])
-def test_equal_to_the_tokenizers_package(tmp_path, family):
-    pattern = {"GPT2Tokenizer": GPT2_PATTERN, "Qwen2Tokenizer": QWEN2_PATTERN, "llama": LLAMA3_PATTERN}[family]
+@pytest.mark.parametrize("family, pattern", [
+    ("GPT2Tokenizer", GPT2_PATTERN),
+    ("Qwen2Tokenizer", QWEN2_PATTERN),
+    ("llama", LLAMA3_PATTERN),
+])
+def test_equal_to_the_tokenizers_package(tmp_path, family, pattern):
     reference = train_reference(pattern, normalizer=family == "Qwen2Tokenizer")
     save(tmp_path / "json")
     reference.save(str(tmp_path / "json" / "tokenizer.json"))
-    save(tmp_path / "pair", config_json={"model_type": family}, tokenizer_config_json={"tokenizer_class": family},
-         added_tokens_json={"<|endoftext|>": 0, "<|im_end|>": 1})
+    save(
+        tmp_path / "pair",
+        config_json={"model_type": family},
+        tokenizer_config_json={"tokenizer_class": family},
+        added_tokens_json={"<|endoftext|>": 0, "<|im_end|>": 1},
+    )
     reference.model.save(str(tmp_path / "pair"))
     loaded = [load_tokenizer(tmp_path / "json"), load_tokenizer(tmp_path / "pair")]
     texts = [*AWKWARD, *random_texts(2000, seed=1)]
@@ -412,7 +551,8 @@ def shared_tokenizer(name):
 @pytest.mark.parametrize("name, text, ids", [
     ("gpt2", "Hello world", [15496, 995]),
     ("llama3", "This is a test sentence.", [2028, 374, 264, 1296, 11914, 13]),
-    ("qwen2", "hello world 123 你好", [14990, 1879, 220, 16, 17, 18, 220, 108386])])
+    ("qwen2", "hello world 123 你好", [14990, 1879, 220, 16, 17, 18, 220, 108386]),
+])
 def test_published_encodings(name, text, ids):
     tokenizer = shared_tokenizer(name)
     assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
