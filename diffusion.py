@@ -440,14 +440,13 @@ class VelocityField:
 
     @cached_property
     def asked(self):
-        """(reading, class ids) of all lines, the conditional one first. Doubled once per token."""
+        """(reading, class ids) of all lines, the conditional one first. Made once per token."""
         if self.class_ids is None or self.guidance == 1:
             return self.reading, self.class_ids
         no_class = torch.full_like(self.class_ids, self.l2d.config.classes)
         if not self.guided:
             return self.reading, no_class
-        twice = torch.arange(len(no_class), device=no_class.device).repeat(2)
-        return self.reading.rows(twice), torch.cat((self.class_ids, no_class))
+        return self.reading.lines(2), torch.cat((self.class_ids, no_class))
 
     def look(self, t, x):
         """Logits (n, T, V) of every line."""

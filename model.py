@@ -21,64 +21,12 @@ import torch.nn.functional as F
 
 from data.checkpoint import (
     fingerprint, load_weights, pick_device, read_json, save_weights, write_json)
-from data.families import ACTIVATIONS, ModelConfig, rope_inv_freq
+from data.families import ACTIVATIONS, ModelConfig
 from data.hub import resolve
 from data.log_p import log_p
+from data.positions import positions_and_mask, rope_inv_freq, rotate
 
 MIN_ROOM = 64       # tokens a new cache has room for, and as many again
-
-# --- positions ------------------------------------------------------------------------------------
-
-def rotate(x, cos_sin):
-    """Rotary position embedding (Su et al. 2021), the two halves of D being the pairs.
-
-    x (B, ·, T, D), cos_sin (B, 2, T, D/2), or None for models with learned positions.
-    """
-    if cos_sin is None:
-        return x
-    cos, sin = cos_sin[:, :, None].unbind(1)                            # (B, 1, T, D/2)
-    x1, x2 = x.float().chunk(2, dim=-1)                                 # (B, ·, T, D/2)
-    # each pair is a point in the plane, turned by the angle of its position
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    return torch.cat((y1, y2), dim=-1).to(x.dtype)
-
-
-def positions_and_mask(tokens: int, past: int, documents, device):
-    """Where the newest `tokens` of past + tokens stand, and which keys each of them may see.
-
-    documents  (B, past + tokens) the document of every token, or None where a row is one document
-    Returns positions (B or 1, tokens), counted from 0 in every document, and the mask
-    (B or 1, 1, tokens, past + tokens), or None where plain causal attention is meant.
-
-    One token of padding (document 0) and two documents, all new:
-
-        documents   0 1 1 1 2 2
-        positions   0 0 1 2 0 1
-        mask        x . . . . .      a token sees itself and what stands before it in its document
-                    . x . . . .
-                    . x x . . .
-                    . x x x . .
-                    . . . . x .
-                    . . . . x x
-    """
-    index = torch.arange(past + tokens, device=device)                  # (S,)
-    new = index[past:, None]                                            # (T, 1)
-    mask = index <= new                                                 # (T, S)
-    if documents is None:
-        positions = index[None, past:]                                  # (1, T)
-        # one new token sees everything, and attention knows a square causal mask by itself
-        if past == 0 or tokens == 1:
-            return positions, None
-        return positions, mask[None, None]
-    # a token counts from the last place where the document changed
-    starts = torch.zeros_like(documents)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    last_start = (index * starts).cummax(dim=1).values
-    positions = index - last_start                                      # (B, S)
-    same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
-    mask = mask & same
-    return positions[:, past:], mask[:, None]
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -126,17 +74,27 @@ class MLP(nn.Module):
 
 
 def attention(q, k, v, mask, cos_sin):
-    """Queries q (B, T, H·D), not yet turned, over keys and values (B, G, S, D): (B, T, H·D)."""
+    """Queries q (B, T, H·D), not yet turned, over keys and values (B, G, S, D): (B, T, H·D).
+
+    There may be several lines of queries, (lines·B, T, H·D), see Reading.lines: as more queries of
+    the same sequence, they look at one and the same keys.
+    """
     q = split_heads(q, k.shape[-1], cos_sin)                            # (B, H, T, D)
+    causal = mask is None and q.shape[2] > 1
+    lines = len(q) // len(k)
+    if lines > 1:
+        q = torch.cat(q.chunk(lines), dim=2)                            # (B, H, lines·T, D)
     # softmax(q·kᵀ / √D)·v
     out = F.scaled_dot_product_attention(
         q,
         k.to(q.dtype),
         v.to(q.dtype),
         mask,
-        is_causal=mask is None and q.shape[2] > 1,
+        is_causal=causal,
         enable_gqa=k.shape[1] != q.shape[1],      # several query heads share one key head
     )
+    if lines > 1:
+        out = torch.cat(out.chunk(lines, dim=2))                        # (lines·B, H, T, D)
     return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
 
 
@@ -201,6 +159,10 @@ class Reading:
     mask: torch.Tensor | None
     cos_sin: torch.Tensor | None
 
+    def is_own(self, x) -> bool:
+        """Is there a row of x for every sequence? What is the same for all is kept once."""
+        return x is not None and len(x) == len(self.hidden)
+
     def last(self) -> "Reading":
         """The same for the last token of every sequence: what decoding goes on from."""
         mask, cos_sin = self.mask, self.cos_sin
@@ -213,12 +175,9 @@ class Reading:
         )
 
     def rows(self, index) -> "Reading":
-        """The same for some sequences of the batch, index (n,); one may be asked for twice."""
+        """The same for some sequences of the batch, index (n,)."""
         def pick(x):
-            # what is the same for all sequences is kept once
-            if x is None or len(x) < len(self.hidden):
-                return x
-            return x[index]
+            return x[index] if self.is_own(x) else x
 
         return Reading(
             hidden=self.hidden[index],
@@ -227,6 +186,28 @@ class Reading:
             positions=pick(self.positions),
             mask=pick(self.mask),
             cos_sin=pick(self.cos_sin),
+        )
+
+
+    def lines(self, count: int) -> "Reading":
+        """Its tokens `count` times over, (count·B, T), before the same keys: none is copied."""
+        def repeat(x):
+            return torch.cat([x] * count) if self.is_own(x) else x
+
+        mask = self.mask
+        tokens = self.hidden.shape[1]
+        if tokens > 1:
+            # causal in every line, which attention does not know by itself
+            if mask is None:
+                mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+                mask = mask.to(self.hidden.device)
+            mask = torch.cat([mask] * count, dim=2)
+        return replace(
+            self,
+            hidden=repeat(self.hidden),
+            positions=repeat(self.positions),
+            mask=mask,
+            cos_sin=repeat(self.cos_sin),
         )
 
 

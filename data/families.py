@@ -8,11 +8,9 @@ where the tensors of a model are found:
     python -m data.families
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 
 # Theirs -> ours; `{i}` is the layer. Several names on the right: one fused matrix that we split.
@@ -229,24 +227,6 @@ def read_rope(raw: dict, theta: float) -> dict:
     if kind == "llama3" and absent:
         raise ValueError(f"config.json: the llama3 rope scaling has no {', '.join(absent)}")
     return {"rope_theta": theta, **rope, "rope_type": kind}
-
-
-def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
-    """Angle per position of each pair of coordinates, (D/2,) float32."""
-    rope = config.rope
-    # ω_i = θ^(−2i/D)
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    inv_freq = rope["rope_theta"] ** -exponents
-    if rope["rope_type"] == "llama3":
-        # Llama 3 read short texts first; pairs that had not turned fully there are slowed down
-        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        low = rope["low_freq_factor"]
-        high = rope["high_freq_factor"]
-        keep = (turns - low) / (high - low)
-        keep = keep.clamp(0, 1)        # 1: as it is, 0: slowed down, between them a bit of both
-        slow = inv_freq / rope["factor"]
-        inv_freq = keep * inv_freq + (1 - keep) * slow
-    return inv_freq
 
 
 def main():

@@ -167,6 +167,27 @@ def test_every_sequence_keeps_its_own_randomness_when_others_have_arrived():
         close(some(t, x[index])[0], together(t, x)[0][index])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_lines_of_guidance_read_the_same_keys_at_every_position(family, padded):
+    """No key is copied for the second line, and neither line sees ahead or into the padding."""
+    l2d, ids, classes = make_l2d(family, classes=3), make_ids(), torch.tensor([0, 1, 2])
+    documents = torch.ones_like(ids)
+    documents[1, :4] = 0
+    whole = l2d.lm.read(ids, documents if padded else None)
+    for reading in (whole, whole.last()):
+        lines = reading.lines(2)
+        for mine, theirs in zip((*lines.keys, *lines.values), (*reading.keys, *reading.values)):
+            assert mine is theirs
+        x = torch.randn(3, reading.hidden.shape[1], 16)
+
+        def velocity(class_ids, w=1.0):
+            field = VelocityField(l2d, reading, "average", class_ids=class_ids, guidance=w)
+            return field(0.5, x)[0]
+
+        close(velocity(classes, 2.0), 2 * velocity(classes) - velocity(None))
+
+
 # --- what is kept while sampling ------------------------------------------------------------------
 
 def test_vocabulary_has_norm_sqrt_z_and_is_made_once_while_sampling():

@@ -1,0 +1,81 @@
+"""Where tokens stand, and which of them may see which: pure functions, without any weights.
+
+Rotary angles (Su et al. 2021) and their slower form of Llama 3, and the attention mask of padded and
+packed rows, with a worked example. model.py uses all of it; read that next.
+"""
+
+import math
+
+import torch
+
+from data.families import ModelConfig
+
+
+def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
+    """Angle per position of each pair of coordinates, (D/2,) float32."""
+    rope = config.rope
+    # ω_i = θ^(−2i/D)
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    inv_freq = rope["rope_theta"] ** -exponents
+    if rope["rope_type"] == "llama3":
+        # Llama 3 read short texts first; pairs that had not turned fully there are slowed down
+        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
+        keep = (turns - low) / (high - low)
+        keep = keep.clamp(0, 1)        # 1: as it is, 0: slowed down, between them a bit of both
+        slow = inv_freq / rope["factor"]
+        inv_freq = keep * inv_freq + (1 - keep) * slow
+    return inv_freq
+
+
+def rotate(x, cos_sin):
+    """Rotary position embedding (Su et al. 2021), the two halves of D being the pairs.
+
+    x (B, ·, T, D), cos_sin (B, 2, T, D/2), or None for models with learned positions.
+    """
+    if cos_sin is None:
+        return x
+    cos, sin = cos_sin[:, :, None].unbind(1)                            # (B, 1, T, D/2)
+    x1, x2 = x.float().chunk(2, dim=-1)                                 # (B, ·, T, D/2)
+    # each pair is a point in the plane, turned by the angle of its position
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    return torch.cat((y1, y2), dim=-1).to(x.dtype)
+
+
+def positions_and_mask(tokens: int, past: int, documents, device):
+    """Where the newest `tokens` of past + tokens stand, and which keys each of them may see.
+
+    documents  (B, past + tokens) the document of every token, or None where a row is one document
+    Returns positions (B or 1, tokens), counted from 0 in every document, and the mask
+    (B or 1, 1, tokens, past + tokens), or None where plain causal attention is meant.
+
+    One token of padding (document 0) and two documents, all new:
+
+        documents   0 1 1 1 2 2
+        positions   0 0 1 2 0 1
+        mask        x . . . . .      a token sees itself and what stands before it in its document
+                    . x . . . .
+                    . x x . . .
+                    . x x x . .
+                    . . . . x .
+                    . . . . x x
+    """
+    index = torch.arange(past + tokens, device=device)                  # (S,)
+    new = index[past:, None]                                            # (T, 1)
+    mask = index <= new                                                 # (T, S)
+    if documents is None:
+        positions = index[None, past:]                                  # (1, T)
+        # one new token sees everything, and attention knows a square causal mask by itself
+        if past == 0 or tokens == 1:
+            return positions, None
+        return positions, mask[None, None]
+    # a token counts from the last place where the document changed
+    starts = torch.zeros_like(documents)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    last_start = (index * starts).cummax(dim=1).values
+    positions = index - last_start                                      # (B, S)
+    same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
+    mask = mask & same
+    return positions[:, past:], mask[:, None]
