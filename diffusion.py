@@ -243,7 +243,7 @@ class L2D(nn.Module):
         if x_t.shape != expected or t.shape != ids.shape:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)} and t {tuple(t.shape)}; "
                              f"allowed: {expected} and {expected[:2]}")
-        modulation = self.modulation(t, self.check_classes(class_ids, ids))
+        modulation = self.modulation(t, self.spread_classes(class_ids, ids))
         reading = self.lm.read(ids)
         return self.lm.logits(self.denoise(x_t, t, modulation, reading))
 
@@ -254,10 +254,15 @@ class L2D(nn.Module):
         hidden = self.denoise(x_t, time, modulation, reading)
         return self.lm.logits(hidden).float()
 
-    def check_classes(self, class_ids, ids):
+    def spread_classes(self, class_ids, ids):
         """class_ids (B,) or (B, T) -> (B, T); None stays None. Raises ValueError for unknown."""
         if class_ids is None:
             return None
+        self.check_classes(class_ids)
+        return class_ids.view(len(ids), -1).expand_as(ids)
+
+    def check_classes(self, class_ids):
+        """Raise ValueError for classes that the path was not made with."""
         some = class_ids.flatten().tolist()[:4]
         if not self.config.classes:
             raise ValueError(f"class ids {some} were given, but this path has no classes; "
@@ -265,7 +270,6 @@ class L2D(nn.Module):
         if class_ids.min() < 0 or class_ids.max() > self.config.classes:
             raise ValueError(f"class ids {some} are out of range; "
                              f"allowed: 0 to {self.config.classes}")
-        return class_ids.view(len(ids), -1).expand_as(ids)
 
     # --- 2 the objective ---
 
@@ -293,7 +297,7 @@ class L2D(nn.Module):
         t = t.to(ids.device)[where]                                     # (N,)
         noise = noise.to(ids.device)[where]                             # (N, Z)
         # 3. Some classes are hidden, or guidance would have nothing to compare with.
-        class_ids = self.check_classes(class_ids, ids)
+        class_ids = self.spread_classes(class_ids, ids)
         if class_ids is not None:
             class_ids = self.drop_classes(class_ids, generator)[where]
         # 4. The frozen model reads the text once, without gradient.
@@ -348,7 +352,7 @@ def read_config(meta: dict, directory: Path) -> L2DConfig:
     try:
         fields = {OLD_NAMES.get(name, name): value for name, value in meta["config"].items()}
         return L2DConfig(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{directory / 'path.json'} was not written by this version ({error}); "
                          "train the path again with train.py") from None
 

@@ -3,8 +3,8 @@
     python eval.py                          the table, printed and written to eval.json
     python eval.py --problems 400 --steps 1 2 4 8 16 32 --solvers euler midpoint dopri5 --plot
 
-For every kind of problem of a task: accuracy with its 95 % Wilson interval for the frozen model, for
-each number of steps of the fixed solvers and for the adaptive one, greedy and at temperature 1;
+For every kind of problem of a task: accuracy with its 95 % Wilson interval for the frozen model,
+for each number of steps of the fixed solvers and for the adaptive one, greedy and at temperature 1;
 network evaluations (NFE), seconds and arithmetic per token; what extra steps fixed and broke; what
 guidance changed. No task is known here: they are in data/tasks/. Read sample.py first.
 """
@@ -140,24 +140,26 @@ def measure(model, tokenizer, task, problems: list, settings: Settings, seed: in
     }
 
 
-def make_problems(task, group, args) -> list:
-    return [task.problem(group, i, args.seed) for i in range(args.problems)]
+def make_problems(task, args) -> dict:
+    """The test problems of every group that was asked for, made once for all tables."""
+    groups = [group for group in task.groups if not args.topics or group[0] in args.topics]
+    return {group: [task.problem(group, i, args.seed) for i in range(args.problems)]
+            for group in groups}
 
 
-def accuracy_table(model, tokenizer, task, args) -> list:
+def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
     """A record for every group of problems, temperature and column."""
     jobs = [(temperature, group, column) for temperature in args.temperatures
-            for group in args.groups for column in columns_to_compare(args, temperature)]
+            for group in problems for column in columns_to_compare(args, temperature)]
     records = []
     for temperature, group, column in tqdm(jobs, disable=None, desc="accuracy"):
-        problems = make_problems(task, group, args)
-        cell = measure(model, tokenizer, task, problems, column.settings, args.seed)
+        cell = measure(
+            model, tokenizer, task, problems[group], column.settings, args.seed)
         records.append({
             "group": task.title(group),
             "temperature": temperature,
             "column": column.name,
             "kind": column.kind,
-            "solver": column.settings.solver,
             "settings": asdict(column.settings),
             **cell,
         })
@@ -186,15 +188,15 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
     return (logits.argmax(-1) == targets)[targets != IGNORE]
 
 
-def fixed_and_broken(model, tokenizer, task, args) -> list:
+def fixed_and_broken(model, tokenizer, task, problems: dict, args) -> list:
     """Token by token: what more steps turned from wrong to right, and from right to wrong."""
-    problems = [problem for group in args.groups for problem in make_problems(task, group, args)]
+    everything = [problem for some in problems.values() for problem in some]
     solver = next((name for name in args.solvers if name in FIXED), "euler")
     steps = sorted(set(args.steps))
     right = {}
     for n in (0, *steps):
         settings = Settings(steps=n, solver=solver, estimate=args.estimate)
-        right[n] = forced_tokens(model, tokenizer, task, problems, settings, args.seed)
+        right[n] = forced_tokens(model, tokenizer, task, everything, settings, args.seed)
     pairs = [(0, n) for n in steps] + [(steps[0], n) for n in steps[1:]]
     return [{"from": a, "to": b, "solver": solver, **changes(right[a], right[b])}
             for a, b in pairs]
@@ -209,16 +211,15 @@ def changes(before, after) -> dict:
     }
 
 
-def guidance_table(model, tokenizer, task, args) -> list:
+def guidance_table(model, tokenizer, task, problems: dict, args) -> list:
     """Accuracy for several weights, on the problems where only the class says what to do."""
     records = []
-    for group in args.groups:
+    for group, some in problems.items():
         if group[0] not in task.guided:
             continue
-        problems = make_problems(task, group, args)
         for weight in args.guidance:
             settings = Settings(steps=8, guidance=weight, estimate=args.estimate)
-            cell = measure(model, tokenizer, task, problems, settings, args.seed)
+            cell = measure(model, tokenizer, task, some, settings, args.seed)
             records.append({"group": task.title(group), "guidance": weight, **cell})
     return records
 
@@ -367,8 +368,6 @@ def main(argv=None):
     task = TASKS[args.task]
     try:
         check(args, task)
-        args.groups = [group for group in task.groups
-                       if not args.topics or group[0] in args.topics]
         model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
                                       args.base, args.fold_lora)
         has_path = isinstance(model, L2D)
@@ -377,12 +376,16 @@ def main(argv=None):
                   "only the model itself is scored, as `frozen`")
             args.solvers = []
         start = time.time()
-        accuracy = accuracy_table(model, tokenizer, task, args)
+        problems = make_problems(task, args)
+        accuracy = accuracy_table(model, tokenizer, task, problems, args)
         print_accuracy(accuracy)
-        broken = fixed_and_broken(model, tokenizer, task, args) if has_path else []
+        broken = []
+        if has_path:
+            broken = fixed_and_broken(model, tokenizer, task, problems, args)
         print_changes(broken)
-        guided = has_path and model.config.classes
-        guidance = guidance_table(model, tokenizer, task, args) if guided else []
+        guidance = []
+        if has_path and model.config.classes:
+            guidance = guidance_table(model, tokenizer, task, problems, args)
         print_guidance(guidance)
         write_json({**circumstances(model, args, start), "accuracy": accuracy,
                     "fixed_and_broken": broken, "guidance": guidance}, args.out)

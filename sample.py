@@ -87,7 +87,7 @@ RANGES = {
 
 @dataclass
 class Answer:
-    """ids: the new tokens, without the stop token; nfe: evaluations of the path for every token drawn."""
+    """ids: the new tokens, without the stop token; nfe: evaluations for every token drawn."""
     ids: list = field(default_factory=list)
     nfe: list = field(default_factory=list)
     text: str = ""
@@ -198,7 +198,7 @@ def check_request(model, prompts, settings, class_ids) -> LM:
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token")
     if class_ids is not None and settings.steps:
-        model.check_classes(torch.tensor(class_ids), torch.empty(len(prompts), 1))
+        model.check_classes(torch.tensor(class_ids))
     return lm
 
 
@@ -355,24 +355,23 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
     prompts = [encode_prompt(text, tokenizer, args.chat) for text in texts]
     answers = []
     seconds = 0.0
+    # one answer alone is shown as it comes, unless its end may have to be taken back
+    live = len(prompts) == 1 and not stop.strings
+    stream = tokenizer.stream()     # shows a character of several tokens when it is whole
+
+    def show_token(number, token):
+        print(stream(token), end="", flush=True)
+
     for at in range(0, len(prompts), args.batch_size):
         batch = prompts[at:at + args.batch_size]
         places = range(at, at + len(batch))
         # samples of one prompt have the seeds seed, seed + 1, ..., so each can be asked for again
         seeds = [args.seed + place % args.num_samples for place in places]
         labels = None if label is None else [label] * len(batch)
-        start = time.time()
-        on_token = None
-        # one answer alone is shown as it comes, unless its end may have to be taken back
-        live = len(prompts) == 1 and not stop.strings
         if live:
             print(f"{texts[0]!r}\n   answer  ", end="", flush=True)
-            stream = tokenizer.stream()     # shows a character of several tokens when it is whole
-
-            def on_token(number, token):
-                print(stream(token), end="", flush=True)
-
-        new = generate(model, batch, settings, stop, labels, seeds, on_token)
+        start = time.time()
+        new = generate(model, batch, settings, stop, labels, seeds, show_token if live else None)
         seconds += time.time() - start
         frozen = [None] * len(batch)
         if args.frozen:
@@ -485,9 +484,7 @@ def check(args):
 
 
 def read_settings(args) -> Settings:
-    names = {f.name for f in fields(Settings)} - {"trace_token"}
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in names},
-                        trace_token=args.trace_token)
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     if not args.trace:
         settings.trace_token = None
     return settings

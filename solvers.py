@@ -40,27 +40,30 @@ def midpoint(f, t, x, h, k1) -> Step:
 
 def heun(f, t, x, h, k1) -> Step:
     k2 = f(t + h, x + h * k1)
+    total = k1 + k2
     # x' = x + h·(k1 + k2)/2
-    return Step(x + h * (k1 + k2) / 2)
+    return Step(x + h * total / 2)
 
 
 def rk4(f, t, x, h, k1) -> Step:
     k2 = f(t + h / 2, x + h / 2 * k1)
     k3 = f(t + h / 2, x + h / 2 * k2)
     k4 = f(t + h, x + h * k3)
+    total = k1 + 2 * k2 + 2 * k3 + k4
     # x' = x + h·(k1 + 2k2 + 2k3 + k4)/6
-    return Step(x + h * (k1 + 2 * k2 + 2 * k3 + k4) / 6)
+    return Step(x + h * total / 6)
 
 
 def ralston3(f, t, x, h, k1) -> Step:
     """Ralston (1962): order 3 with nodes 0, ½, ¾. The midpoint rule stands inside it."""
     k2 = f(t + h / 2, x + h / 2 * k1)
     k3 = f(t + 3 * h / 4, x + 3 * h / 4 * k2)
+    total = 2 * k1 + 3 * k2 + 4 * k3
     # x' = x + h·(2k1 + 3k2 + 4k3)/9
-    new = x + h * (2 * k1 + 3 * k2 + 4 * k3) / 9
+    new = x + h * total / 9
     # error = x' − midpoint
-    error = h * (2 * k1 - 6 * k2 + 4 * k3) / 9
-    return Step(new, error)
+    difference = 2 * k1 - 6 * k2 + 4 * k3
+    return Step(new, h * difference / 9)
 
 
 # Dormand and Prince (1980), table 2: the nodes c, the stages a, and b − b̂, which estimates the error.
@@ -79,11 +82,14 @@ DP_E = (71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40)
 def dormand_prince(f, t, x, h, k1) -> Step:
     k = [k1]
     for c, row in zip(DP_C, DP_A):
+        total = sum(a * k_j for a, k_j in zip(row, k))
+        y = x + h * total
         # k_i = f(t + c_i·h, x + h·Σ a_ij·k_j)
-        y = x + h * sum(a * k_j for a, k_j in zip(row, k))
-        k.append(f(t + c * h, y))
+        k_i = f(t + c * h, y)
+        k.append(k_i)
+    total = sum(e * k_i for e, k_i in zip(DP_E, k))
     # error = h·Σ (b_i − b̂_i)·k_i
-    error = h * sum(e * k_i for e, k_i in zip(DP_E, k))
+    error = h * total
     # the last row of a equals b, so x' is the last y and its velocity begins the next step
     return Step(y, error, k[-1])
 
@@ -209,14 +215,16 @@ def integrate_fixed(f, x_0, rules, steps, budget) -> Solution:
     h = 1 / steps
     nfe = 0
     taken = 0
-    while taken < steps and nfe < budget:
+    while taken < steps:
         t = taken / steps
-        rule = last if taken == steps - 1 else inner
+        rule = inner
+        needed = inner.more + 1      # one evaluation more, or the end of the interval cannot be left
+        if taken == steps - 1:
+            rule = last
+            needed = last.more
         k1 = f(t, x)
         nfe += 1
-        # behind an inner interval one evaluation more is needed, or its end could not be left
-        after = 0 if taken == steps - 1 else 1
-        if nfe + rule.more + after > budget:
+        if nfe + needed > budget:
             # no whole interval is left: go straight on from here
             x = x + (1 - t) * k1
             break
@@ -242,8 +250,10 @@ SHORTEST_STEP = 1e-6
 def error_ratio(error, x, x_new, tolerance):
     """Root mean square of error/tolerance of each sequence, (n,): at most 1 is good (Hairer II.4)."""
     rtol, atol = tolerance
-    scale = atol + rtol * torch.maximum(x.abs(), x_new.abs())
-    return (error / scale).flatten(1).square().mean(1).sqrt()
+    largest = torch.maximum(x.abs(), x_new.abs())
+    scale = atol + rtol * largest
+    ratio = (error / scale).flatten(1)                                  # (n, numbers of a state)
+    return ratio.square().mean(1).sqrt()
 
 
 def next_step(h, ratio, order: int, repelled):
@@ -256,7 +266,8 @@ def next_step(h, ratio, order: int, repelled):
     factor = 0.9 * ratio.clamp_min(1e-10) ** (-1 / order)
     factor = factor.clamp(0.2, 10)
     # no growth right after a rejection, or the step would be rejected again; nor where ratio is NaN
-    factor = torch.where(repelled | ratio.isnan(), factor.nan_to_num(1.0).clamp_max(1), factor)
+    held = factor.nan_to_num(1.0).clamp_max(1)
+    factor = torch.where(repelled | ratio.isnan(), held, factor)
     return (h * factor).clamp_max(LONGEST_STEP)
 
 
@@ -282,19 +293,21 @@ class Run:
         arriving = self.running & (self.t + 1.01 * self.h >= 1)
         on_the_way = self.running & ~arriving
         last = not on_the_way.any()
-        return (arriving if last else on_the_way).nonzero().flatten(), last
+        chosen = arriving if last else on_the_way
+        return chosen.nonzero().flatten(), last
 
     def pay(self, rows, more: int, budget):
         """The rows that can pay `more` evaluations; the others go straight on to t = 1 and stop."""
         able = self.nfe[rows] + more <= budget
         broke = rows[~able]
-        self.x[broke] += column(1 - self.t[broke], self.x) * self.k1[broke]
+        remaining = column(1 - self.t[broke], self.x)
+        self.x[broke] += remaining * self.k1[broke]
         self.running[broke] = False
         self.nfe[rows[able]] += more
         return rows[able]
 
     def accept(self, rows, t, step: Step, good, last: bool):
-        """Write back the steps that are good: state, time, and the velocity the next one begins with."""
+        """Write back the steps that are good: state, time, the velocity the next one begins with."""
         done = rows[good]
         self.x[done] = step.x[good]
         self.t[done] = t[good]
@@ -307,7 +320,8 @@ class Run:
 
 def column(values, x):
     """(n,) -> (n, 1, ...), to go with x (n, ...)."""
-    return values.view(-1, *[1] * (x.dim() - 1))
+    ones = [1] * (x.dim() - 1)
+    return values.view(-1, *ones)
 
 
 def integrate_adaptive(f, x_0, rules, tolerance, budget) -> Solution:
@@ -327,7 +341,9 @@ def integrate_adaptive(f, x_0, rules, tolerance, budget) -> Solution:
         if not torch.equal(rows, f.rows):      # selecting copies keys and values, so only on change
             f = run.f.of(rows)
         # 2. step
-        x, t = run.x[rows], run.t[rows]
+        x = run.x[rows]
+        t = run.t[rows]
+        t_new = torch.ones_like(t) if last else t + run.h[rows]
         h = 1 - t if last else run.h[rows]
         step = rule.step(f, column(t, x), x, column(h, x), run.k1[rows])
         # 3. judge; a state that is not a number passes, and stays visible
@@ -336,7 +352,7 @@ def integrate_adaptive(f, x_0, rules, tolerance, budget) -> Solution:
         # 4. write back
         run.h[rows] = next_step(h, ratio, rule.order, run.repelled[rows])
         run.repelled[rows] = ~good
-        run.accept(rows, torch.ones_like(t) if last else t + h, step, good, last)
+        run.accept(rows, t_new, step, good, last)
     finished = run.t >= 1
     return Solution(run.x, run.t, run.nfe, run.accepted, run.rejected, finished)
 

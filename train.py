@@ -21,7 +21,8 @@ import torch
 import torch.nn as nn
 
 from data.batches import IGNORE, collate, draw_rows
-from data.checkpoint import copy_tokenizer, pick_device, read_state, write_safetensors
+from data.checkpoint import (
+    copy_tokenizer, pick_device, read_json, read_state, read_state_meta, write_safetensors)
 from data.families import ModelConfig
 from data.hub import resolve
 from data.log import Log
@@ -62,15 +63,6 @@ PRESETS = {
         "lr": 1e-4, "min_lr": 1e-6, "warmup": 100, "weight_decay": 0.01,
         "eval_every": 500, "val_rows": 64,
     },
-}
-# The embedded base, as a Hugging Face config.json.
-SCRATCH = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-    "vocab_size": 258, "hidden_size": 96, "intermediate_size": 256,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "hidden_act": "silu", "tie_word_embeddings": True,
-    "bos_token_id": 256, "eos_token_id": 257, "torch_dtype": "float32",
 }
 
 # --- the command line -----------------------------------------------------------------------------
@@ -128,13 +120,13 @@ def parse(argv=None) -> argparse.Namespace:
     """Flags over the checkpoint's (where resuming) over the preset's. Raises ValueError."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.resume = args.init_from == "resume"
-    if args.resume:
-        saved = read_state(args.out_dir)[1]["args"]
+    resume = args.init_from == "resume"
+    if resume:
+        saved = read_state_meta(args.out_dir)["args"]
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
-        args.resume = True
+    args.resume = resume
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -180,7 +172,7 @@ def build_model(args, classes: int):
     torch.manual_seed(args.seed)
     device, dtype = pick_device(args.device, args.dtype and getattr(torch, args.dtype))
     if args.init_from == "scratch":
-        lm = LM(ModelConfig.from_hf(SCRATCH))
+        lm = LM(ModelConfig.from_hf(read_json(source_directory(args) / "config.json")))
         init_weights(lm, torch.Generator().manual_seed(args.seed))
         return lm.to(device), None
     if args.method != "l2d":
@@ -277,12 +269,12 @@ def update_once(model, optimizer, batches: list, generator, clip: float, objecti
         # every token of the update weighs the same, however the update is cut into batches
         loss = losses.sum() / tokens
         loss.backward()
-        total += float(loss.detach())
+        total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, float(norm), tokens
+    return float(total), float(norm), tokens
 
 
 @torch.no_grad()
@@ -356,7 +348,7 @@ def set_up(args) -> Run:
 
 
 def source_directory(args) -> Path:
-    """Where the tokenizer is."""
+    """Where the tokenizer is; a base from scratch takes it, and its shape, from the embedded one."""
     name = "tiny" if args.init_from == "scratch" else args.init_from
     return resolve(name, args.cache_dir)
 

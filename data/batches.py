@@ -1,7 +1,8 @@
 """Rows to batches: padding, targets, and the order in which rows are read.
 
-A row is (ids, mask, documents) and perhaps a class id; mask is 1 on the tokens to be predicted, documents number the
-examples packed into one row. Data sets are in data/tokens.py and data/tiny/topics.py; read train.py next.
+A row is (ids, mask, documents) and perhaps a class id; mask is 1 on the tokens to be predicted,
+documents number the examples packed into one row. Data sets are in data/tokens.py and
+data/tiny/topics.py; read train.py next.
 
     python -m data.batches
 """
@@ -21,15 +22,18 @@ def collate(rows, device) -> dict:
     class_ids     (B,), only where rows have one
     """
     length = max(len(row[0]) for row in rows)
-    ids, mask, documents = torch.zeros(3, len(rows), length, dtype=torch.long)
+    table = torch.zeros(3, len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
-        size = len(row[0])
-        ids[i, :size] = torch.as_tensor(row[0])
-        mask[i, :size] = torch.as_tensor(row[1])
-        documents[i, :size] = torch.as_tensor(row[2])
+        for kind in range(3):
+            values = torch.as_tensor(row[kind])
+            table[kind, i, :len(values)] = values
+    ids, mask, documents = table                                        # (B, T + 1) each
     targets = ids.masked_fill(mask == 0, IGNORE)
-    # position k answers for token k + 1, so the last token is only a target and the first only a question
-    batch = {"ids": ids[:, :-1], "targets": targets[:, 1:]}
+    # position k answers for token k + 1: the last token is only a target, the first only a question
+    batch = {
+        "ids": ids[:, :-1],
+        "targets": targets[:, 1:],
+    }
     if documents.max() > 1:      # padding on the right needs no mask: nothing looks ahead
         batch["documents"] = documents[:, :-1]
     if len(rows[0]) > 3:
@@ -38,20 +42,27 @@ def collate(rows, device) -> dict:
 
 
 def left_pad(prompts, device):
-    """Prompts of different lengths -> ids and documents (B, T), right-aligned; padding is document 0."""
+    """Prompts of different lengths -> ids and documents (B, T), right-aligned.
+
+    Padding is document 0; documents are None where there is none.
+    """
     length = max(map(len, prompts))
     ids, documents = torch.zeros(2, len(prompts), length, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt):] = torch.tensor(prompt)
-        documents[row, length - len(prompt):] = 1
-    # without padding the attention needs no mask
-    return ids.to(device), None if documents.all() else documents.to(device)
+        start = length - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        documents[row, start:] = 1
+    if documents.all():
+        # nothing to hide, so the attention needs no mask
+        return ids.to(device), None
+    return ids.to(device), documents.to(device)
 
 
 @functools.lru_cache(maxsize=1)     # of the epoch under way: it is asked for thousands of times
 def epoch_order(size: int, seed: int):
     """The order of the rows in one epoch: (size,), another one for every seed."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator)
 
 
 def draw_rows(data, position: int, count: int, seed: int) -> list:
@@ -62,12 +73,16 @@ def draw_rows(data, position: int, count: int, seed: int) -> list:
     rows = []
     for place in range(position, position + count):
         epoch, index = divmod(place, len(data))
-        rows.append(data[int(epoch_order(len(data), seed + epoch)[index])])
+        order = epoch_order(len(data), seed + epoch)
+        rows.append(data[int(order[index])])
     return rows
 
 
 def main():
-    rows = [([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)]
+    rows = [
+        ([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3),
+        ([5, 6], [0, 1], [1, 1], 0),
+    ]
     for name, value in collate(rows, "cpu").items():
         print(f"{name:10} {value.tolist()}")
 

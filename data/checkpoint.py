@@ -1,7 +1,7 @@
-"""Checkpoints on disk: JSON and safetensors, written then renamed, read by memory map, never unpickled.
+"""Checkpoints on disk: JSON and safetensors, written then renamed, mapped, never unpickled.
 
-`load_weights` fills a model of any family by its weight map (data/families.py), from a single file or from shards.
-Everything here is plumbing; read model.py for what the tensors mean.
+`load_weights` fills a model of any family by its weight map (data/families.py), from a single file
+or from shards. Everything here is plumbing; read model.py for what the tensors mean.
 
     python -c "from model import LM; LM.from_pretrained('tiny')"
 """
@@ -127,7 +127,7 @@ def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
 
 
 def load_weights(model, directory: Path):
-    """Fill the model from the files of `directory`: names counted, shapes compared, values checked."""
+    """Fill the model from `directory`: names counted, shapes compared, values checked."""
     config = model.config
     family = config.family
     files = weight_files(directory)
@@ -193,10 +193,9 @@ def count_names(names) -> str:
 def copy_tensor(path: Path, name: str, targets: list, transposed: bool):
     """Copy one tensor of the file into `targets`, which share its rows (or columns, if transposed).
 
-    The file is mapped anew for every piece: pages of a map count as resident memory until it is closed.
+    The file is mapped anew for every piece: pages of a map count as resident until it is closed.
     """
-    check_shape(path, name, targets, transposed)
-    shape = open_safetensors(path).get_slice(name).get_shape()
+    shape = check_shape(path, name, targets, transposed)
     step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
     for row in range(0, shape[0], step):
         piece = open_safetensors(path).get_slice(name)[row:row + step]
@@ -211,7 +210,7 @@ def copy_tensor(path: Path, name: str, targets: list, transposed: bool):
 
 
 def check_shape(path, name, targets, transposed):
-    """Raise ValueError unless the tensor is there and is the concatenation of `targets`."""
+    """The tensor's shape. Raises ValueError unless it is the concatenation of `targets`."""
     file = open_safetensors(path)
     if name not in file.keys():
         raise ValueError(f"{path} lacks {name}, which model.safetensors.index.json says is there; "
@@ -224,6 +223,7 @@ def check_shape(path, name, targets, transposed):
     if shape != expected:
         raise ValueError(f"{name} in {path} has shape {shape}, but config.json asks for {expected};"
                          " use the config.json that came with the weights")
+    return shape
 
 
 def copy_rows(targets: list, piece, row: int):
@@ -290,8 +290,8 @@ def fill(ours: dict, path: Path):
 
 # --- a training's state ---------------------------------------------------------------------------
 
-def read_state(out_dir):
-    """(tensors, metadata) of the last saved state. Raises ValueError where there is none."""
+def read_state_meta(out_dir) -> dict:
+    """Flags and progress of the last saved state. Raises ValueError where there is none."""
     path = Path(out_dir) / "state.safetensors"
     if not path.exists():
         raise ValueError(f"{path} does not exist, so there is nothing to resume; "
@@ -300,7 +300,13 @@ def read_state(out_dir):
     if not meta or "state" not in meta:
         raise ValueError(f"{path} is not a training state of this project; "
                          "start anew with another --out_dir")
-    return load_file(path), json.loads(meta["state"])
+    return json.loads(meta["state"])
+
+
+def read_state(out_dir):
+    """(tensors, metadata) of the last saved state. Raises ValueError where there is none."""
+    meta = read_state_meta(out_dir)
+    return load_file(Path(out_dir) / "state.safetensors"), meta
 
 
 def copy_tokenizer(source: Path, directory: Path):

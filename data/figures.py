@@ -6,22 +6,27 @@ Pictures are made from numbers that somebody else has measured; nothing here run
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
+
+from data.checkpoint import read_json
 
 WIDTH = 81      # columns of a text picture
 
 
 def draw_points(points, low: float, high: float) -> str:
     """Numbers as one line of text: o for one, 2 to 9 for several in a column, + for more."""
+    last = WIDTH - 1
     counts = [0] * WIDTH
     for point in points:
-        place = (point - low) / (high - low) * (WIDTH - 1)
-        counts[min(WIDTH - 1, max(0, round(place)))] += 1
-    marks = " o23456789"
-    return "".join(marks[count] if count < 10 else "+" for count in counts).rstrip()
+        place = round((point - low) / (high - low) * last)
+        # what lies outside is drawn at the border
+        place = min(last, max(0, place))
+        counts[place] += 1
+    marks = " o23456789+"
+    line = "".join(marks[min(count, 10)] for count in counts)
+    return line.rstrip()
 
 
 SHADES = (27, 33, 39, 49, 82, 190, 220, 208, 196)      # of a 256-colour terminal, blue to red
@@ -33,9 +38,11 @@ def coloured(pieces, costs) -> str:
         return " ".join(f"{piece!r}:{cost}" for piece, cost in zip(pieces, costs))
     low = min(costs)
     high = max(costs)
+    spread = max(1, high - low)
     text = ""
     for piece, cost in zip(pieces, costs):
-        shade = SHADES[(len(SHADES) - 1) * (cost - low) // max(1, high - low)]
+        place = (len(SHADES) - 1) * (cost - low) // spread
+        shade = SHADES[place]
         text += f"\033[48;5;{shade}m\033[38;5;16m{piece}\033[0m"
     return f"{text}   NFE from {low} (blue) to {high} (red)"
 
@@ -75,17 +82,17 @@ def import_pyplot():
 def plot_accuracy(records: list, path: Path):
     """Accuracy against NFE per token, a line per group, a panel per temperature.
 
-    records: the "accuracy" entries of eval.json. The frozen model stands at NFE 0, then the steps of
-    the first fixed solver.
+    records: the "accuracy" entries of eval.json. The frozen model stands at NFE 0, then the steps
+    of the first fixed solver.
     """
     plt = import_pyplot()
-    fixed = next((r["solver"] for r in records if r["kind"] == "fixed"), None)
+    fixed = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
     temperatures = list(dict.fromkeys(r["temperature"] for r in records))
     size = (6 * len(temperatures), 4)
     figure, axes = plt.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
     for axis, temperature in zip(axes[0], temperatures):
         panel = [r for r in records if r["temperature"] == temperature]
-        shown = [r for r in panel if r["kind"] == "frozen" or r["solver"] == fixed]
+        shown = [r for r in panel if r["kind"] == "frozen" or r["settings"]["solver"] == fixed]
         for group in dict.fromkeys(r["group"] for r in shown):
             line = [r for r in shown if r["group"] == group]
             draw_curve(axis, sorted(line, key=lambda r: r["nfe_per_token"]), group)
@@ -101,6 +108,7 @@ def draw_curve(axis, line, label: str):
     """One curve with its intervals."""
     x = [r["nfe_per_token"] for r in line]
     y = [r["accuracy"] for r in line]
+    # matplotlib wants the lengths of the two halves
     below = [r["accuracy"] - r["low"] for r in line]
     above = [r["high"] - r["accuracy"] for r in line]
     axis.errorbar(x, y, [below, above], marker="o", label=label)
@@ -115,12 +123,11 @@ def save(figure, path: Path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", help="what eval.py wrote, eval.json by default")
+    parser.add_argument("results", help="what eval.py wrote")
     args = parser.parse_args(argv)
     path = Path(args.results)
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
-        plot_accuracy(records, path.with_suffix(".png"))
+        plot_accuracy(read_json(path)["accuracy"], path.with_suffix(".png"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"data.figures: {path}: {error}", file=sys.stderr)
         raise SystemExit(2)

@@ -26,13 +26,14 @@ class HeadLogProbability(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx, n, head, targets):
         result = torch.empty(len(n), device=n.device)
-        slope = torch.empty_like(n)
+        slope = torch.empty_like(n)                                     # (N, C) ∂ log p_y / ∂ n
         for piece in pieces(n, head):
             logits = F.linear(n[piece], head).float()                   # (size, V)
             y = targets[piece, None]                                    # (size, 1)
+            chosen = logits.gather(1, y)                                # (size, 1)
             log_sum = logits.logsumexp(-1, keepdim=True)
             # log p_y = logit_y − log Σ exp(logits)
-            result[piece] = (logits.gather(1, y) - log_sum)[:, 0]
+            result[piece] = (chosen - log_sum).squeeze(1)
             if ctx.needs_input_grad[0]:
                 step = residual(logits, y).to(head.dtype)
                 slope[piece] = step @ head
@@ -50,8 +51,10 @@ class HeadLogProbability(torch.autograd.Function):
             to_head = torch.zeros_like(head)
             for piece in pieces(n, head):
                 logits = F.linear(n[piece], head).float()
-                step = residual(logits, targets[piece, None]) * gradient[piece]
-                to_head += step.to(n.dtype).T @ n[piece]
+                y = targets[piece, None]
+                step = gradient[piece] * residual(logits, y)
+                step = step.to(n.dtype)
+                to_head += step.T @ n[piece]
         return to_n, to_head, None
 
 

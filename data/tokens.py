@@ -207,10 +207,10 @@ class TokenFiles:
         return len(self.rows) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids int64, mask uint8, segments int64), each [tokens <= block_size].
+        """(ids int64, mask uint8, documents int64), each [tokens <= block_size].
 
-        mask is 1 where the token is to be predicted; segments number the examples of the row from
-        1 (0 is left for padding), and no token may see one of another segment.
+        mask is 1 where the token is to be predicted; documents number the examples of the row from
+        1 (0 is left for padding), and no token may see one of another document.
         Raises IndexError outside 0 .. len - 1.
         """
         if not 0 <= index < len(self):
@@ -221,6 +221,6 @@ class TokenFiles:
         borders = self.examples[first:last + 1]
         span = slice(borders[0], borders[-1])
         numbers = np.arange(1, len(borders), dtype=np.int64)
-        segments = np.repeat(numbers, np.diff(borders))
+        documents = np.repeat(numbers, np.diff(borders))
         # copies, since what is mapped cannot be written to, and torch warns of such arrays
-        return self.ids[span].astype(np.int64), np.array(self.mask[span]), segments
+        return self.ids[span].astype(np.int64), np.array(self.mask[span]), documents

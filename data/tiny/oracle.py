@@ -22,7 +22,11 @@ class Oracle:
     def __init__(self, vectors, prior, sigma: float):
         self.vectors = torch.tensor(vectors)
         self.prior = torch.tensor(prior, dtype=torch.float64)
-        self.config = SimpleNamespace(width=self.vectors.shape[1], classes=0, sigma=sigma)
+        self.config = SimpleNamespace(
+            width=self.vectors.shape[1],
+            classes=0,
+            sigma=sigma,
+        )
 
     def vocabulary(self):
         return self.vectors
@@ -31,8 +35,11 @@ class Oracle:
         """log p(y|x_t), (n, T, V)."""
         if torch.is_tensor(t):
             t = t.double().view(-1, 1, 1)
+        # every token is a normal distribution around t·V_y
         means = torch.as_tensor(t)[..., None] * self.vectors
-        distance = (x_t.double()[..., None, :] - means).square().sum(-1)
         variance = ((1 - t) * self.config.sigma) ** 2
-        log_p = (self.prior.log() - distance / (2 * variance)).log_softmax(-1)
-        return log_p.float()
+        away = x_t.double()[..., None, :] - means                       # (n, T, V, Z)
+        distance = away.square().sum(-1)
+        log_likelihood = -distance / (2 * variance)
+        log_p = self.prior.log() + log_likelihood
+        return log_p.log_softmax(-1).float()

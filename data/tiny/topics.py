@@ -308,18 +308,18 @@ def make_document(rng) -> str:
 
 # --- as data sets ---------------------------------------------------------------------------------
 #
-# dataset[i] is (ids, mask, segments, class id); mask is 1 on the tokens to be predicted.
+# dataset[i] is (ids, mask, documents, class id); mask is 1 on the tokens to be predicted.
 
 def encode_problem(problem: Problem, tokenizer) -> tuple:
-    """(ids, mask, segments, class id) of a problem and its answer, end token included."""
+    """(ids, mask, documents, class id) of a problem and its answer, end token included."""
     prompt = tokenizer.encode_start(problem.prompt)
     # encoded apart from the prompt, as it will be when a model has to write it
     response = tokenizer.encode(problem.response)
     # the end is predicted too, or a model would not know where to stop
     response = [*response, tokenizer.eos_id]
     mask = np.repeat([0, 1], [len(prompt), len(response)])
-    segments = np.ones_like(mask)
-    return np.array(prompt + response), mask, segments, CLASSES.index(problem.label)
+    documents = np.ones_like(mask)
+    return np.array(prompt + response), mask, documents, CLASSES.index(problem.label)
 
 
 class Problems:
@@ -342,25 +342,25 @@ class Problems:
 
 
 class Documents(Problems):
-    """Pretraining text: row i is ROW tokens of documents, each in a segment of its own."""
+    """Pretraining text: row i is ROW tokens of documents, numbered from 1."""
 
     def __getitem__(self, index: int):
         rng = random.Random(f"{self.seed}/{self.split}/text/{index}")
         ids = []
         mask = []
-        segments = []
-        segment = 0
+        documents = []
+        number = 0
         while len(ids) < ROW:
-            # numbered from 1: segment 0 is padding
-            segment += 1
+            # 0 is left for padding
+            number += 1
             document = self.tokenizer.encode_start(make_document(rng))
             document = [*document, self.tokenizer.eos_id]
             ids += document
             # nothing stands before the first token that it could be predicted from
             mask += [0] + [1] * (len(document) - 1)
-            segments += [segment] * len(document)
+            documents += [number] * len(document)
         # the last document is cut, so that all rows have one length and need no padding
-        return np.array(ids[:ROW]), np.array(mask[:ROW]), np.array(segments[:ROW]), 0
+        return np.array(ids[:ROW]), np.array(mask[:ROW]), np.array(documents[:ROW]), 0
 
 
 def main():
