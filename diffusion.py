@@ -26,10 +26,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batches import IGNORE, collate
-from data.checkpoint import check_base, fill, read_path, save_path
 from data.families import choices
 from data.figures import draw_points
 from data.hub import resolve
+from data.path import L2DConfig, check_base, fill, read_path, save_path
 from data.tiny.oracle import LINE, Oracle
 from data.tiny.topics import Problems
 from data.tokenizer import load_tokenizer
@@ -38,32 +38,7 @@ from solvers import odeint
 
 FREQUENCIES = 128          # of the time sinusoid, as the official code has it
 TABLE = 128                # times whose modulation is kept; the paper's longest run has 127
-TIME_DISTRIBUTIONS = ("uniform", "cosmap")
 ESTIMATES = ("argmax", "sample", "average")
-# What the fields of a path.json were called before they got the names that the field uses.
-OLD_NAMES = {"conditioning": "cond_dim", "schedule": "time_distribution"}
-
-
-@dataclass
-class L2DConfig:
-    """The path's shape and its noise. `sigma` None means σ² = 16·Z, the paper's 64 at Z = 256."""
-    width: int = 256                      # Z
-    cond_dim: int = 256                   # S, of the time embedding
-    sigma: float | None = None
-    rank: int | None = 32                 # of the LoRA on the path's matrices; None: full copies
-    alpha: float = 32.0
-    classes: int = 0                      # topics for guidance; 0: none
-    class_dropout: float = 0.2            # how often training hides the class
-    time_distribution: str = "uniform"    # of the training times, see `draw_times`
-
-    def __post_init__(self):
-        choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")
-        for name, low in (("width", 1), ("cond_dim", 1), ("classes", 0), ("rank", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} = {value} is out of range; allowed: {low} or more")
-        if self.sigma is None:
-            self.sigma = 4 * math.sqrt(self.width)
 
 
 # --- 1 the path -----------------------------------------------------------------------------------
@@ -155,7 +130,7 @@ class L2D(nn.Module):
     # --- what depends on the time alone ---
 
     def embed_time(self, t, class_ids=None):
-        """e(t), (..., S): a sinusoid of t, two layers, plus the class embedding (None: no class)."""
+        """e(t), (..., S): a sinusoid of t, two layers, plus the class embedding (None: none)."""
         # sinusoid(t) = [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
         i = torch.arange(FREQUENCIES, device=t.device)
         omega = 10000 ** (-i / FREQUENCIES)
@@ -180,7 +155,7 @@ class L2D(nn.Module):
             return Modulation([block.modulation(e) for block in self.blocks], w_d)
 
     def modulation_at(self, t, class_ids) -> Modulation:
-        """The same while sampling, where times return: t a float or (n,), class_ids (n,) or None."""
+        """The same while sampling, where times return: t float or (n,), class_ids (n,) or None."""
         if class_ids is None:
             class_ids = torch.tensor([self.config.classes], device=self.to_z.weight.device)
         if torch.is_tensor(t):
@@ -342,19 +317,9 @@ class L2D(nn.Module):
         if lm is None:
             lm = LM.from_pretrained(meta["base"], dtype, device)
         check_base(meta, lm.fingerprint(), lm.directory, directory)
-        model = cls(lm, read_config(meta, directory))
+        model = cls(lm, meta["config"])
         fill(model.path_parameters(), directory / "path.safetensors")
         return model.eval()
-
-
-def read_config(meta: dict, directory: Path) -> L2DConfig:
-    """The config of a path.json. Raises ValueError where it was not written by us."""
-    try:
-        fields = {OLD_NAMES.get(name, name): value for name, value in meta["config"].items()}
-        return L2DConfig(**fields)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / 'path.json'} was not written by this version ({error}); "
-                         "train the path again with train.py") from None
 
 
 # --- randomness: from a generator, on its device, so that a seed means the same everywhere --------

@@ -11,6 +11,7 @@ key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion 
     python -c "from model import LM; print(LM.from_pretrained('tiny').config)"
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -483,3 +484,17 @@ class LM(nn.Module):
         """Write config.json and model.safetensors in Hugging Face layout, each appearing whole."""
         save_weights(self, Path(directory))
         write_json(self.config.raw, Path(directory) / "config.json")
+
+
+def init_weights(lm: LM, generator: torch.Generator):
+    """GPT-2's: N(0, 0.02²), the matrices that write to the residual stream smaller by √(2L)."""
+    for name, p in lm.named_parameters():
+        std = 0.02
+        if name.endswith((".o.weight", ".down.weight")):
+            std /= math.sqrt(2 * lm.config.layers)
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 1:
+            nn.init.ones_(p)
+        else:
+            nn.init.normal_(p, std=std, generator=generator)

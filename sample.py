@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from data.batches import left_pad
-from data.checkpoint import read_path
 from data.families import choices
 from data.figures import trace_text
 from data.formats import encode_chat
 from data.hub import resolve
+from data.path import read_path
 from data.stop import Stop
 from data.tasks import TASKS
 from data.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ LARGEST_SEED = (1 << 32) - 1
 
 @dataclass
 class Settings:
-    """How tokens are found. `steps` counts intervals of the fixed solvers; 0 is the frozen model."""
+    """How tokens are found. `steps` are intervals of the fixed solvers; 0 is the frozen model."""
     steps: int = 8
     solver: str = "euler"
     rtol: float = 1e-3                   # of dopri5, which chooses its own steps
@@ -94,7 +94,7 @@ class Answer:
     stopped: bool = False                # it ended by itself, before max_new_tokens
     unfinished: int = 0                  # tokens whose ODE ran out of max_nfe
     right: bool = False                  # where it was graded
-    guesses: list = field(default_factory=list)   # of the traced token: (t, token id, probability)
+    guesses: list = field(default_factory=list)   # of the traced token: (t, token id, p)
 
     @property
     def mark(self) -> str:
@@ -295,22 +295,6 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
 
 # --- what is printed ------------------------------------------------------------------------------
 
-def class_id(name: str | None, model) -> int | None:
-    """A class by number, or by name for paths trained on the embedded topics."""
-    if name is None:
-        return None
-    count = model.config.classes if isinstance(model, L2D) else 0
-    if not count:
-        raise ValueError(f"--class {name}: this model has no classes; allowed: no --class")
-    names = TASKS["tiny"].classes
-    numbers = [str(number) for number in range(count)]
-    if count == len(names):
-        choices(name, [*names, *numbers], "--class")
-    else:
-        choices(name, numbers, "--class")
-    return names.index(name) if name in names else int(name)
-
-
 def worked_answers(model, tokenizer, settings: Settings, seed: int) -> tuple:
     """A test problem of every kind, answered by the frozen model and as `settings` say.
 
@@ -349,7 +333,10 @@ def encode_prompt(text: str, tokenizer, chat: bool) -> list:
 
 def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
     """Print num_samples answers to every prompt; returns them all and the seconds they took."""
-    label = class_id(args.label, model)
+    label = None
+    if args.label is not None:
+        classes = model.config.classes if isinstance(model, L2D) else 0
+        label = TASKS["tiny"].class_number(args.label, classes)
     stop = Stop.of(tokenizer, args.stop)
     texts = [text for text in read_prompts(args) for _ in range(args.num_samples)]
     prompts = [encode_prompt(text, tokenizer, args.chat) for text in texts]

@@ -66,7 +66,7 @@ def ralston3(f, t, x, h, k1) -> Step:
     return Step(new, h * difference / 9)
 
 
-# Dormand and Prince (1980), table 2: the nodes c, the stages a, and b − b̂, which estimates the error.
+# Dormand and Prince (1980), table 2: the nodes c, the stages a, and b − b̂ for the error estimate.
 DP_C = (1/5, 3/10, 4/5, 8/9, 1, 1)
 DP_A = (
     (1/5,),
@@ -218,7 +218,8 @@ def integrate_fixed(f, x_0, rules, steps, budget) -> Solution:
     while taken < steps:
         t = taken / steps
         rule = inner
-        needed = inner.more + 1      # one evaluation more, or the end of the interval cannot be left
+        # and one evaluation more, or the end of the interval could not be left
+        needed = inner.more + 1
         if taken == steps - 1:
             rule = last
             needed = last.more
@@ -248,7 +249,7 @@ SHORTEST_STEP = 1e-6
 
 
 def error_ratio(error, x, x_new, tolerance):
-    """Root mean square of error/tolerance of each sequence, (n,): at most 1 is good (Hairer II.4)."""
+    """Root mean square of error/tolerance of each sequence, (n,): 1 is just good (Hairer II.4)."""
     rtol, atol = tolerance
     largest = torch.maximum(x.abs(), x_new.abs())
     scale = atol + rtol * largest
@@ -307,7 +308,7 @@ class Run:
         return rows[able]
 
     def accept(self, rows, t, step: Step, good, last: bool):
-        """Write back the steps that are good: state, time, the velocity the next one begins with."""
+        """Write back the steps that are good: state, time, the velocity of the next one."""
         done = rows[good]
         self.x[done] = step.x[good]
         self.t[done] = t[good]

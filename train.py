@@ -11,7 +11,6 @@
 
 import argparse
 import json
-import math
 import signal
 import sys
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from data.checkpoint import (
 from data.families import ModelConfig
 from data.hub import resolve
 from data.log import Log
+from data.path import TIME_DISTRIBUTIONS, L2DConfig
 from data.tasks import TASKS
 from data.tiny.topics import Documents, Problems
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFiles
-from diffusion import L2D, TIME_DISTRIBUTIONS, L2DConfig
-from model import LM, LoRA
+from diffusion import L2D
+from model import LM, LoRA, init_weights
 from sample import Settings, answer_problems
 
 METHODS = ("l2d", "pretrain", "lora", "full")
@@ -168,7 +168,7 @@ def load_data(args, tokenizer):
 
 
 def build_model(args, classes: int):
-    """(module to train, fingerprint of what stays frozen beside it): an L2D, or the model itself."""
+    """(module to train, fingerprint of what stays frozen beside it): an L2D, or the LM itself."""
     torch.manual_seed(args.seed)
     device, dtype = pick_device(args.device, args.dtype and getattr(torch, args.dtype))
     if args.init_from == "scratch":
@@ -189,20 +189,6 @@ def build_model(args, classes: int):
     frozen = lm.requires_grad_(False).fingerprint()
     replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, args.rank, alpha=args.rank))
     return lm, frozen
-
-
-def init_weights(lm: LM, generator: torch.Generator):
-    """GPT-2's: N(0, 0.02²), the matrices that write to the residual stream smaller by √(2L)."""
-    for name, p in lm.named_parameters():
-        std = 0.02
-        if name.endswith((".o.weight", ".down.weight")):
-            std /= math.sqrt(2 * lm.config.layers)
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        elif p.dim() == 1:
-            nn.init.ones_(p)
-        else:
-            nn.init.normal_(p, std=std, generator=generator)
 
 
 def replace_linears(lm: LM, kind, convert):
@@ -348,7 +334,7 @@ def set_up(args) -> Run:
 
 
 def source_directory(args) -> Path:
-    """Where the tokenizer is; a base from scratch takes it, and its shape, from the embedded one."""
+    """Where the tokenizer is; a base from scratch has it, and its shape, from the embedded one."""
     name = "tiny" if args.init_from == "scratch" else args.init_from
     return resolve(name, args.cache_dir)
 

@@ -109,7 +109,7 @@ def sharded_files(index: Path) -> dict[str, Path]:
 
 
 def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
-    """(device, dtype): CUDA, else MPS, else CPU; bfloat16 where the GPU computes in it, else float32.
+    """(device, dtype): CUDA, else MPS, else CPU; bfloat16 where the GPU has it, else float32.
 
     Raises ValueError for a device that is not here.
     """
@@ -242,50 +242,6 @@ def copy_columns(targets: list, piece, row: int):
     sizes = [target.shape[0] for target in targets]
     for target, part in zip(targets, piece.split(sizes, dim=-1)):
         target.T[row:row + len(piece)].copy_(part)
-
-
-# --- a diffusion path's files ---------------------------------------------------------------------
-
-def save_path(ours: dict, meta: dict, directory: Path):
-    """Write path.safetensors, then path.json; ours: name -> trained tensor."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in ours.items()}
-    write_safetensors(tensors, directory / "path.safetensors")
-    write_json(meta, directory / "path.json")
-
-
-def read_path(directory: Path) -> dict:
-    """path.json: config, base and base_sha256. Raises ValueError where one is missing."""
-    meta = read_json(directory / "path.json")
-    for name in ("config", "base", "base_sha256"):
-        if name not in meta:
-            raise ValueError(f"{directory / 'path.json'} was not written by this version: "
-                             f"it has no {name!r}; train the path again with train.py")
-    return meta
-
-
-def check_base(meta: dict, found: str, base: str, directory: Path):
-    """Raise ValueError unless the path was trained beside the base whose fingerprint was found."""
-    wanted = meta["base_sha256"]
-    if found != wanted:
-        raise ValueError(
-            f"the path in {directory} belongs to the base {meta['base']!r} "
-            f"(sha256 {wanted[:12]}), not to {base!r} (sha256 {found[:12]}); "
-            f"train one for this base with train.py --init_from={base}")
-
-
-def fill(ours: dict, path: Path):
-    """Copy a file into the tensors of a path. Raises ValueError unless all fit."""
-    open_safetensors(path)      # says in one line what is wrong with the file
-    tensors = load_file(path)
-    theirs = {(name, tensor.shape) for name, tensor in tensors.items()}
-    wrong = {(name, p.shape) for name, p in ours.items()} ^ theirs
-    if wrong:
-        names = sorted({name for name, _ in wrong})
-        raise ValueError(f"{path} does not fit path.json: {len(names)} tensors differ, "
-                         f"first {names[0]}; copy both files of the same training")
-    for name, p in ours.items():
-        p.data.copy_(tensors[name])
 
 
 # --- a training's state ---------------------------------------------------------------------------

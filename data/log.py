@@ -1,4 +1,4 @@
-"""The numbers of a training: a JSON object a line in log.jsonl, a progress bar, a line per validation.
+"""The numbers of a training: a JSON object a line in log.jsonl, a bar, a line per validation.
 
 train.py tells it what happened; the time left comes from the pace of the run so far.
 """

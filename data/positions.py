@@ -1,7 +1,7 @@
 """Where tokens stand, and which of them may see which: pure functions, without any weights.
 
-Rotary angles (Su et al. 2021) and their slower form of Llama 3, and the attention mask of padded and
-packed rows, with a worked example. model.py uses all of it; read that next.
+Rotary angles (Su et al. 2021) and their slower form of Llama 3, and the attention mask of padded
+and packed rows, with a worked example. model.py uses all of it; read that next.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Where an answer ends: at a token, or at a string wherever it comes to stand in the text.
 
-Benchmarks cut answers at strings such as "\\n\\nQuestion:", which a vocabulary may break into tokens
-in many ways, so strings are looked for in the decoded text. sample.py asks after every token.
+Benchmarks cut answers at strings such as "\\n\\nQuestion:", which a vocabulary may break into
+tokens in many ways, so strings are looked for in the decoded text. sample.py asks at every token.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Stop:
-    """Token ids, and strings; the tokenizer is needed for the strings and to put answers into words."""
+    """Token ids, and strings; the tokenizer finds the strings and puts answers into words."""
     ids: set = field(default_factory=set)
     strings: list = field(default_factory=list)
     tokenizer: object = None

@@ -1,4 +1,4 @@
-"""What each saving is worth, as ratios of medians within one run. Not a test: nothing here can pass or fail.
+"""What each saving is worth, as ratios of medians within one run. Nothing here can pass or fail.
 
     python tests/bench.py
     python tests/bench.py --init_from=out --batch_size 16 --context 128 512 --repeats 30
@@ -69,7 +69,8 @@ def evaluation_table(model, batch: int, context: int, timed):
              ("with the modulation made again", fresh_modulation)]
     if model.config.classes:
         classes = torch.zeros(batch, dtype=torch.long, device=device)
-        works += [("guided, two lines in one batch", guided), ("guided, one after the other", apart)]
+        works.append(("guided, two lines in one batch", guided))
+        works.append(("guided, one after the other", apart))
     for name, work in works:
         ms = timed(work)
         print(f"  {name:38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
@@ -81,7 +82,8 @@ def evaluation_table(model, batch: int, context: int, timed):
 
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init_from", default="tiny")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[64, 1024, 2048],
@@ -108,7 +110,8 @@ def main(argv=None):
         settings = Settings(steps=steps, solver=solver, max_new_tokens=16)
         answers = generate(model, prompts, settings, seeds=range(len(prompts)))
         nfe = sum(sum(a.nfe) for a in answers) / sum(len(a.nfe) for a in answers)
-        speed[steps, solver] = timed(lambda: generate(model, prompts, settings, seeds=range(len(prompts))))
+        seeds = range(len(prompts))
+        speed[steps, solver] = timed(lambda: generate(model, prompts, settings, seeds=seeds))
         name = f"{solver} {steps}"
         if not steps:
             name = "frozen"

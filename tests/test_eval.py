@@ -1,4 +1,7 @@
-"""eval.py and the embedded model: intervals, counts of arithmetic, the table, and that the shipped path does what is said."""
+"""eval.py and the embedded model: intervals, counts of arithmetic, the table.
+
+And that the shipped path does what is said of it.
+"""
 
 import hashlib
 import json
@@ -28,7 +31,15 @@ def tiny():
     return load_model("tiny")
 
 
-@pytest.mark.parametrize("right, n, low, high", [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (100, 100, 0.9630, 1.0), (3, 8, 0.1368, 0.6943)])
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [
+        (0, 100, 0.0, 0.0370),
+        (50, 100, 0.4038, 0.5962),
+        (100, 100, 0.9630, 1.0),
+        (3, 8, 0.1368, 0.6943),
+    ],
+)
 def test_wilson_interval_against_published_values(right, n, low, high):
     assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=2e-4)
 
@@ -48,12 +59,12 @@ def test_arithmetic_is_what_torch_counts(rank, folded, estimate, solver):
         reading = l2d.lm.read(torch.randint(258, (1, length))).last()
         field, x = VelocityField(l2d, reading, estimate), torch.randn(1, 1, 16)
         t = torch.full((1,), 0.5) if solver == "dopri5" else 0.5
-        field(t, x)      # fills the table of the modulation
+        field(t, x)  # fills the table of the modulation
         with FlopCounterMode(display=False) as counter:
             field(t, x)
     settings = Settings(steps=1, estimate=estimate, solver=solver)
     one, none = (evaluation.flops_per_token(l2d, nfe, length, settings) for nfe in (1, 0))
-    attention = 4 * 2 * length * 32      # torch does not count fused attention on every device
+    attention = 4 * 2 * length * 32  # torch does not count fused attention on every device
     assert counter.get_total_flops() in (one - none, one - none - attention)
 
 
@@ -72,10 +83,13 @@ def test_the_shipped_base_is_small_and_the_path_was_trained_beside_it(tiny):
 
 @pytest.mark.parametrize("topic, level, least", [("math", 1, 0.3), ("strings", 1, 0.6)])
 def test_the_shipped_path_answers_what_its_frozen_model_cannot(tiny, topic, level, least):
-    """The claim of the README, on 40 test problems; the bounds lie far below the measured accuracy."""
+    """The claim of the README, on 40 test problems; the bounds lie far below what was measured."""
     model, tokenizer = tiny
     problems = [make_problem("test", i, topic=topic, level=level) for i in range(40)]
-    frozen, ours = ([a.right for a in answer_problems(model, tokenizer, TASK, problems, Settings(steps=steps))] for steps in (0, 8))
+    frozen, ours = (
+        [a.right for a in answer_problems(model, tokenizer, TASK, problems, Settings(steps=steps))]
+        for steps in (0, 8)
+    )
     assert sum(frozen) / 40 <= 0.1 and sum(ours) / 40 >= least
 
 
@@ -95,7 +109,7 @@ def test_an_answer_must_end_by_itself_to_be_right(tiny):
     problem, length = problems[right], len(answers[right].ids)
     for room, expected in ((length, False), (length + 1, True)):
         settings = Settings(steps=2, max_new_tokens=room)
-        again, = answer_problems(model, tokenizer, TASK, [problem], settings)
+        (again,) = answer_problems(model, tokenizer, TASK, [problem], settings)
         assert again.text == problem.answer and again.right == expected
 
 
@@ -114,13 +128,14 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
     for number, problem in enumerate(problems):
         ids, mask, _, label = TASK.reference(problem, tokenizer)
         longest = max(len(TASK.reference(p, tokenizer)[0]) for p in problems) - 1
-        noise = torch.randn(longest, model.config.width,
-                            generator=torch.Generator().manual_seed(number))
+        noise = torch.randn(
+            longest, model.config.width, generator=torch.Generator().manual_seed(number)
+        )
         for k in range(1, len(ids)):
             if mask[k]:
                 reading = model.lm.read(torch.tensor(ids[None, :k])).last()
                 field = VelocityField(model, reading, class_ids=torch.tensor([label]))
-                x_0 = model.config.sigma * noise[None, k - 1:k]
+                x_0 = model.config.sigma * noise[None, k - 1 : k]
                 logits = field.logits(odeint(field, x_0, "euler", 3).x)
                 expected.append(int(logits.argmax()) == ids[k])
     found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
@@ -131,8 +146,10 @@ def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
     model, tokenizer = tiny
     problems = [make_problem("test", i, topic="math", level=2) for i in range(12)]
     settings = Settings(steps=2, temperature=1.0, estimate="sample")
-    texts = [[a.text for a in answer_problems(model, tokenizer, TASK, problems, settings, seed)]
-             for seed in (0, 0, 1)]
+    texts = [
+        [a.text for a in answer_problems(model, tokenizer, TASK, problems, settings, seed)]
+        for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert TASK.problem(("math", 1), 0, 0) != TASK.problem(("math", 1), 0, 1)
 
@@ -140,41 +157,111 @@ def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
 @pytest.mark.parametrize("estimate", ["argmax", "sample", "average"])
 def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estimate):
     out = tmp_path / "eval.json"
-    evaluation.main(["--problems", "3", "--steps", "1", "2", "--temperatures", "0", "1", "--topics", "strings", "--rtol", "0.3",
-                     "--estimate", estimate, "--guidance", "0", "1", "--out", str(out)])
+    evaluation.main(
+        [
+            "--problems",
+            "3",
+            "--steps",
+            "1",
+            "2",
+            "--temperatures",
+            "0",
+            "1",
+            "--topics",
+            "strings",
+            "--rtol",
+            "0.3",
+            "--estimate",
+            estimate,
+            "--guidance",
+            "0",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
     printed, result = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
-    for word in ("frozen", "euler 1", "euler 2", "dopri5", "strings   1", "NFE/token", "MFLOP/token", "temperature 1", "fixed", "broken", "w = 0"):
+    for word in (
+        "frozen",
+        "euler 1",
+        "euler 2",
+        "dopri5",
+        "strings   1",
+        "NFE/token",
+        "MFLOP/token",
+        "temperature 1",
+        "fixed",
+        "broken",
+        "w = 0",
+    ):
         assert word in printed
-    assert len(result["accuracy"]) == 2 * 2 * 4 and {"args", "commit", "torch", "machine", "base_sha256", "guidance", "fixed_and_broken"} <= result.keys()
+    assert (
+        len(result["accuracy"]) == 2 * 2 * 4
+        and {"args", "commit", "torch", "machine", "base_sha256", "guidance", "fixed_and_broken"}
+        <= result.keys()
+    )
     cells = {(r["group"], r["temperature"], r["column"]): r for r in result["accuracy"]}
-    assert cells["strings   1", 0.0, "frozen"]["nfe_per_token"] == 0 and cells["strings   1", 0.0, "euler 2"]["nfe_per_token"] == 3
-    assert all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 and r["seconds"] > 0 for r in result["accuracy"])
+    assert (
+        cells["strings   1", 0.0, "frozen"]["nfe_per_token"] == 0
+        and cells["strings   1", 0.0, "euler 2"]["nfe_per_token"] == 3
+    )
+    assert all(
+        0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 and r["seconds"] > 0
+        for r in result["accuracy"]
+    )
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_model_without_a_path_is_scored_alone(tmp_path, capsys):
-    """What --method=lora and full leave behind: the baselines' numbers come from the same problems and the same command."""
+    """What --method=lora and full leave behind.
+
+    The baselines' numbers come from the same problems and the same command.
+    """
     for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
-    evaluation.main([f"--init_from={tmp_path}", "--problems", "3", "--topics", "math", "--temperatures", "0", "--out", str(tmp_path / "e.json")])
+    evaluation.main(
+        [
+            f"--init_from={tmp_path}",
+            "--problems",
+            "3",
+            "--topics",
+            "math",
+            "--temperatures",
+            "0",
+            "--out",
+            str(tmp_path / "e.json"),
+        ]
+    )
     result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
-    assert {r["column"] for r in result["accuracy"]} == {"frozen"} and not result["guidance"] and not result["fixed_and_broken"]
+    assert (
+        {r["column"] for r in result["accuracy"]} == {"frozen"}
+        and not result["guidance"]
+        and not result["fixed_and_broken"]
+    )
     assert "no diffusion path: only the model itself is scored" in capsys.readouterr().out
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(evaluation, "accuracy_table", lambda *_: pytest.fail("the work was done before the check"))
+    monkeypatch.setattr(
+        evaluation, "accuracy_table", lambda *_: pytest.fail("the work was done before the check")
+    )
     with pytest.raises(SystemExit):
         evaluation.main(["--plot"])
-    assert "--plot needs matplotlib, which is not installed; pip install matplotlib" in capsys.readouterr().err
+    assert (
+        "--plot needs matplotlib, which is not installed; pip install matplotlib"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--problems", "0"], r"--problems 0 is out of range; allowed: 1 or more"),
-    (["--steps", "0"], r"--steps 0 is out of range"),
-    (["--init_from", "nowhere"], r"unknown model 'nowhere'"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--problems", "0"], r"--problems 0 is out of range; allowed: 1 or more"),
+        (["--steps", "0"], r"--steps 0 is out of range"),
+        (["--init_from", "nowhere"], r"unknown model 'nowhere'"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_status_2(flags, message, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluation.main(flags)

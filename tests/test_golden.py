@@ -22,7 +22,7 @@ from solvers import odeint
 FOLDER = Path(os.environ.get("NANOL2D_SHARED", "nowhere")) / "golden"
 pytestmark = pytest.mark.skipif(
     not FOLDER.exists(), reason="NANOL2D_SHARED names no folder with golden outputs")
-BOUND = 2.7e-5      # relative to the largest value; a second derivation from the paper needs as much
+BOUND = 2.7e-5      # relative to the largest value, as a second derivation from the paper needs
 
 # Ours -> theirs, for what is trained.
 NAMES = {

@@ -1,29 +1,34 @@
-"""sample.py: generate() against plain loops without cache or batch, what a token costs, sampling, and the command line."""
+"""sample.py: generate() against plain loops without cache or batch, what a token costs, sampling.
 
-import io
-import json
-import re
-import shutil
+The command line is in test_cli.py.
+"""
+
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA, make_l2d, make_lm
+from conftest import make_l2d, make_lm
 from test_oracle import p_value
 
-from data.tiny.topics import LEVELS
-from diffusion import L2D, L2DConfig
+from diffusion import L2D
 from model import LM
 from data.stop import Stop
 from data.tokenizer import load_tokenizer
-from sample import Settings, generate, main
+from sample import Settings, generate
 from solvers import odeint
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
-ADAPTIVE = dict(solver="dopri5", rtol=0.5, atol=0.5)     # random models hesitate a lot; a loose tolerance keeps the tests short
+ADAPTIVE = dict(
+    solver="dopri5", rtol=0.5, atol=0.5
+)  # random models hesitate a lot; a loose tolerance keeps the tests short
 SAMPLED = dict(temperature=1.0, estimate="sample")
-COSTS = [("euler", 5), ("midpoint", 9), ("heun", 9), ("rk4", 16)]      # 4 intervals and the final evaluation
+COSTS = [
+    ("euler", 5),
+    ("midpoint", 9),
+    ("heun", 9),
+    ("rk4", 16),
+]  # 4 intervals and the final evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -41,36 +46,53 @@ def greedy_by_hand(lm, prompt, count):
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(lm(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @torch.no_grad()
 def l2d_by_hand(l2d, prompt, count, settings, seed, class_id=None):
-    """The same with the diffusion path: no cache, no batch, the whole text through l2d(ids, x, t) at every evaluation."""
+    """The same with the diffusion path: no cache, no batch.
+
+    The whole text goes through l2d(ids, x, t) at every evaluation.
+    """
     ids, g, Z = list(prompt), torch.Generator().manual_seed(seed), l2d.config.width
-    mixture = [(settings.guidance, class_id), (1 - settings.guidance, None)] if class_id is not None else [(1.0, None)]
+    mixture = (
+        [(settings.guidance, class_id), (1 - settings.guidance, None)]
+        if class_id is not None
+        else [(1.0, None)]
+    )
     for _ in range(count):
         text = torch.tensor([ids])
 
         def logits(x, t, label):
             whole = torch.cat((torch.zeros(1, len(ids) - 1, Z), x), dim=1)
-            return l2d(text, whole, torch.full(text.shape, float(t)), None if label is None else torch.tensor([label]))[:, -1:]
+            return l2d(
+                text,
+                whole,
+                torch.full(text.shape, float(t)),
+                None if label is None else torch.tensor([label]),
+            )[:, -1:]
 
         def velocity(t, x):
             total = 0
             for weight, label in mixture:
                 guess = logits(x, t, label)
-                point = l2d.vocabulary()[guess.argmax(-1)] if settings.estimate == "argmax" else guess.softmax(-1) @ l2d.vocabulary()
+                point = (
+                    l2d.vocabulary()[guess.argmax(-1)]
+                    if settings.estimate == "argmax"
+                    else guess.softmax(-1) @ l2d.vocabulary()
+                )
                 total = total + weight * (point - x) / (1 - float(t))
             return total, None
 
         x_0 = l2d.config.sigma * torch.randn(1, Z, generator=g)[None]
         x_1 = odeint(velocity, x_0, settings.solver, settings.steps, settings.rtol, settings.atol).x
         ids.append(int(sum(weight * logits(x_1, 1.0, label) for weight, label in mixture).argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
-# --- against plain loops ----------------------------------------------------------------------------------------------
+# --- against plain loops --------------------------------------------------------------------------
+
 
 def test_no_steps_is_the_frozen_model_greedily(family):
     l2d = make_l2d(family)
@@ -81,29 +103,58 @@ def test_no_steps_is_the_frozen_model_greedily(family):
         assert all(answer.nfe == [0] * 8 and not answer.stopped for answer in answers)
 
 
-@pytest.mark.parametrize("options", [dict(solver="euler", steps=3), dict(solver="midpoint", steps=2), dict(solver="heun", steps=2),
-                                     dict(solver="rk4", steps=2), dict(ADAPTIVE, max_new_tokens=2), dict(estimate="average", steps=3)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(solver="euler", steps=3),
+        dict(solver="midpoint", steps=2),
+        dict(solver="heun", steps=2),
+        dict(solver="rk4", steps=2),
+        dict(ADAPTIVE, max_new_tokens=2),
+        dict(estimate="average", steps=3),
+    ],
+)
 def test_cached_and_batched_equals_everything_computed_again(family, options):
     l2d, settings = make_l2d(family), Settings(**{"max_new_tokens": 3, **options})
     answers = generate(l2d, PROMPTS, settings, seeds=[3, 4, 5, 6])
-    assert ids_of(answers) == [l2d_by_hand(l2d, prompt, settings.max_new_tokens, settings, seed) for prompt, seed in zip(PROMPTS, (3, 4, 5, 6))]
-    assert ids_of(answers) != ids_of(generate(l2d, PROMPTS, Settings(steps=0, max_new_tokens=settings.max_new_tokens)))     # the path has a say
+    assert ids_of(answers) == [
+        l2d_by_hand(l2d, prompt, settings.max_new_tokens, settings, seed)
+        for prompt, seed in zip(PROMPTS, (3, 4, 5, 6))
+    ]
+    assert ids_of(answers) != ids_of(
+        generate(l2d, PROMPTS, Settings(steps=0, max_new_tokens=settings.max_new_tokens))
+    )  # the path has a say
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_guided_text_equals_everything_computed_again(guidance):
-    l2d, settings, classes = make_l2d(classes=3), Settings(steps=3, guidance=guidance, max_new_tokens=4), [0, 2, 1, 3]
+    l2d, settings, classes = (
+        make_l2d(classes=3),
+        Settings(steps=3, guidance=guidance, max_new_tokens=4),
+        [0, 2, 1, 3],
+    )
     answers = generate(l2d, PROMPTS, settings, class_ids=classes, seeds=[3, 4, 5, 6])
-    assert ids_of(answers) == [l2d_by_hand(l2d, *job[:1], 4, settings, *job[1:]) for job in zip(PROMPTS, (3, 4, 5, 6), classes)]
+    assert ids_of(answers) == [
+        l2d_by_hand(l2d, *job[:1], 4, settings, *job[1:])
+        for job in zip(PROMPTS, (3, 4, 5, 6), classes)
+    ]
 
 
 def test_classes_and_guidance_change_the_text():
     l2d = make_l2d(classes=3)
-    texts = [ids_of(generate(l2d, PROMPTS, Settings(steps=3, guidance=w, max_new_tokens=6), class_ids=[c] * 4)) for w, c in ((1, 0), (1, 1), (3, 1), (0, 1))]
+    texts = [
+        ids_of(
+            generate(
+                l2d, PROMPTS, Settings(steps=3, guidance=w, max_new_tokens=6), class_ids=[c] * 4
+            )
+        )
+        for w, c in ((1, 0), (1, 1), (3, 1), (0, 1))
+    ]
     assert all(a != b for i, a in enumerate(texts) for b in texts[:i])
 
 
-# --- seeds, batches, stopping -----------------------------------------------------------------------------------------
+# --- seeds, batches, stopping ---------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, ADAPTIVE])
 def test_same_seeds_same_answers(options):
@@ -113,41 +164,67 @@ def test_same_seeds_same_answers(options):
     assert ids_of(generate(l2d, PROMPTS, settings, seeds=[5, 6, 7, 8])) != ids_of(first)
 
 
-@pytest.mark.parametrize("options", [dict(steps=0), dict(steps=5), dict(solver="midpoint", steps=3), ADAPTIVE, dict(SAMPLED, steps=5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(steps=0),
+        dict(steps=5),
+        dict(solver="midpoint", steps=3),
+        ADAPTIVE,
+        dict(SAMPLED, steps=5),
+    ],
+)
 def test_a_sequence_alone_equals_the_same_sequence_in_a_batch(family, options):
     """Tokens and costs, not bits: products of batched matrices are rounded differently."""
     l2d, settings = make_l2d(family), Settings(max_new_tokens=4, **options)
     batch = generate(l2d, PROMPTS, settings, seeds=[1, 2, 3, 4])
     for i, prompt in enumerate(PROMPTS):
-        assert generate(l2d, [prompt], settings, seeds=[i + 1]) == batch[i:i + 1]
+        assert generate(l2d, [prompt], settings, seeds=[i + 1]) == batch[i : i + 1]
 
 
-@pytest.mark.parametrize("options", [dict(steps=0), dict(steps=4), ADAPTIVE, dict(steps=4, guidance=2.0), dict(SAMPLED, steps=4)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(steps=0), dict(steps=4), ADAPTIVE, dict(steps=4, guidance=2.0), dict(SAMPLED, steps=4)],
+)
 def test_finished_sequences_leave_and_the_others_do_not_notice(family, options, monkeypatch):
     l2d, sizes = make_l2d(family, classes=3), []
     settings, classes = Settings(max_new_tokens=6, **options), [0, 1, 2, 1]
     free = generate(l2d, PROMPTS, settings, class_ids=classes)
     lengths = lambda stop: [answer.ids.index(stop) if stop in answer.ids else 6 for answer in free]
-    stop = max((token for answer in free for token in answer.ids), key=lambda token: len(set(lengths(token))))
+    stop = max(
+        (token for answer in free for token in answer.ids),
+        key=lambda token: len(set(lengths(token))),
+    )
     expected = lengths(stop)
-    assert len(set(expected)) > 1      # the token at which they stop at the most different times
+    assert len(set(expected)) > 1  # the token at which they stop at the most different times
     original = LM.read
-    monkeypatch.setattr(LM, "read", lambda self, ids, *rest: sizes.append(len(ids)) or original(self, ids, *rest))
+    monkeypatch.setattr(
+        LM, "read", lambda self, ids, *rest: sizes.append(len(ids)) or original(self, ids, *rest)
+    )
     answers = generate(l2d, PROMPTS, settings, Stop({stop}), class_ids=classes)
     for answer, whole, length in zip(answers, free, expected):
         assert answer.ids == whole.ids[:length] and answer.stopped == (length < 6)
-        assert answer.nfe == whole.nfe[:length + 1]      # the stop token was paid for too
-    assert sizes == [4] + [alive for n in range(5) if (alive := sum(length > n for length in expected))]
+        assert answer.nfe == whole.nfe[: length + 1]  # the stop token was paid for too
+    assert sizes == [4] + [
+        alive for n in range(5) if (alive := sum(length > n for length in expected))
+    ]
 
 
 def test_tokens_are_announced_as_they_come():
     told = [[] for _ in PROMPTS]
     free = generate(make_lm(), PROMPTS, Settings(steps=0, max_new_tokens=8))
-    answers = generate(make_lm(), PROMPTS, Settings(steps=0, max_new_tokens=8), Stop({free[0].ids[3]}), on_token=lambda i, token: told[i].append(token))
+    answers = generate(
+        make_lm(),
+        PROMPTS,
+        Settings(steps=0, max_new_tokens=8),
+        Stop({free[0].ids[3]}),
+        on_token=lambda i, token: told[i].append(token),
+    )
     assert told == ids_of(answers) and answers[0].stopped
 
 
-# --- stop strings ---
+# --- stop strings ---------------------------------------------------------------------------------
+
 
 class Letters:
     """A tokenizer whose token i is a piece of text."""
@@ -162,17 +239,20 @@ class Letters:
 PIECES = ["a", "\n\n", "Que", "stion", ":", "x\n", "\nQ", "é", "b"]
 
 
-@pytest.mark.parametrize("ids, strings, at, text", [
-    ([0, 1, 2, 3, 4, 8], ["\n\nQuestion:"], 4, "a"),            # over four tokens
-    ([0, 5, 6, 8], ["\nQ"], 2, "ax\n"),                           # begins and ends with a token
-    ([0, 5, 6, 8], ["\n\n"], 2, "ax"),                            # begins and ends inside tokens
-    ([8, 7, 0], ["é"], 1, "b"),                                    # two bytes, one token
-    ([0, 8, 0], ["zz", "b"], 1, "a"),                              # any of several
-    ([0, 8, 0], ["zz"], None, "aba"),
-])
+@pytest.mark.parametrize(
+    "ids, strings, at, text",
+    [
+        ([0, 1, 2, 3, 4, 8], ["\n\nQuestion:"], 4, "a"),  # over four tokens
+        ([0, 5, 6, 8], ["\nQ"], 2, "ax\n"),  # begins and ends with a token
+        ([0, 5, 6, 8], ["\n\n"], 2, "ax"),  # begins and ends inside tokens
+        ([8, 7, 0], ["é"], 1, "b"),  # two bytes, one token
+        ([0, 8, 0], ["zz", "b"], 1, "a"),  # any of several
+        ([0, 8, 0], ["zz"], None, "aba"),
+    ],
+)
 def test_a_stop_string_is_found_at_the_token_that_completes_it(ids, strings, at, text):
     stop = Stop(set(), strings, Letters(PIECES))
-    found = [n for n in range(len(ids)) if stop.found(ids[:n + 1])]
+    found = [n for n in range(len(ids)) if stop.found(ids[: n + 1])]
     assert found[:1] == ([] if at is None else [at])
     end = len(ids) if at is None else at + 1
     assert stop.text(ids[:end]) == text
@@ -185,10 +265,15 @@ def test_an_answer_that_ends_with_a_string_costs_nothing_more(options):
     tokenizer = Letters([f"<{i}>" for i in range(258)])
     free = generate(l2d, PROMPTS, settings)
     ids = free[0].ids
-    string = f"{ids[2]}><{ids[3]}"          # from inside one token into the next
+    string = f"{ids[2]}><{ids[3]}"  # from inside one token into the next
     assert all(string not in tokenizer.decode(answer.ids) for answer in free[1:])
-    cut = generate(l2d, PROMPTS, settings, Stop(set(), [string], tokenizer),
-                   on_token=lambda number, token: told.append((number, token)))
+    cut = generate(
+        l2d,
+        PROMPTS,
+        settings,
+        Stop(set(), [string], tokenizer),
+        on_token=lambda number, token: told.append((number, token)),
+    )
     assert cut[0].stopped and cut[0].ids == ids[:4] and cut[0].nfe == free[0].nfe[:4]
     assert cut[0].text == tokenizer.decode(ids[:2]) + "<"
     assert ids_of(cut[1:]) == ids_of(free[1:])
@@ -202,7 +287,8 @@ def test_stop_texts_of_the_command_line_may_name_special_tokens():
     assert tokenizer.special["<|end_of_text|>"] in stop.ids
 
 
-# --- costs ------------------------------------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("solver, cost", COSTS)
 @pytest.mark.parametrize("guidance, factor", [(0, 1), (1, 1), (2, 2), (0.5, 2)])
@@ -242,12 +328,27 @@ def test_adaptive_costs_differ_from_token_to_token():
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_modulation_is_computed_once_per_time(guidance, monkeypatch):
     calls, original = [], L2D.modulation
-    monkeypatch.setattr(L2D, "modulation", lambda self, t, *rest: calls.append(float(t[0])) or original(self, t, *rest))
-    generate(make_l2d(classes=2), PROMPTS, Settings(steps=4, guidance=guidance, max_new_tokens=2), class_ids=[0, 1, 1, 0])
+    monkeypatch.setattr(
+        L2D,
+        "modulation",
+        lambda self, t, *rest: calls.append(float(t[0])) or original(self, t, *rest),
+    )
+    generate(
+        make_l2d(classes=2),
+        PROMPTS,
+        Settings(steps=4, guidance=guidance, max_new_tokens=2),
+        class_ids=[0, 1, 1, 0],
+    )
     assert calls == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize("options, most", [(dict(solver="euler", steps=8, max_nfe=3), 4), (dict(solver="dopri5", rtol=1e-6, atol=1e-6, max_nfe=5), 6)])
+@pytest.mark.parametrize(
+    "options, most",
+    [
+        (dict(solver="euler", steps=8, max_nfe=3), 4),
+        (dict(solver="dopri5", rtol=1e-6, atol=1e-6, max_nfe=5), 6),
+    ],
+)
 def test_a_spent_budget_is_counted_and_the_text_goes_on(options, most):
     answers = generate(make_l2d(), PROMPTS, Settings(max_new_tokens=5, **options))
     for answer in answers:
@@ -260,226 +361,131 @@ def test_guesses_of_the_traced_token_are_kept():
     l2d = make_l2d()
     traced = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3, trace_token=1))
     plain = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3))
-    assert ids_of(traced) == ids_of(plain) and all(answer.guesses == [] for answer in (*plain, *traced[1:]))
+    assert ids_of(traced) == ids_of(plain) and all(
+        answer.guesses == [] for answer in (*plain, *traced[1:])
+    )
     assert [t for t, _, _ in traced[0].guesses] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    frozen = l2d.lm(torch.tensor([PROMPTS[0] + traced[0].ids[:1]]))[0, -1].softmax(-1)     # at t = 0 the guess is the frozen model's
-    assert traced[0].guesses[0][1:] == (int(frozen.argmax()), pytest.approx(float(frozen.max()), abs=1e-5))
+    frozen = l2d.lm(torch.tensor([PROMPTS[0] + traced[0].ids[:1]]))[0, -1].softmax(
+        -1
+    )  # at t = 0 the guess is the frozen model's
+    assert traced[0].guesses[0][1:] == (
+        int(frozen.argmax()),
+        pytest.approx(float(frozen.max()), abs=1e-5),
+    )
 
 
 def test_times_of_an_adaptive_trace_run_from_noise_to_data():
     settings = Settings(max_new_tokens=1, trace_token=0, **ADAPTIVE)
     for l2d in (make_l2d(perturb=0), make_l2d()):
-        traced, = generate(l2d, PROMPTS[:1], settings)
+        (traced,) = generate(l2d, PROMPTS[:1], settings)
         times = [t for t, _, _ in traced.guesses]
         assert times[0] == 0 and times[-1] == 1 and max(times[:-1]) < 1
         assert len(times) == traced.nfe[0]
     # a path that never hesitates: nodes of Dormand and Prince, three steps of 1/4, then ½ and ¾
-    calm, = generate(make_l2d(perturb=0), PROMPTS[:1], settings)
+    (calm,) = generate(make_l2d(perturb=0), PROMPTS[:1], settings)
     nodes = [1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
     expected = [0.0] + [k / 4 + c / 4 for k in range(3) for c in nodes] + [0.875, 0.9375, 1.0]
     assert [t for t, _, _ in calm.guesses] == pytest.approx(expected)
 
 
-# --- choosing the token -----------------------------------------------------------------------------------------------
+# --- choosing the token ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("steps, count", [(0, 8), (2, 1)])      # a draw uses up a number, so the second token's noise is another
+
+@pytest.mark.parametrize(
+    "steps, count", [(0, 8), (2, 1)]
+)  # a draw uses up a number, so the second token's noise is another
 def test_the_narrowest_sampling_is_greedy(steps, count):
     l2d = make_l2d()
     greedy = ids_of(generate(l2d, PROMPTS, Settings(steps=steps, max_new_tokens=count)))
-    sampled = lambda **options: ids_of(generate(l2d, PROMPTS, Settings(steps=steps, temperature=1.0, max_new_tokens=count, **options)))
+    sampled = lambda **options: ids_of(
+        generate(
+            l2d, PROMPTS, Settings(steps=steps, temperature=1.0, max_new_tokens=count, **options)
+        )
+    )
     for options in (dict(top_k=1), dict(top_p=1e-6), dict(top_k=1, top_p=0.5)):
         assert sampled(**options) == greedy
     assert sampled() != greedy
 
 
-@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=2.0, top_k=6), dict(temperature=1.0, top_p=0.6),
-                                     dict(temperature=2.0, top_k=5, top_p=0.4)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.5),
+        dict(temperature=2.0, top_k=6),
+        dict(temperature=1.0, top_p=0.6),
+        dict(temperature=2.0, top_k=5, top_p=0.4),
+    ],
+)
 def test_sampled_tokens_follow_the_softmax(options):
     """3,000 first tokens of one prompt, a seed each; rare tokens counted together."""
     lm, n = make_lm(), 3000
-    answers = generate(lm, [[7, 8]] * n, Settings(steps=0, max_new_tokens=1, **options), seeds=range(n))
+    answers = generate(
+        lm, [[7, 8]] * n, Settings(steps=0, max_new_tokens=1, **options), seeds=range(n)
+    )
     counts = torch.tensor([answer.ids[0] for answer in answers]).bincount(minlength=258)
-    p, order = (lm(torch.tensor([[7, 8]]))[0, -1].detach() / options["temperature"]).softmax(-1).sort(descending=True)
+    p, order = (
+        (lm(torch.tensor([[7, 8]]))[0, -1].detach() / options["temperature"])
+        .softmax(-1)
+        .sort(descending=True)
+    )
     keep = torch.arange(258) < options.get("top_k", 258)
     keep &= p.cumsum(0) - p < options.get("top_p", 1.1)
     counts, p = counts[order], p * keep / (p * keep).sum()
     assert counts[~keep].sum() == 0
     common = int((p * n >= 10).sum())
-    rest = lambda x: torch.cat((x[:common], x[common:].sum()[None])) if common < keep.sum() else x[:common]
+    rest = lambda x: (
+        torch.cat((x[:common], x[common:].sum()[None])) if common < keep.sum() else x[:common]
+    )
     assert len(rest(p)) >= 3 and p_value(rest(counts), rest(p)) > 1e-3
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(steps=-1), "steps = -1 is out of range; allowed: 0 or more"), (dict(max_new_tokens=0), "max_new_tokens = 0"),
-    (dict(temperature=-0.1), "temperature = -0.1"), (dict(temperature=float("nan")), "temperature = nan"), (dict(top_k=0), "top_k = 0"),
-    (dict(top_p=0.0), "top_p = 0.0"), (dict(top_p=1.5), "top_p = 1.5 .* to 1"), (dict(max_nfe=0), "max_nfe = 0"), (dict(rtol=0.0), "rtol = 0.0"),
-    (dict(solver="rk5"), "solver 'rk5' is not supported; allowed: euler"), (dict(estimate="mode"), "estimate 'mode'"),
-    (dict(estimate_temperature=0.0), "estimate_temperature = 0.0"), (dict(guidance=float("nan")), "guidance = nan"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(steps=-1), "steps = -1 is out of range; allowed: 0 or more"),
+        (dict(max_new_tokens=0), "max_new_tokens = 0"),
+        (dict(temperature=-0.1), "temperature = -0.1"),
+        (dict(temperature=float("nan")), "temperature = nan"),
+        (dict(top_k=0), "top_k = 0"),
+        (dict(top_p=0.0), "top_p = 0.0"),
+        (dict(top_p=1.5), "top_p = 1.5 .* to 1"),
+        (dict(max_nfe=0), "max_nfe = 0"),
+        (dict(rtol=0.0), "rtol = 0.0"),
+        (dict(solver="rk5"), "solver 'rk5' is not supported; allowed: euler"),
+        (dict(estimate="mode"), "estimate 'mode'"),
+        (dict(estimate_temperature=0.0), "estimate_temperature = 0.0"),
+        (dict(guidance=float("nan")), "guidance = nan"),
+    ],
+)
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Settings(**options)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: generate(make_lm(), [[1]], Settings(steps=1)), "no diffusion path, so --steps must be 0"),
-    (lambda: generate(make_lm(), [[1], []], Settings(steps=0)), "a prompt is empty"),
-    (lambda: generate(make_lm(), [], Settings(steps=0)), "a prompt is empty"),
-    (lambda: generate(make_l2d(), [[1]], Settings(), class_ids=[0]), "this path has no classes"),
-    (lambda: generate(make_l2d(classes=2), [[1]], Settings(), class_ids=[3]), "out of range; allowed: 0 to 2"),
-    (lambda: generate(make_l2d(classes=2), [[1]], Settings(), class_ids=[-1]), "out of range; allowed: 0 to 2"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: generate(make_lm(), [[1]], Settings(steps=1)),
+            "no diffusion path, so --steps must be 0",
+        ),
+        (lambda: generate(make_lm(), [[1], []], Settings(steps=0)), "a prompt is empty"),
+        (lambda: generate(make_lm(), [], Settings(steps=0)), "a prompt is empty"),
+        (
+            lambda: generate(make_l2d(), [[1]], Settings(), class_ids=[0]),
+            "this path has no classes",
+        ),
+        (
+            lambda: generate(make_l2d(classes=2), [[1]], Settings(), class_ids=[3]),
+            "out of range; allowed: 0 to 2",
+        ),
+        (
+            lambda: generate(make_l2d(classes=2), [[1]], Settings(), class_ids=[-1]),
+            "out of range; allowed: 0 to 2",
+        ),
+    ],
+)
 def test_what_cannot_be_continued_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """--init_from of a random path with five classes, beside its base with the embedded tokenizer."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("models")
-    make_lm(LLAMA).save_pretrained(root / "base")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(TINY / name, root / "base")
-    l2d = L2D(LM.from_pretrained(root / "base", device="cpu"), L2DConfig(width=16, cond_dim=24, rank=4, classes=5))
-    with torch.no_grad():
-        for p in l2d.path_parameters().values():
-            p += 0.2 * torch.randn(p.shape)
-    l2d.save(root / "path")
-    return root
-
-
-@pytest.fixture
-def run(saved, capsys, monkeypatch):
-    """Call main as the shell would: (exit status, standard output, standard error)."""
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*words, init_from="path"):
-        try:
-            main([f"--init_from={saved / init_from}", "--device=cpu", "--max_new_tokens=4", "--steps=2", *words])
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return (status, *capsys.readouterr())
-    return call
-
-
-def answers_in(text):
-    return re.findall(r"^   answer  (.*)$", text, re.M)
-
-
-def test_prompts_are_answered(run):
-    status, alone, error = run("--prompt", "ab")
-    assert (status, error) == (0, "")
-    assert alone.startswith("'ab'\n   answer  ") and "\n   NFE 12 for 4 tokens\n   frozen  " in alone
-    assert re.search(r"^4 tokens, 12 NFE \(3\.0 per token\), \d+ tokens/s, euler, steps 2$", alone, re.M)
-    status, both, _ = run("--prompt", "ab", "--prompt", "7*8=", "--batch_size", "1", "--no-frozen")
-    assert status == 0 and "frozen" not in both and answers_in(both)[0] == answers_in(alone)[0]
-    assert both.count("NFE 12 for 4 tokens") == 2 and "8 tokens, 24 NFE (3.0 per token)" in both
-
-
-def test_a_base_that_moved_is_named_with_base(run, saved, tmp_path):
-    expected = run("--prompt", "ab")[1].splitlines()[:-1]
-    shutil.copytree(saved / "path", saved / "lonely", dirs_exist_ok=True)
-    meta = json.loads((saved / "lonely" / "path.json").read_text(encoding="utf-8"))
-    (saved / "lonely" / "path.json").write_text(json.dumps({**meta, "base": str(tmp_path / "gone")}), encoding="utf-8")
-    status, _, error = run("--prompt", "ab", init_from="lonely")
-    assert status == 2 and error.count("\n") == 1 and "gone" in error
-    assert run("--prompt", "ab", f"--base={saved / 'base'}", init_from="lonely")[1].splitlines()[:-1] == expected
-
-
-def test_prompts_come_from_a_file_or_standard_input(run, tmp_path, monkeypatch):
-    expected = run("--prompt", "ab", "--prompt", "7*8=")[1].splitlines()[:-1]
-    (tmp_path / "prompts.txt").write_text("ab\n\n7*8=\n", encoding="utf-8")
-    status, out, _ = run("--prompt_file", str(tmp_path / "prompts.txt"))
-    assert status == 0 and out.splitlines()[:-1] == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
-    status, out, _ = run("--prompt", "-")
-    assert status == 0 and out.splitlines()[:-1] == run("--prompt", "ab")[1].splitlines()[:-1]
-
-
-def test_samples_of_one_prompt_have_seeds_that_can_be_asked_for_again(run):
-    _, three, _ = run("--prompt", "ab", "--num_samples", "3", "--temperature", "1", "--batch_size", "2")
-    assert len(set(answers_in(three))) > 1
-    _, last, _ = run("--prompt", "ab", "--seed", "2", "--temperature", "1")
-    assert answers_in(three)[2] == answers_in(last)[0]
-
-
-def test_class_by_name_or_number(run):
-    named, numbered, other, none = (answers_in(run("--prompt", "ab", *words)[1]) for words in (["--class", "sort"], ["--class", "1"], ["--class", "4"], []))
-    assert named == numbered and named != other and named != none
-    status, out, _ = run("--prompt", "ab", "--class", "sort", "--guidance", "2")
-    assert status == 0 and "24 NFE (6.0 per token)" in out
-
-
-def test_trace_shows_the_cost_of_tokens_and_the_guesses_of_one(run):
-    status, out, _ = run("--prompt", "ab", "--trace", "--trace_token", "1")
-    assert status == 0 and "\033" not in out
-    assert len(re.findall(r"'?:3\b", re.search(r"   tokens: (.*)", out)[1])) == 4
-    assert re.search(r"^   token 1 \(.*\), guess at every evaluation:$", out, re.M)
-    assert re.findall(r"^     t = (0\.\d{4})  .* p = [01]\.\d{3}$", out, re.M)[:2] == ["0.0000", "0.5000"]
-
-
-def test_without_prompts_one_problem_of_every_kind_is_worked(run):
-    status, out, _ = run("--steps", "1")
-    assert status == 0 and out.count("   L2D     ") == out.count("   frozen  ") == sum(map(len, LEVELS.values()))
-    assert all(f"{topic}, level {level}: " in out for topic, levels in LEVELS.items() for level in levels)
-
-
-def test_a_model_without_a_path_answers_with_no_steps(run, saved):
-    status, out, _ = run("--prompt", "ab", "--steps", "0", init_from="base")
-    frozen = re.search(r"^   frozen  (.*)$", out, re.M)[1]
-    assert status == 0 and answers_in(out) == [frozen] and "0 NFE" in out
-
-
-BAD = {
-    "no path": (["--prompt", "ab"], "base", "this model has no diffusion path, so --steps must be 0"),
-    "no model": (["--prompt", "ab"], "nowhere", "unknown model .*nowhere'"),
-    "no prompt file": (["--prompt_file", "nowhere.txt"], "path", "nowhere.txt"),
-    "directory as prompt file": (["--prompt_file", str(TINY)], "path", "tiny"),
-    "class": (["--prompt", "ab", "--class", "poems"], "path", "--class 'poems' is not supported; allowed: math, sort"),
-    "class number": (["--prompt", "ab", "--class", "5"], "path", "--class '5' is not supported"),
-    "class without classes": (["--prompt", "ab", "--class", "0", "--steps", "0"], "base", "this model has no classes"),
-    "guidance without class": (["--prompt", "ab", "--guidance", "2"], "path", "--class"),
-    "stop": (["--prompt", "ab", "--stop", ""], "path", "--stop is empty; allowed: a text of at least one"),
-    "num_samples": (["--prompt", "ab", "--num_samples", "0"], "path", "--num_samples 0 is out of range"),
-    "batch_size": (["--prompt", "ab", "--batch_size", "0"], "path", "--batch_size 0 is out of range"),
-    "steps": (["--prompt", "ab", "--steps", "-1"], "path", "steps = -1 is out of range"),
-    "top_p": (["--prompt", "ab", "--top_p", "2"], "path", "top_p = 2.0 is out of range"),
-    "estimate temperature": (["--prompt", "ab", "--estimate_temperature", "0"], "path", "estimate_temperature = 0.0"),
-    "trace token": (["--prompt", "ab", "--trace", "--trace_token", "9"], "path", "--trace_token 9 is out of range"),
-    "negative trace token": (["--prompt", "ab", "--trace", "--trace_token", "-1"], "path", "trace_token"),
-    "device": (["--prompt", "ab", "--device", "abacus"], "path", "abacus"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_status_2(run, case):
-    words, init_from, message = BAD[case]
-    status, _, error = run(*words, init_from=init_from)
-    assert status == 2 and re.fullmatch(rf"sample.py: .*{message}.*\n", error), error
-
-
-def test_bad_input_files_are_one_line_and_exit_status_2(run, saved, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    shutil.copytree(saved / "path", tmp_path / "torn")
-    (tmp_path / "torn" / "path.safetensors").write_bytes(b"half")
-    for words, init_from in ((["--prompt_file", str(tmp_path / "empty.txt")], "path"), (["--prompt_file", str(tmp_path / "latin.txt")], "path"),
-                             (["--prompt", "ab"], tmp_path / "torn")):
-        status, _, error = run(*words, init_from=init_from)
-        assert status == 2 and re.fullmatch(r"sample.py: .+\n", error), error
-
-
-@pytest.mark.parametrize("words", [["--solver", "rk5"], ["--estimate_temperature", "warm"], ["--temperature", "warm"], ["--nonsense"]])
-def test_words_the_parser_does_not_know_end_with_exit_status_2(run, words):
-    status, _, error = run("--prompt", "ab", *words)
-    assert status == 2 and words[0] in error.splitlines()[-1]
-
-
-def test_help_names_every_setting(run):
-    status, out, _ = run("--help")
-    assert status == 0 and all(f"--{name} " in out for name in Settings.__dataclass_fields__)

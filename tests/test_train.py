@@ -1,6 +1,6 @@
-"""train.py: resuming to the bit, what is trained and what is not, batches, the log, Ctrl-C, refused flags.
+"""train.py: resuming to the bit, what is trained and what is not, batches, the log, Ctrl-C, flags.
 
-    python -m pytest tests/test_train.py
+python -m pytest tests/test_train.py
 """
 
 import json
@@ -26,8 +26,21 @@ from diffusion import L2D, L2DConfig
 from model import LM, LoRA
 
 ROOT = Path(train.__file__).parent
-FLAGS = {"batch_size": 4, "accumulate": 1, "width": 8, "cond_dim": 8, "rank": 2, "updates": 6, "warmup": 2, "lr": 0.01,
-         "eval_every": 100, "val_rows": 8, "report": 0, "device": "cpu", "dtype": "float32"}
+FLAGS = {
+    "batch_size": 4,
+    "accumulate": 1,
+    "width": 8,
+    "cond_dim": 8,
+    "rank": 2,
+    "updates": 6,
+    "warmup": 2,
+    "lr": 0.01,
+    "eval_every": 100,
+    "val_rows": 8,
+    "report": 0,
+    "device": "cpu",
+    "dtype": "float32",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +70,18 @@ def run(base, out, **changes):
 
 
 def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def updates(out):
     """What the log says of every update, without the clock."""
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in log(out) if "loss" in entry]
+    return [
+        {key: value for key, value in entry.items() if key != "seconds"}
+        for entry in log(out)
+        if "loss" in entry
+    ]
 
 
 def ctrl_c_after(monkeypatch, count):
@@ -74,13 +93,20 @@ def ctrl_c_after(monkeypatch, count):
         if len(calls) == count:
             signal.raise_signal(signal.SIGINT)
         return draw(*args)
+
     monkeypatch.setattr(train, "draw_batches", draw_and_interrupt)
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, accumulate", [("l2d", 1), ("l2d", 2), ("pretrain", 1), ("pretrain", 2), ("lora", 1), ("full", 2)])
-def test_three_and_three_resumed_updates_equal_six_to_the_bit(method, accumulate, base, tmp_path, monkeypatch):
+
+@pytest.mark.parametrize(
+    "method, accumulate",
+    [("l2d", 1), ("l2d", 2), ("pretrain", 1), ("pretrain", 2), ("lora", 1), ("full", 2)],
+)
+def test_three_and_three_resumed_updates_equal_six_to_the_bit(
+    method, accumulate, base, tmp_path, monkeypatch
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(base, whole, method=method, accumulate=accumulate)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
@@ -89,27 +115,56 @@ def test_three_and_three_resumed_updates_equal_six_to_the_bit(method, accumulate
     assert len(updates(parts)) == 3
     train.main(["--init_from=resume", f"--out_dir={parts}"])
     (expected, meta), (found, _) = train.read_state(whole), train.read_state(parts)
-    assert {name.split("/")[0] for name in expected} == {"weights", "exp_avg", "exp_avg_sq", "step", "generator"}
+    assert {name.split("/")[0] for name in expected} == {
+        "weights",
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+        "generator",
+    }
     assert meta["update"] == 6 and meta["position"] == 24 * accumulate
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
-    assert updates(parts) == updates(whole) and [entry["update"] for entry in updates(whole)] == [1, 2, 3, 4, 5, 6]
+    assert expected.keys() == found.keys() and all(
+        torch.equal(expected[name], found[name]) for name in expected
+    )
+    assert updates(parts) == updates(whole) and [entry["update"] for entry in updates(whole)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_resuming_takes_the_flags_of_the_run_and_those_given_anew(base, tmp_path):
     run(base, tmp_path / "out", updates=2, seed=7, min_lr=0.002)
     args = train.parse(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--updates=3"])
-    assert (args.updates, args.seed, args.min_lr, args.width, args.resume) == (3, 7, 0.002, 8, True) and args.init_from == str(base)
+    assert (args.updates, args.seed, args.min_lr, args.width, args.resume) == (
+        3,
+        7,
+        0.002,
+        8,
+        True,
+    ) and args.init_from == str(base)
     assert [entry["update"] for entry in updates(tmp_path / "out")] == [1, 2]
     train.train(args)
     assert [entry["update"] for entry in updates(tmp_path / "out")] == [1, 2, 3]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shows which files are mapped into memory")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="only Linux shows which files are mapped into memory",
+)
 def test_a_resumed_run_has_let_go_of_the_file_that_it_will_replace(base, tmp_path, monkeypatch):
-    """Windows replaces no file that is still mapped into memory, so a resumed run could never save there."""
+    """Windows replaces no file that is still mapped, so a resumed run could never save there."""
     mapped, write, out = [], train.write_state, tmp_path / "out"
     run(base, out, updates=1)
-    monkeypatch.setattr(train, "write_state", lambda *args: mapped.append(str(out) in Path("/proc/self/maps").read_text()) or write(*args))
+    monkeypatch.setattr(
+        train,
+        "write_state",
+        lambda *args: mapped.append(str(out) in Path("/proc/self/maps").read_text())
+        or write(*args),
+    )
     train.main(["--init_from=resume", f"--out_dir={out}", "--updates=2"])
     assert mapped == [False]
 
@@ -122,12 +177,17 @@ def test_looking_at_the_validation_data_changes_nothing(base, tmp_path):
     assert sum("val_loss" in entry for entry in log(tmp_path / "1")) == 7
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained ------------------------------------------------------------------------------
+
 
 def test_gradient_reaches_the_whole_path_within_five_updates_and_never_the_base(base, tmp_path):
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     model = run(base, tmp_path / "out", updates=5)["model"]
-    moments = {name: value for name, value in load_file(tmp_path / "out" / "state.safetensors").items() if name.startswith("exp_avg/")}
+    moments = {
+        name: value
+        for name, value in load_file(tmp_path / "out" / "state.safetensors").items()
+        if name.startswith("exp_avg/")
+    }
     assert moments.keys() == {f"exp_avg/{name}" for name in model.path_parameters()}
     assert [name for name, value in moments.items() if not value.any()] == []
     original = dict(make_lm().named_parameters())
@@ -138,9 +198,13 @@ def test_gradient_reaches_the_whole_path_within_five_updates_and_never_the_base(
 
 def test_the_saved_path_is_the_trained_one(base, tmp_path):
     model = run(base, tmp_path / "out")["model"]
-    again, tensors = L2D.load(tmp_path / "out", device="cpu"), load_file(tmp_path / "out" / "state.safetensors")
+    again, tensors = L2D.load(tmp_path / "out", device="cpu"), load_file(
+        tmp_path / "out" / "state.safetensors"
+    )
     for name, p in model.path_parameters().items():
-        assert torch.equal(again.path_parameters()[name], p) and torch.equal(tensors[f"weights/{name}"], p)
+        assert torch.equal(again.path_parameters()[name], p) and torch.equal(
+            tensors[f"weights/{name}"], p
+        )
 
 
 def test_lora_trains_beside_the_base_and_is_merged_when_saved(base, tmp_path):
@@ -149,12 +213,20 @@ def test_lora_trains_beside_the_base_and_is_merged_when_saved(base, tmp_path):
     assert (base / "model.safetensors").read_bytes() == before
     old, new = (load_file(path / "model.safetensors") for path in (base, tmp_path / "out"))
     matrices = {name for name in old if name.endswith("_proj.weight")}
-    assert {name for name in old if not torch.equal(old[name], new[name])} == matrices and len(matrices) == 14
+    assert {name for name in old if not torch.equal(old[name], new[name])} == matrices and len(
+        matrices
+    ) == 14
     assert all(torch.linalg.matrix_rank(new[name] - old[name], rtol=1e-3) <= 2 for name in matrices)
     again = LM.from_pretrained(str(tmp_path / "out"), torch.float32, "cpu")
     assert torch.equal(again(make_ids()), model(make_ids()))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "log.jsonl", "model.safetensors", "state.safetensors", "tokenizer.model", "tokenizer_config.json"]
+        "config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "state.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
 
 
 def test_a_merged_model_equals_the_adapted_one(family):
@@ -162,7 +234,7 @@ def test_a_merged_model_equals_the_adapted_one(family):
     with torch.no_grad():
         plain = lm(ids)
         train.replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, 4, alpha=8.0))
-        assert torch.equal(lm(ids), plain)              # B starts at zero
+        assert torch.equal(lm(ids), plain)  # B starts at zero
         adapters = [module for module in lm.modules() if isinstance(module, LoRA)]
         for i, adapter in enumerate(adapters):
             adapter.B.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
@@ -184,9 +256,19 @@ def test_full_training_changes_every_weight(method, base, tmp_path):
 
 @pytest.mark.parametrize("method", ["l2d", "lora", "full"])
 def test_one_batch_is_learned_by_heart(method, base):
-    """Sixty updates on the same rows, times and noise leave a twentieth of the loss (measured: a five-hundredth and less)."""
-    args = Namespace(**{**FLAGS, "lr": 0.02, "weight_decay": 0.0, "rank": 8, "width": 16, "cond_dim": 32}, method=method,
-                     init_from=str(base), seed=0, cache_dir=None, full_copies=False, time_distribution="uniform")
+    """Sixty updates on the same rows, times and noise leave a twentieth of the loss.
+
+    Measured: a five-hundredth and less.
+    """
+    args = Namespace(
+        **{**FLAGS, "lr": 0.02, "weight_decay": 0.0, "rank": 8, "width": 16, "cond_dim": 32},
+        method=method,
+        init_from=str(base),
+        seed=0,
+        cache_dir=None,
+        full_copies=False,
+        time_distribution="uniform",
+    )
     (model, _), batch = train.build_model(args, classes=0), collate(rows(4, 12), "cpu")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = train.build_optimizer(trainable, args), []
@@ -199,27 +281,47 @@ def test_one_batch_is_learned_by_heart(method, base):
     assert losses[-1] < losses[0] / 20
 
 
-# --- optimizer and schedule -------------------------------------------------------------------------------------------
+# --- optimizer and schedule -----------------------------------------------------------------------
+
 
 def test_two_batches_of_four_teach_the_same_as_one_of_eight(base, tmp_path):
-    """Rows differ in length, so a mean of means would be another gradient. After one update the moment is the gradient."""
+    """Rows differ in length, so a mean of means would be another gradient.
+
+    After one update the moment is the gradient.
+    """
     for size, accumulate in ((8, 1), (4, 2), (1, 8)):
-        run(base, tmp_path / str(size), method="full", batch_size=size, accumulate=accumulate, updates=1, clip=1e9)
+        run(
+            base,
+            tmp_path / str(size),
+            method="full",
+            batch_size=size,
+            accumulate=accumulate,
+            updates=1,
+            clip=1e9,
+        )
     expected = load_file(tmp_path / "8" / "state.safetensors")
     for size in ("4", "1"):
         found = load_file(tmp_path / size / "state.safetensors")
         for name in expected:
             if name.startswith("exp_avg/"):
-                assert float((found[name] - expected[name]).abs().max()) <= 1e-5 * float(expected[name].abs().max()), name
+                assert float((found[name] - expected[name]).abs().max()) <= 1e-5 * float(
+                    expected[name].abs().max()
+                ), name
         assert updates(tmp_path / size)[0]["tokens"] == updates(tmp_path / "8")[0]["tokens"]
-        assert updates(tmp_path / size)[0]["loss"] == pytest.approx(updates(tmp_path / "8")[0]["loss"], abs=2e-5)
+        assert updates(tmp_path / size)[0]["loss"] == pytest.approx(
+            updates(tmp_path / "8")[0]["loss"], abs=2e-5
+        )
 
 
 def test_the_gradient_is_clipped(base, tmp_path):
     run(base, tmp_path / "out", method="full", updates=1, clip=0.5)
-    moments = [value.flatten() for name, value in load_file(tmp_path / "out" / "state.safetensors").items() if name.startswith("exp_avg/")]
-    assert updates(tmp_path / "out")[0]["norm"] > 1                             # before clipping
-    assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)      # β₁ = 0.9
+    moments = [
+        value.flatten()
+        for name, value in load_file(tmp_path / "out" / "state.safetensors").items()
+        if name.startswith("exp_avg/")
+    ]
+    assert updates(tmp_path / "out")[0]["norm"] > 1  # before clipping
+    assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)  # β₁ = 0.9
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
@@ -228,7 +330,7 @@ def test_learning_rate_rises_and_falls_in_straight_lines(warmup):
     rates = [train.learning_rate(update, args) for update in range(11)]
     assert rates[:warmup] == [(i + 1) / warmup for i in range(warmup)]
     assert rates[warmup] == 1.0 and rates[10] == pytest.approx(0.1)
-    falls = [a - b for a, b in zip(rates[warmup:], rates[warmup + 1:])]
+    falls = [a - b for a, b in zip(rates[warmup:], rates[warmup + 1 :])]
     assert falls == pytest.approx([0.9 / (10 - warmup)] * len(falls))
 
 
@@ -245,15 +347,25 @@ def test_matrices_decay_and_biases_and_norms_do_not():
         assert torch.allclose(p, before[name] * (1 if vector else 0.95), atol=1e-7), name
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
+
 
 def rows(count, length, spread=5):
-    """Rows (ids, mask, documents) of different lengths; the first third is the prompt, and no two rows begin alike."""
+    """Rows (ids, mask, documents) of different lengths; no two rows begin alike.
+
+    The first third is the prompt.
+    """
     result = []
     for i in range(count):
         size = length - i % spread
         mask = torch.arange(size) >= size // 3
-        result.append(([i, *make_ids(1, size - 1, seed=i)[0].tolist()], mask.long(), torch.ones(size, dtype=torch.long)))
+        result.append(
+            (
+                [i, *make_ids(1, size - 1, seed=i)[0].tolist()],
+                mask.long(),
+                torch.ones(size, dtype=torch.long),
+            )
+        )
     return result
 
 
@@ -273,47 +385,69 @@ def test_every_row_is_seen_once_an_epoch_and_in_another_order_in_the_next():
     # what comes at a position depends on nothing else
     assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 18)] == [seen[18:21], seen[21:24]]
     assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 0)] == [seen[0:3], seen[3:6]]
-    assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 0, seed=6)] != [seen[0:3], seen[3:6]]
+    assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 0, seed=6)] != [
+        seen[0:3],
+        seen[3:6],
+    ]
 
 
 def test_targets_are_the_next_tokens_of_the_response():
-    batch = collate([([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)], "cpu")
+    batch = collate(
+        [([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)], "cpu"
+    )
     assert batch["ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
     assert batch["targets"].tolist() == [[IGNORE, 9, 10], [6, IGNORE, IGNORE]]
     assert batch["class_ids"].tolist() == [3, 0] and "documents" not in batch
 
 
 def test_packed_rows_keep_their_documents():
-    batch = collate([([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])], "cpu")
+    batch = collate(
+        [([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])],
+        "cpu",
+    )
     assert batch["documents"].tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
-    assert batch["targets"].tolist() == [[2, IGNORE, 4, 5], [2, 3, IGNORE, IGNORE]] and "class_ids" not in batch
+    assert (
+        batch["targets"].tolist() == [[2, IGNORE, 4, 5], [2, 3, IGNORE, IGNORE]]
+        and "class_ids" not in batch
+    )
 
 
 def test_padding_and_neighbours_change_no_loss():
     lm, (a, b, c) = make_lm(), rows(3, 9)
     packed = [torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(a[:2], b[:2])]
-    packed.append(torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor([len(a[0]), len(b[0])])))
+    packed.append(
+        torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor([len(a[0]), len(b[0])]))
+    )
     with torch.no_grad():
         alone = [train.token_losses(lm, collate([row], "cpu"), None)[0] for row in (a, b, c)]
         padded = train.token_losses(lm, collate([a, b, c], "cpu"), None)[0]
         together = train.token_losses(lm, collate([packed, c], "cpu"), None)[0]
         count = len(a[0]) - len(a[0]) // 3
-        by_hand = F.cross_entropy(lm(torch.tensor([a[0]]))[0, -count - 1:-1], torch.tensor(a[0][-count:]), reduction="none")
+        by_hand = F.cross_entropy(
+            lm(torch.tensor([a[0]]))[0, -count - 1 : -1],
+            torch.tensor(a[0][-count:]),
+            reduction="none",
+        )
     assert torch.allclose(alone[0], by_hand, atol=1e-5)
     for losses in (padded, together):
         assert torch.allclose(losses, torch.cat(alone), atol=1e-5)
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
+
 
 def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
-    """Losses made of t itself: 10·t in the first batch, and 1 more in the second; t = 1 belongs to the last tenth."""
+    """Losses made of t itself: 10·t in the first batch, and 1 more in the second.
+
+    t = 1 belongs to the last tenth.
+    """
     times, calls = (torch.arange(20) + 0.5) / 20, []
     times[-1] = 1.0
 
     def losses(model, batch, generator):
         calls.append((len(batch["ids"]), model.training))
         return 10 * times + len(calls) - 1, times
+
     monkeypatch.setattr(train, "token_losses", losses)
     model = nn.Linear(1, 1)
     result = train.validate(model, rows(9, 8), Namespace(batch_size=4, val_rows=7), "cpu")
@@ -325,35 +459,74 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
 def test_validation_is_the_plain_loss_of_a_language_model_and_repeats(base):
     lm, data, args = make_lm(), rows(9, 12), Namespace(batch_size=4, val_rows=100)
     with torch.no_grad():
-        expected = torch.cat([train.token_losses(lm, collate([row], "cpu"), None)[0] for row in data]).mean()
-    assert train.validate(lm, data, args, "cpu") == {"val_loss": pytest.approx(float(expected), abs=1e-3)}
+        expected = torch.cat(
+            [train.token_losses(lm, collate([row], "cpu"), None)[0] for row in data]
+        ).mean()
+    assert train.validate(lm, data, args, "cpu") == {
+        "val_loss": pytest.approx(float(expected), abs=1e-3)
+    }
     l2d = L2D(lm, L2DConfig(8, 8, rank=2))
     first, second = (train.validate(l2d, data, args, "cpu") for _ in range(2))
-    assert first == second and first["val_loss"] == pytest.approx(float(expected), abs=1e-3)    # a fresh path changes nothing
+    assert first == second and first["val_loss"] == pytest.approx(
+        float(expected), abs=1e-3
+    )  # a fresh path changes nothing
 
 
 def test_the_log_is_json_lines_that_hold_flags_and_losses(base, tmp_path, capsys):
     result = run(base, tmp_path / "out", eval_every=3)
     entries = log(tmp_path / "out")
-    assert entries[0]["args"]["lr"] == 0.01 and entries[0]["args"]["seed"] == 42 and entries[0]["torch"] == torch.__version__
-    assert [entry["loss"] for entry in updates(tmp_path / "out")] == pytest.approx(result["losses"], abs=1e-5)
-    assert all(math.isfinite(entry[key]) for entry in updates(tmp_path / "out") for key in ("loss", "lr", "norm", "tokens"))
+    assert (
+        entries[0]["args"]["lr"] == 0.01
+        and entries[0]["args"]["seed"] == 42
+        and entries[0]["torch"] == torch.__version__
+    )
+    assert [entry["loss"] for entry in updates(tmp_path / "out")] == pytest.approx(
+        result["losses"], abs=1e-5
+    )
+    assert all(
+        math.isfinite(entry[key])
+        for entry in updates(tmp_path / "out")
+        for key in ("loss", "lr", "norm", "tokens")
+    )
     checks = [entry for entry in entries if "val_loss" in entry]
-    assert [entry["update"] for entry in checks] == [0, 3, 6] and all(len(entry["by_tenth"]) == 10 for entry in checks)
+    assert [entry["update"] for entry in checks] == [0, 3, 6] and all(
+        len(entry["by_tenth"]) == 10 for entry in checks
+    )
     shown = capsys.readouterr().out
-    assert all(f"update      {entry['update']}/6" in shown and f"val {entry['val_loss']:6.3f}" in shown for entry in checks)
+    assert all(
+        f"update      {entry['update']}/6" in shown and f"val {entry['val_loss']:6.3f}" in shown
+        for entry in checks
+    )
 
 
-# --- Ctrl-C and refusals ----------------------------------------------------------------------------------------------
+# --- Ctrl-C and refusals --------------------------------------------------------------------------
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process alone")
+
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process alone"
+)
 def test_ctrl_c_saves_and_says_how_to_go_on(base, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), f"--init_from={base}", f"--out_dir={out}", *flags(updates=100_000)],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"--init_from={base}",
+            f"--out_dir={out}",
+            *flags(updates=100_000),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
     try:
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline and not (out.exists() and len(updates_so_far(out)) >= 3):
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and not (out.exists() and len(updates_so_far(out)) >= 3)
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=30)
@@ -362,14 +535,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base, tmp_path):
     assert process.returncode == 130, stderr
     done = train.read_state(out)[1]["update"]
     assert "Traceback" not in stderr and len(updates(out)) == done >= 3
-    assert f"stopped after update {done}; go on with: python train.py --init_from=resume --out_dir={out}" in stdout
+    assert (
+        f"stopped after update {done}; go on with: python train.py --init_from=resume "
+        f"--out_dir={out}"
+        in stdout
+    )
     train.main(["--init_from=resume", f"--out_dir={out}", f"--updates={done + 2}"])
     assert train.read_state(out)[1]["update"] == done + 2 and L2D.load(out, device="cpu")
 
 
 def updates_so_far(out):
     path = out / "log.jsonl"
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if '"loss"' in line] if path.exists() else []
+    return (
+        [line for line in path.read_text(encoding="utf-8").splitlines() if '"loss"' in line]
+        if path.exists()
+        else []
+    )
 
 
 def refused(capsys, *argv):
@@ -381,18 +562,28 @@ def refused(capsys, *argv):
     return lines[0]
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--method=lora", "--init_from=scratch"], "--method lora needs a pretrained model; allowed with --init_from=scratch: pretrain"),
-    (["--init_from=scratch"], "--method l2d needs a pretrained model"),
-    (["--init_from=gpt3"], "unknown model 'gpt3': give an existing directory, tiny, or one of"),
-    (["--init_from=resume"], "state.safetensors does not exist, so there is nothing to resume; start one with train.py --out_dir="),
-    (["--lr=-1"], "--lr -1.0 is out of range; allowed: 0 or more"),
-    (["--batch_size=0"], "--batch_size 0 is out of range; allowed: 1 or more"),
-    (["--rank=0"], "--rank 0 is out of range; allowed: 1 or more"),
-    (["--clip=-1"], "--clip -1.0 is out of range"),
-    (["--device=gpu"], "gpu"),
-    (["--warmup=-5"], "--warmup -5 is out of range; allowed: 0 or more"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["--method=lora", "--init_from=scratch"],
+            "--method lora needs a pretrained model; allowed with --init_from=scratch: pretrain",
+        ),
+        (["--init_from=scratch"], "--method l2d needs a pretrained model"),
+        (["--init_from=gpt3"], "unknown model 'gpt3': give an existing directory, tiny, or one of"),
+        (
+            ["--init_from=resume"],
+            "state.safetensors does not exist, so there is nothing to resume; "
+            "start one with train.py --out_dir=",
+        ),
+        (["--lr=-1"], "--lr -1.0 is out of range; allowed: 0 or more"),
+        (["--batch_size=0"], "--batch_size 0 is out of range; allowed: 1 or more"),
+        (["--rank=0"], "--rank 0 is out of range; allowed: 1 or more"),
+        (["--clip=-1"], "--clip -1.0 is out of range"),
+        (["--device=gpu"], "gpu"),
+        (["--warmup=-5"], "--warmup -5 is out of range; allowed: 0 or more"),
+    ],
+)
 def test_bad_flags_are_refused_in_one_line(argv, message, capsys, tmp_path):
     assert message in refused(capsys, *argv, f"--out_dir={tmp_path / 'out'}")
     assert list(tmp_path.iterdir()) == []
@@ -407,10 +598,16 @@ def test_missing_data_and_missing_tokenizer_are_refused_in_one_line(base, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"weights/a": torch.ones(2)}, "is not a training state of this project; start anew with another --out_dir"),
-    (b"{}", "is truncated or not a safetensors file"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            {"weights/a": torch.ones(2)},
+            "is not a training state of this project; start anew with another --out_dir",
+        ),
+        (b"{}", "is truncated or not a safetensors file"),
+    ],
+)
 def test_states_of_something_else_are_refused_in_one_line(content, message, capsys, tmp_path):
     path = tmp_path / "state.safetensors"
     save_file(content, path) if isinstance(content, dict) else path.write_bytes(content)
@@ -418,34 +615,46 @@ def test_states_of_something_else_are_refused_in_one_line(content, message, caps
 
 
 @pytest.mark.parametrize("flag", ["--width=16", "--method=full", "--rank=4"])
-def test_resuming_something_else_than_was_trained_is_refused_in_one_line(flag, base, capsys, tmp_path):
+def test_resuming_something_else_than_was_trained_is_refused_in_one_line(
+    flag, base, capsys, tmp_path
+):
     run(base, tmp_path / "out", updates=1)
     before = (tmp_path / "out" / "state.safetensors").read_bytes()
-    assert "resume with the flags it was made with" in refused(capsys, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", flag)
+    assert "resume with the flags it was made with" in refused(
+        capsys, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", flag
+    )
     assert (tmp_path / "out" / "state.safetensors").read_bytes() == before
 
 
 def test_resuming_on_another_base_is_refused_in_one_line(base, capsys, tmp_path):
     run(base, tmp_path / "out", updates=1)
     make_lm(seed=1).save_pretrained(base)
-    assert str(base) in refused(capsys, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--updates=2")
+    assert str(base) in refused(
+        capsys, "--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--updates=2"
+    )
 
 
 def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda *args: (rows(8, 12), []))
-    assert "valid" in refused(capsys, f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags())
+    assert "valid" in refused(
+        capsys, f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags()
+    )
 
 
-# --- presets and one update ---------------------------------------------------------------------------
+# --- presets and one update -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, preset, updates", [
-    ([], "tiny", 2700),
-    (["--init_from=scratch", "--method=pretrain"], "scratch", 2600),
-    (["--init_from=gpt2"], "topics", 1000),
-    (["--init_from=gpt2", "--data=somewhere"], "paper", 27_900),
-    (["--init_from=tiny", "--data=somewhere"], "tiny", 2700),
-    (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
-])
+
+@pytest.mark.parametrize(
+    "flags, preset, updates",
+    [
+        ([], "tiny", 2700),
+        (["--init_from=scratch", "--method=pretrain"], "scratch", 2600),
+        (["--init_from=gpt2"], "topics", 1000),
+        (["--init_from=gpt2", "--data=somewhere"], "paper", 27_900),
+        (["--init_from=tiny", "--data=somewhere"], "tiny", 2700),
+        (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
+    ],
+)
 def test_the_preset_fits_model_and_data(flags, preset, updates):
     args = train.parse(flags)
     assert (args.preset, args.updates) == (preset, updates)
@@ -465,9 +674,11 @@ def test_the_plan_is_said_before_and_the_pace_after_ten_updates(base, tmp_path, 
 def test_the_optimizer_has_the_papers_betas_and_warms_up(base, tmp_path):
     run(base, tmp_path / "out", warmup=4)
     assert [entry["lr"] for entry in updates(tmp_path / "out")][:5] == pytest.approx(
-        [0.0025, 0.005, 0.0075, 0.01, 0.01])
-    optimizer = train.build_optimizer({"w": nn.Parameter(torch.ones(2, 2))},
-                                      Namespace(lr=1.0, weight_decay=0.0))
+        [0.0025, 0.005, 0.0075, 0.01, 0.01]
+    )
+    optimizer = train.build_optimizer(
+        {"w": nn.Parameter(torch.ones(2, 2))}, Namespace(lr=1.0, weight_decay=0.0)
+    )
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
@@ -476,10 +687,11 @@ def test_one_update_on_two_batches_is_one_update_on_both_together():
     states = []
     for sizes in ([4], [2, 2], [3, 1]):
         lm, some = make_lm(), rows(4, 12)
-        optimizer = train.build_optimizer(dict(lm.named_parameters()),
-                                          Namespace(lr=0.01, weight_decay=0.0))
+        optimizer = train.build_optimizer(
+            dict(lm.named_parameters()), Namespace(lr=0.01, weight_decay=0.0)
+        )
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        batches = [collate(some[at:at + size], "cpu") for at, size in zip(starts, sizes)]
+        batches = [collate(some[at : at + size], "cpu") for at, size in zip(starts, sizes)]
         loss, norm, tokens = train.update_once(lm, optimizer, batches, None, clip=1.0)
         states.append((loss, norm, tokens, lm))
     for loss, norm, tokens, lm in states[1:]:

@@ -5,6 +5,7 @@ The problems themselves are made in data/tiny/topics.py; read that first and eva
     python eval.py --task tiny --problems 8
 """
 
+from data.families import choices
 from data.tiny.topics import CLASSES, LEVELS, Problem, encode_problem, final_answer, make_problem
 
 
@@ -28,6 +29,19 @@ class Tiny:
 
     def class_id(self, problem: Problem) -> int:
         return CLASSES.index(problem.label)
+
+    def class_number(self, name: str, classes: int) -> int:
+        """A class by number, or by name for a path that knows these classes; it has `classes`.
+
+        Raises ValueError for any other.
+        """
+        if not classes:
+            raise ValueError(f"--class {name}: this model has no classes; allowed: no --class")
+        allowed = [str(number) for number in range(classes)]
+        if classes == len(CLASSES):
+            allowed = [*CLASSES, *allowed]
+        choices(name, allowed, "--class")
+        return CLASSES.index(name) if name in CLASSES else int(name)
 
     def grade(self, problem: Problem, text: str, ended: bool) -> bool:
         """Exactly the right answer, by a model that knew where to stop."""
