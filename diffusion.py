@@ -340,6 +340,8 @@ def draw_tokens(p, generators):
     """
     size = (p.shape[1], 1)
     u = torch.stack([torch.rand(size, generator=g, device=g.device) for g in generators])
+    # 0 would draw the first token even where its p is 0
+    u = u.clamp_min(2 ** -25)
     cdf = p.cumsum(-1)                                                  # (n, T, V)
     # the sums end near 1, not at 1
     tokens = torch.searchsorted(cdf, u.to(p.device) * cdf[..., -1:])

@@ -15,18 +15,18 @@ import math
 import sys
 import time
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from data.answer import Answer, Stop
 from data.batches import left_pad
 from data.families import choices
 from data.figures import trace_text
 from data.formats import encode_chat
 from data.hub import resolve
 from data.path import read_path
-from data.stop import Stop
 from data.tasks import TASKS
 from data.tokenizer import load_tokenizer
 from diffusion import ESTIMATES, L2D, VelocityField, draw_tokens
@@ -36,7 +36,7 @@ from solvers import ADAPTIVE, SOLVERS, odeint
 LARGEST_SEED = (1 << 32) - 1
 
 
-# --- what is asked for, what comes back -----------------------------------------------------------
+# --- what is asked for ----------------------------------------------------------------------------
 
 @dataclass
 class Settings:
@@ -83,33 +83,6 @@ RANGES = {
     "max_new_tokens": (1, math.inf),
     "trace_token": (0, math.inf),
 }
-
-
-@dataclass
-class Answer:
-    """ids: the new tokens, without the stop token; nfe: evaluations for every token drawn."""
-    ids: list = field(default_factory=list)
-    nfe: list = field(default_factory=list)
-    text: str = ""
-    stopped: bool = False                # it ended by itself, before max_new_tokens
-    unfinished: int = 0                  # tokens whose ODE ran out of max_nfe
-    right: bool = False                  # where it was graded
-    guesses: list = field(default_factory=list)   # of the traced token: (t, token id, p)
-
-    @property
-    def mark(self) -> str:
-        return "right" if self.right else "wrong"
-
-    def add(self, token: int, nfe: int, finished: bool, stop: Stop):
-        """Write down one more token, or that there are no more."""
-        self.nfe.append(nfe)
-        if not finished:
-            self.unfinished += 1
-        if token in stop.ids:
-            self.stopped = True
-            return
-        self.ids.append(token)
-        self.stopped = stop.found(self.ids)
 
 
 # --- the sampling loop ----------------------------------------------------------------------------

@@ -10,7 +10,6 @@
 """
 
 import argparse
-import json
 import signal
 import sys
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ import torch
 import torch.nn as nn
 
 from data.batches import IGNORE, collate, draw_rows
-from data.checkpoint import (
-    copy_tokenizer, pick_device, read_json, read_state, read_state_meta, write_safetensors)
+from data.checkpoint import copy_tokenizer, pick_device, read_json
 from data.families import ModelConfig
 from data.hub import resolve
 from data.log import Log
 from data.path import TIME_DISTRIBUTIONS, L2DConfig
+from data.state import read_state_meta, restore_state, write_state
 from data.tasks import TASKS
 from data.tiny.topics import Documents, Problems
 from data.tokenizer import load_tokenizer
@@ -329,7 +328,9 @@ def set_up(args) -> Run:
     run = Run(args, model, frozen, tokenizer, data, val, trainable,
               build_optimizer(trainable, args), generator)
     if args.resume:
-        restore(run)
+        meta = restore_state(
+            args.out_dir, trainable, run.optimizer, generator, frozen)
+        run.update = meta["update"]
     return run
 
 
@@ -339,43 +340,13 @@ def source_directory(args) -> Path:
     return resolve(name, args.cache_dir)
 
 
-def write_state(run: Run):
-    """All that the next update depends on, in one file: weights, moments, generator, position."""
-    tensors = {"generator": run.generator.get_state()}
-    for name, p in run.trainable.items():
-        tensors[f"weights/{name}"] = p.detach().cpu().contiguous()
-        for moment, value in run.optimizer.state[p].items():
-            tensors[f"{moment}/{name}"] = value.detach().cpu().contiguous()
+def save_state(run: Run):
+    """All that the next update depends on, so that what follows is the same to the bit."""
+    # where the state lies and that it is resumed are not the run's own
     args = {name: value for name, value in vars(run.args).items()
             if name not in ("resume", "out_dir")}
     meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen}
-    path = Path(run.args.out_dir) / "state.safetensors"
-    write_safetensors(tensors, path, {"state": json.dumps(meta)})
-
-
-@torch.no_grad()
-def restore(run: Run):
-    """Put a saved state back. Raises ValueError where it belongs to another base or other flags."""
-    out_dir = run.args.out_dir
-    tensors, meta = read_state(out_dir)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = [name for name, p in run.trainable.items() if shapes.get(f"weights/{name}") != p.shape]
-    if wrong:
-        raise ValueError(f"{out_dir}/state.safetensors does not fit: {len(wrong)} tensors, "
-                         f"first {wrong[0]}; resume with the flags it was made with")
-    if meta["frozen"] != run.frozen:
-        raise ValueError(
-            f"{out_dir}/state.safetensors was trained beside other frozen weights than "
-            f"{meta['args']['init_from']} now holds; put those back, "
-            "or start anew with another --out_dir")
-    for name, p in run.trainable.items():
-        p.copy_(tensors[f"weights/{name}"])
-        # copies: load_file maps the file, which the next save replaces
-        run.optimizer.state[p] = {
-            moment: tensors[f"{moment}/{name}"].to(p.device, copy=True)
-            for moment in ("step", "exp_avg", "exp_avg_sq")}
-    run.generator.set_state(tensors["generator"])
-    run.update = meta["update"]
+    write_state(run.args.out_dir, run.trainable, run.optimizer, run.generator, meta)
 
 
 def save_model(run: Run):
@@ -428,7 +399,7 @@ def train(args) -> dict:
                 result = {"update": run.update, **validate(run.model, run.val, args, run.device)}
                 log.show(result)
             if last or run.update > log.first:
-                write_state(run)
+                save_state(run)
                 if args.method == "l2d":
                     save_model(run)
         if last:

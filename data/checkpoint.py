@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from data.families import choices, weight_map
 
@@ -242,27 +242,6 @@ def copy_columns(targets: list, piece, row: int):
     sizes = [target.shape[0] for target in targets]
     for target, part in zip(targets, piece.split(sizes, dim=-1)):
         target.T[row:row + len(piece)].copy_(part)
-
-
-# --- a training's state ---------------------------------------------------------------------------
-
-def read_state_meta(out_dir) -> dict:
-    """Flags and progress of the last saved state. Raises ValueError where there is none."""
-    path = Path(out_dir) / "state.safetensors"
-    if not path.exists():
-        raise ValueError(f"{path} does not exist, so there is nothing to resume; "
-                         f"start one with train.py --out_dir={out_dir}")
-    meta = open_safetensors(path).metadata()
-    if not meta or "state" not in meta:
-        raise ValueError(f"{path} is not a training state of this project; "
-                         "start anew with another --out_dir")
-    return json.loads(meta["state"])
-
-
-def read_state(out_dir):
-    """(tensors, metadata) of the last saved state. Raises ValueError where there is none."""
-    meta = read_state_meta(out_dir)
-    return load_file(Path(out_dir) / "state.safetensors"), meta
 
 
 def copy_tokenizer(source: Path, directory: Path):

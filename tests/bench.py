@@ -14,7 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
+from data.batches import IGNORE  # noqa: E402
 from diffusion import VelocityField  # noqa: E402
 from model import KVCache  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
@@ -80,6 +82,48 @@ def evaluation_table(model, batch: int, context: int, timed):
     print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
 
 
+def training_table(model, rows: int, length: int, timed):
+    """One update of the path, and what it would take without each saving."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    size = (rows, length)
+    vocab_size = model.lm.config.vocab_size
+    ids, targets = torch.randint(vocab_size, (2, *size), generator=generator).to(device)
+    half = targets.clone()
+    half[:, ::2] = IGNORE           # as in chat data, where only the answers count
+    trained = list(model.path_parameters().values())
+    fused, plain = (torch.optim.AdamW(trained, lr=1e-9, fused=on) for on in (True, False))
+
+    def update(targets=targets, optimizer=fused):
+        model.loss(ids, targets, generator=generator).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def with_plain_head():
+        chunked = model.lm.log_p
+        model.lm.log_p = lambda hidden, y: -F.cross_entropy(
+            model.lm.logits(hidden).float(), y, reduction="none")
+        update()
+        model.lm.log_p = chunked
+
+    def frozen():
+        with torch.no_grad():
+            model.lm.log_p(model.lm.read(ids).hidden.flatten(0, 1), targets.flatten())
+
+    model.train()
+    whole = timed(update)
+    print(f"one update of the path on {rows} rows of {length} tokens: {whole:.1f} ms, "
+          f"{1000 * rows * length / whole:.0f} tokens/s; below: what it takes instead")
+    works = [("half of the tokens counted", lambda: update(half)),
+             ("AdamW not fused", lambda: update(optimizer=plain)),
+             ("logits kept by autograd", with_plain_head),
+             ("the frozen model's loss, no gradient", frozen)]
+    for name, work in works:
+        ms = timed(work)
+        print(f"  {name:38} {ms:8.1f} ms  {ms / whole:6.2f}")
+    model.eval()
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -102,6 +146,9 @@ def main(argv=None):
     for batch in args.batch_size:
         for context in args.context:
             evaluation_table(model, batch, context, timed)
+    with torch.enable_grad():
+        training_table(model, 32, 64, timed)
+    model.fold_lora(True)
     ids = torch.randint(lm.config.vocab_size, (args.batch_size[0], 8),
                         generator=torch.Generator().manual_seed(0)).to(device)
     prompts = ids.tolist()

@@ -246,6 +246,12 @@ def test_the_largest_number_still_draws_a_token(monkeypatch):
     assert draw_tokens(3 * p, generators(1)).tolist() == [[6]]
 
 
+def test_the_smallest_number_draws_a_token_that_has_a_probability(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.zeros(size))
+    p = torch.tensor([[[0.0, 0.5, 0.5]]])
+    assert draw_tokens(p, generators(1)).tolist() == [[1]]
+
+
 def test_a_token_without_probability_is_never_drawn():
     p = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25]).expand(1, 4000, 5)
     counts = draw_tokens(p, generators(1))[0].bincount(minlength=5)

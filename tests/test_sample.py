@@ -12,7 +12,7 @@ from test_oracle import p_value
 
 from diffusion import L2D
 from model import LM
-from data.stop import Stop
+from data.answer import Stop
 from data.tokenizer import load_tokenizer
 from sample import Settings, generate
 from solvers import odeint

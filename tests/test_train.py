@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import train
 from conftest import LLAMA, make_ids, make_lm
 from data.batches import IGNORE, collate
+from data.state import read_state
 from diffusion import L2D, L2DConfig
 from model import LM, LoRA
 
@@ -114,7 +115,7 @@ def test_three_and_three_resumed_updates_equal_six_to_the_bit(
         run(base, parts, method=method, accumulate=accumulate)
     assert len(updates(parts)) == 3
     train.main(["--init_from=resume", f"--out_dir={parts}"])
-    (expected, meta), (found, _) = train.read_state(whole), train.read_state(parts)
+    (expected, meta), (found, _) = read_state(whole), read_state(parts)
     assert {name.split("/")[0] for name in expected} == {
         "weights",
         "exp_avg",
@@ -533,7 +534,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, stderr
-    done = train.read_state(out)[1]["update"]
+    done = read_state(out)[1]["update"]
     assert "Traceback" not in stderr and len(updates(out)) == done >= 3
     assert (
         f"stopped after update {done}; go on with: python train.py --init_from=resume "
@@ -541,7 +542,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base, tmp_path):
         in stdout
     )
     train.main(["--init_from=resume", f"--out_dir={out}", f"--updates={done + 2}"])
-    assert train.read_state(out)[1]["update"] == done + 2 and L2D.load(out, device="cpu")
+    assert read_state(out)[1]["update"] == done + 2 and L2D.load(out, device="cpu")
 
 
 def updates_so_far(out):

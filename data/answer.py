@@ -1,4 +1,4 @@
-"""Where an answer ends: at a token, or at a string wherever it comes to stand in the text.
+"""An answer: its tokens, what they cost, and where it ends, at a token or at a string.
 
 Benchmarks cut answers at strings such as "\\n\\nQuestion:", which a vocabulary may break into
 tokens in many ways, so strings are looked for in the decoded text. sample.py asks at every token.
@@ -46,3 +46,30 @@ class Stop:
         text = self.tokenizer.decode(ids)
         ends = [text.find(string) for string in self.strings if string in text]
         return text[:min(ends)] if ends else text
+
+
+@dataclass
+class Answer:
+    """ids: the new tokens, without the stop token; nfe: evaluations for every token drawn."""
+    ids: list = field(default_factory=list)
+    nfe: list = field(default_factory=list)
+    text: str = ""
+    stopped: bool = False                # it ended by itself, before max_new_tokens
+    unfinished: int = 0                  # tokens whose ODE ran out of max_nfe
+    right: bool = False                  # where it was graded
+    guesses: list = field(default_factory=list)   # of the traced token: (t, token id, p)
+
+    @property
+    def mark(self) -> str:
+        return "right" if self.right else "wrong"
+
+    def add(self, token: int, nfe: int, finished: bool, stop: Stop):
+        """Write down one more token, or that there are no more."""
+        self.nfe.append(nfe)
+        if not finished:
+            self.unfinished += 1
+        if token in stop.ids:
+            self.stopped = True
+            return
+        self.ids.append(token)
+        self.stopped = stop.found(self.ids)

@@ -1,0 +1,147 @@
+"""The small files of data/: batches, answers and where they end, pictures, the log, tasks.
+
+python -m pytest tests/test_data.py
+"""
+
+import json
+
+import pytest
+import torch
+
+from data.answer import Answer, Stop
+from data.batches import IGNORE, collate, draw_rows, left_pad
+from data.figures import draw_points, main, trace_text
+from data.hub import resolve
+from data.log import Log
+from data.tasks import TASKS
+from data.tokenizer import load_tokenizer
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+def test_rows_of_different_lengths_become_one_batch():
+    rows = [([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)]
+    batch = collate(rows, "cpu")
+    assert batch["ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
+    assert batch["targets"].tolist() == [[IGNORE, 9, 10], [6, IGNORE, IGNORE]]
+    assert batch["class_ids"].tolist() == [3, 0]
+    assert "documents" not in batch
+
+
+def test_documents_are_kept_where_a_row_has_several():
+    rows = [([1, 2, 3, 4], [1, 1, 1, 1], [1, 1, 2, 2])]
+    assert collate(rows, "cpu")["documents"].tolist() == [[1, 1, 2]]
+
+
+def test_prompts_are_aligned_on_the_right():
+    ids, documents = left_pad([[1, 2, 3], [4]], "cpu")
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert documents.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert left_pad([[1, 2], [3, 4]], "cpu")[1] is None
+
+
+def test_what_stands_at_a_position_depends_on_nothing_else():
+    data = list(range(7))
+    whole = draw_rows(data, 0, 21, seed=3)
+    assert [sorted(whole[at:at + 7]) for at in (0, 7, 14)] == [data] * 3
+    assert draw_rows(data, 5, 9, seed=3) == whole[5:14]
+    assert draw_rows(data, 0, 21, seed=4) != whole
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve("tiny"))
+
+
+def test_an_answer_ends_at_a_stop_token_which_is_no_part_of_it(tokenizer):
+    stop = Stop.of(tokenizer)
+    answer = Answer()
+    for token in (*tokenizer.encode("ab"), next(iter(stop.ids))):
+        answer.add(token, nfe=9, finished=True, stop=stop)
+    assert answer.stopped and stop.text(answer.ids) == "ab"
+    assert answer.nfe == [9, 9, 9]
+
+
+def test_an_answer_ends_at_a_stop_string_wherever_tokens_break_it(tokenizer):
+    stop = Stop.of(tokenizer, ["cd"])
+    answer = Answer()
+    for token in tokenizer.encode("abcd"):
+        assert not answer.stopped
+        answer.add(token, nfe=1, finished=False, stop=stop)
+    assert answer.stopped and stop.text(answer.ids) == "ab"
+    assert answer.unfinished == 4
+
+
+def test_an_empty_stop_string_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="--stop is empty"):
+        Stop.of(tokenizer, [""])
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+def test_points_are_counted_and_what_lies_outside_is_at_the_border():
+    line = draw_points([-9, 0, 0, 0, 5], low=-5, high=5)
+    assert line[0] == "o" and line[40] == "3" and line[80] == "o"
+    assert draw_points([0] * 12, -5, 5).strip() == "+"
+
+
+def test_a_trace_names_the_tokens_it_could_show(tokenizer):
+    answer = Answer(ids=tokenizer.encode("ab"), nfe=[3, 4], guesses=[(0.5, 65, 0.25)])
+    text = trace_text(answer, tokenizer, 1)
+    assert "'a':3 'b':4" in text and "t = 0.5000" in text
+    with pytest.raises(ValueError, match="allowed: 0 to 1"):
+        trace_text(answer, tokenizer, 2)
+
+
+def test_results_that_are_none_are_one_line(tmp_path, capsys):
+    path = tmp_path / "eval.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        main([str(path)])
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys):
+    log = Log(tmp_path, done=10, updates=110)
+    assert log.pace() == ""
+    log.start -= 20      # twenty seconds ago
+    for update in range(11, 31):
+        log.add(update, 1.0, lr=0.1)
+    # 20 updates took 20 s; 80 are left
+    assert "1000 ms/update" in log.pace() and "1.3 min left" in log.pace()
+    log.show({"update": 30, "val_loss": 2.0, "by_tenth": [None] + [1.0] * 9})
+    log.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("update") for line in lines] == [*range(11, 31), 30]
+    assert "val  2.000" in capsys.readouterr().out
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_task_grades_its_own_reference_as_right(name, tokenizer):
+    task = TASKS[name]
+    for group in task.groups:
+        problem = task.problem(group, 0)
+        ids, mask, *_ = task.reference(problem, tokenizer)
+        answer = [i for i, counted in zip(ids, mask) if counted]
+        text = tokenizer.decode([i for i in answer if i not in tokenizer.stop_ids])
+        assert task.grade(problem, text, ended=True)
+        assert not task.grade(problem, text, ended=False)
+        assert not task.grade(problem, text + "x", ended=True)
+        prompt = task.prompt(problem, tokenizer)
+        assert list(ids[:len(prompt)]) == prompt
+
+
+def test_problems_of_different_splits_and_seeds_differ():
+    task = TASKS["tiny"]
+    group = task.groups[0]
+    keys = {task.key(task.problem(group, 0, seed, split))
+            for seed in (0, 1) for split in ("val", "test")}
+    assert len(keys) == 4
+    assert torch.tensor(task.class_id(task.problem(group, 0))) == 0

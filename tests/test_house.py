@@ -1,0 +1,112 @@
+"""The shape of the project itself: which file may import which, and commands that still exist.
+
+python -m pytest tests/test_house.py
+"""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as eval_script
+import sample
+import train
+
+ROOT = Path(train.__file__).parent
+# Every arrow points down: a file may import those after it. solvers.py stands alone.
+ORDER = ["eval", "train", "sample", "diffusion", "model", "data"]
+SOURCES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "data").rglob("*.py"))
+PARSERS = {"train.py": train, "sample.py": sample, "eval.py": eval_script}
+
+
+def imports(tree) -> list:
+    """(name, line) of every module imported anywhere below a node."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.module, node.lineno))
+    return found
+
+
+def parse(path: Path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_arrow_points_down(path):
+    mine = path.relative_to(ROOT).with_suffix("").parts[0]
+    for name, line in imports(parse(path)):
+        theirs = name.split(".")[0]
+        if mine == "solvers":
+            assert theirs not in ORDER, f"{path}:{line}"
+        elif theirs == "solvers":
+            assert mine != "data", f"{path}:{line}"
+        elif theirs in ORDER and theirs != mine:
+            assert ORDER.index(mine) < ORDER.index(theirs), f"{path}:{line} imports {name}"
+
+
+def test_no_two_files_of_data_import_each_other():
+    """Following the arrows from any file never leads back to it."""
+    arrows = {}
+    for path in (ROOT / "data").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        arrows[name.removesuffix(".__init__")] = {theirs for theirs, _ in imports(parse(path))}
+
+    def reach(name, seen):
+        for theirs in arrows.get(name, ()):
+            if theirs in arrows and theirs not in seen:
+                seen.add(theirs)
+                reach(theirs, seen)
+        return seen
+
+    circles = [name for name in arrows if name in reach(name, set())]
+    assert not circles
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_inside_a_function_but_matplotlib(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = {name.split(".")[0] for name, _ in imports(node)}
+            assert names <= {"matplotlib"}, f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_has_at_most_500_lines_of_100_columns(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 500
+    assert max(map(len, lines), default=0) <= 100
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"^python (?!-c).+$", README, re.M)))
+
+
+def test_readme_has_commands():
+    """Or the test below would have nothing to check."""
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_exist(command):
+    words = shlex.split(command, comments=True)[1:]
+    if words[0] == "-m":
+        assert (ROOT / (words[1].replace(".", "/") + ".py")).exists()
+        return
+    assert (ROOT / words[0]).exists()
+    if words[0] in PARSERS:
+        # an unknown flag or a value that is not allowed would end here
+        PARSERS[words[0]].build_parser().parse_args(words[1:])
+
+
+def test_the_file_table_of_the_readme_is_true():
+    rows = re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| (\d+) \|", README, re.M)
+    assert len(rows) > 10
+    for name, lines in rows:
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
