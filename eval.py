@@ -32,6 +32,7 @@ from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
 
 def wilson(right: int, n: int) -> tuple:
     """95 % interval of a proportion (Wilson 1927): inside [0, 1], and true near its ends."""
+    # p ± z·√(p(1−p)/n), the usual one, has no width at all where every answer is right
     z = 1.959964
     p = right / n
     # (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)
@@ -45,6 +46,7 @@ def wilson(right: int, n: int) -> tuple:
 
 def matrix_flops(*modules) -> int:
     """Multiply-adds, counted twice, of one vector through every matrix of these modules."""
+    # by identity: a head that is tied to the embedding is one matrix
     matrices = {id(p): p for module in modules for p in module.parameters() if p.dim() == 2}
     return 2 * sum(p.numel() for p in matrices.values())
 
@@ -55,6 +57,7 @@ def frozen_flops(lm, length: int) -> int:
 
 
 def attention_flops(config, length: int) -> int:
+    # q·kᵀ and p·v: each a product and a sum for every token, head and channel
     return 4 * config.layers * length * config.heads * config.head_dim
 
 
@@ -62,12 +65,14 @@ def evaluation_flops(model: L2D, length: int, settings: Settings) -> int:
     """One evaluation of the diffusion path after `length` tokens, the head included."""
     lm = model.lm
     config = lm.config
+    # keys and values are the frozen model's: the path multiplies neither K nor V
     total = attention_flops(config, length) + matrix_flops(model.from_z, lm.head)
     for block in model.blocks:
         total += matrix_flops(block.q, block.o, block.mlp)
         if model.config.rank and block.q.folded is not None:
             # one product with the sum instead of W, A and B
             total -= lora_flops(block)
+    # p @ V touches all of the vocabulary, argmax a single row
     if settings.estimate == "average":
         total += 2 * config.vocab_size * model.config.width
     return total
@@ -106,6 +111,7 @@ def columns_to_compare(args, temperature: float) -> list:
     for solver in args.solvers:
         common = {"solver": solver, "temperature": temperature, "estimate": args.estimate,
                   "rtol": args.rtol, "atol": args.rtol}
+        # it chooses its steps itself, so it stands once and not once for every number of them
         if solver in ADAPTIVE:
             columns.append(Column(solver, "adaptive", Settings(**common)))
             continue
@@ -116,12 +122,14 @@ def columns_to_compare(args, temperature: float) -> list:
 
 def measure(model, tokenizer, task, problems: list, settings: Settings, seed: int) -> dict:
     """One cell: accuracy, interval, NFE, seconds and arithmetic per token."""
+    # wall time of the whole job, prompts included: what a user waits for
     start = time.perf_counter()
     answers = answer_problems(model, tokenizer, task, problems, settings, seed)
     seconds = time.perf_counter() - start
     n = len(problems)
     right = sum(answer.right for answer in answers)
     tokens = sum(len(answer.nfe) for answer in answers)
+    # the stop token was paid for too
     nfe = sum(sum(answer.nfe) for answer in answers) / tokens
     low, high = wilson(right, n)
     # a token stands behind the prompt and, on average, half of the answer
@@ -149,6 +157,7 @@ def make_problems(task, args) -> dict:
 
 def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
     """A record for every group of problems, temperature and column."""
+    # all jobs in one list, so that the bar knows how many there are
     jobs = [(temperature, group, column) for temperature in args.temperatures
             for group in problems for column in columns_to_compare(args, temperature)]
     records = []
@@ -169,6 +178,7 @@ def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
 @torch.no_grad()
 def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, seed: int):
     """Right or wrong, for every token of the right answers read up to it: bool (N,)."""
+    # the right tokens are given, so one early mistake does not spoil all that follows
     rows = [task.reference(problem, tokenizer) for problem in problems]
     batch = collate(rows, next(model.parameters()).device)
     targets = batch["targets"]
@@ -190,6 +200,7 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
 
 def fixed_and_broken(model, tokenizer, task, problems: dict, args) -> list:
     """Token by token: what more steps turned from wrong to right, and from right to wrong."""
+    # one batch of everything: the counts are of tokens, whatever problem they are of
     everything = [problem for some in problems.values() for problem in some]
     solver = next((name for name in args.solvers if name in FIXED), "euler")
     steps = sorted(set(args.steps))
@@ -197,6 +208,7 @@ def fixed_and_broken(model, tokenizer, task, problems: dict, args) -> list:
     for n in (0, *steps):
         settings = Settings(steps=n, solver=solver, estimate=args.estimate)
         right[n] = forced_tokens(model, tokenizer, task, everything, settings, args.seed)
+    # against the frozen model, and against the fewest steps: is it the path or the steps?
     pairs = [(0, n) for n in steps] + [(steps[0], n) for n in steps[1:]]
     return [{"from": a, "to": b, "solver": solver, **changes(right[a], right[b])}
             for a, b in pairs]
@@ -215,9 +227,11 @@ def guidance_table(model, tokenizer, task, problems: dict, args) -> list:
     """Accuracy for several weights, on the problems where only the class says what to do."""
     records = []
     for group, some in problems.items():
+        # elsewhere the prompt has said it already, and no weight could help
         if group[0] not in task.guided:
             continue
         for weight in args.guidance:
+            # the class is known to every one of them, only the weight differs
             settings = Settings(steps=8, guidance=weight, estimate=args.estimate)
             cell = measure(model, tokenizer, task, some, settings, args.seed)
             records.append({"group": task.title(group), "guidance": weight, **cell})
@@ -240,6 +254,7 @@ def percent(cell) -> str:
 
 def print_accuracy(records: list):
     """A block per temperature: a row per group, a column per way, then what each column costs."""
+    # dict.fromkeys: each once, in the order in which they came
     for temperature in dict.fromkeys(r["temperature"] for r in records):
         block = [r for r in records if r["temperature"] == temperature]
         columns = list(dict.fromkeys(r["column"] for r in block))
@@ -249,6 +264,7 @@ def print_accuracy(records: list):
         for group in dict.fromkeys(r["group"] for r in block):
             cells = [percent(r) for r in block if r["group"] == group]
             print(f"{group} " + "".join(f"{cell:>16}" for cell in cells))
+        # the same in every row but for its length, so one line for all of them
         for name, key, unit, form in COSTS:
             means = [mean(r[key] for r in block if r["column"] == column) for column in columns]
             print(f"{name:12}" + "".join(f"{value / unit:>16{form}}" for value in means))
@@ -284,12 +300,14 @@ def print_guidance(records: list):
 
 def commit() -> str | None:
     """The commit that is checked out, + where files differ from it; None outside a checkout."""
+    # a number without the code that made it cannot be repeated
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
                               text=True, check=True).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
+    # an archive without git, or a machine without it
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -351,6 +369,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args, task):
     """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
+    # hours of work must not end with a missing package
     if args.plot:
         import_pyplot()
     for name, values in (("problems", [args.problems]), ("steps", args.steps)):
@@ -375,10 +394,12 @@ def main(argv=None):
             print(f"{args.init_from} has no diffusion path: "
                   "only the model itself is scored, as `frozen`")
             args.solvers = []
+        # loading is not counted
         start = time.time()
         problems = make_problems(task, args)
         accuracy = accuracy_table(model, tokenizer, task, problems, args)
         print_accuracy(accuracy)
+        # token by token, with the right answer given
         broken = []
         if has_path:
             broken = fixed_and_broken(model, tokenizer, task, problems, args)
@@ -387,6 +408,7 @@ def main(argv=None):
         if has_path and model.config.classes:
             guidance = guidance_table(model, tokenizer, task, problems, args)
         print_guidance(guidance)
+        # once and whole: a table that was cut off would be taken for a result
         write_json({**circumstances(model, args, start), "accuracy": accuracy,
                     "fixed_and_broken": broken, "guidance": guidance}, args.out)
         print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")

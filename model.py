@@ -11,7 +11,6 @@ key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion 
     python -c "from model import LM; print(LM.from_pretrained('tiny').config)"
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +79,9 @@ def attention(q, k, v, mask, cos_sin):
     There may be several lines of queries, (lines·B, T, H·D), see Reading.lines: as more queries of
     the same sequence, they look at one and the same keys.
     """
+    # the keys were turned when they were made, the queries are turned here
     q = split_heads(q, k.shape[-1], cos_sin)                            # (B, H, T, D)
+    # one query is the newest token: it may look at everything there is
     causal = mask is None and q.shape[2] > 1
     lines = len(q) // len(k)
     if lines > 1:
@@ -133,6 +134,7 @@ class Block(nn.Module):
         n = self.norm_attn(x)                                           # (B, T, C)
         k = split_heads(self.k(n), self.head_dim, cos_sin)              # (B, G, T, D)
         v = split_heads(self.v(n), self.head_dim)                       # (B, G, T, D)
+        # k and v of the new tokens go in, those of all tokens come out
         if cache is not None:
             k, v = cache.append(layer, k, v)                            # (B, G, S, D)
         found = attention(self.q(n), k, v, mask, cos_sin)               # (B, T, H·D)
@@ -188,7 +190,6 @@ class Reading:
             mask=pick(self.mask),
             cos_sin=pick(self.cos_sin),
         )
-
 
     def lines(self, count: int) -> "Reading":
         """Its tokens `count` times over, (count·B, T), before the same keys: none is copied."""
@@ -309,6 +310,7 @@ def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) ->
 
 def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
     """A trainable stand-in for a frozen matrix: the matrix plus LoRA, or a full copy."""
+    # GPT-2 has no gate
     if frozen is None:
         return None
     if rank is not None:
@@ -316,6 +318,7 @@ def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
     bias = frozen.bias is not None
     device = frozen.weight.device
     copy = nn.Linear(frozen.in_features, frozen.out_features, bias=bias, device=device)
+    # the path starts from what the frozen layer can do already
     copy.load_state_dict(frozen.state_dict())
     return copy
 
@@ -384,6 +387,7 @@ class LM(nn.Module):
         self.directory = None
         c = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, c)
+        # GPT-2 has a table of positions; the others turn queries and keys instead
         self.embed_positions = None
         if config.family.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions, c)
@@ -424,6 +428,7 @@ class LM(nn.Module):
             cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
         else:
             x = x + self.position_embedding(positions)
+        # every layer's keys and values are kept: the path attends to them, layer by layer
         keys = []
         values = []
         for layer, block in enumerate(self.blocks):
@@ -436,6 +441,7 @@ class LM(nn.Module):
 
     def position_embedding(self, positions):
         """Learned position embeddings (B, T, C). Raises ValueError where there are not so many."""
+        # a table has an end, and an index beyond it would be an error far from its cause
         most = self.config.max_positions
         if positions.numel() and positions.max() >= most:
             longest = int(positions.max()) + 1
@@ -475,6 +481,7 @@ class LM(nn.Module):
         model = model.to(dtype).to_empty(device=device)
         model.tie()                     # to_empty gave head and embedding a memory of their own
         load_weights(model, directory)
+        # absolute, or the path would lose its base as soon as one works elsewhere
         model.directory = str(name_or_dir)
         if Path(name_or_dir).is_dir():
             model.directory = str(Path(name_or_dir).resolve())
@@ -484,17 +491,3 @@ class LM(nn.Module):
         """Write config.json and model.safetensors in Hugging Face layout, each appearing whole."""
         save_weights(self, Path(directory))
         write_json(self.config.raw, Path(directory) / "config.json")
-
-
-def init_weights(lm: LM, generator: torch.Generator):
-    """GPT-2's: N(0, 0.02²), the matrices that write to the residual stream smaller by √(2L)."""
-    for name, p in lm.named_parameters():
-        std = 0.02
-        if name.endswith((".o.weight", ".down.weight")):
-            std /= math.sqrt(2 * lm.config.layers)
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        elif p.dim() == 1:
-            nn.init.ones_(p)
-        else:
-            nn.init.normal_(p, std=std, generator=generator)

@@ -58,11 +58,13 @@ class Settings:
     def __post_init__(self):
         choices(self.solver, SOLVERS, "solver")
         choices(self.estimate, ESTIMATES, "estimate")
+        # checked here, so that a script that skips the command line is refused too
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise ValueError(f"{name} = {value} is out of range; allowed: {allowed}")
+        # negative weights push away from the class, which is allowed
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} is out of range; "
                              "allowed: any finite number")
@@ -94,18 +96,21 @@ class Batch:
         device = next(lm.parameters()).device
         self.lm = lm
         self.numbers = list(range(len(prompts)))      # which prompt every row belongs to
+        # on the CPU, whatever the device: a seed then means the same noise on every machine
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.class_ids = None
         if class_ids is not None:
             self.class_ids = torch.tensor(class_ids, device=device)
         self.cache = KVCache(lm.config.layers)
         ids, documents = left_pad(prompts, device)
+        # the prompt's own next tokens are known: only the last place asks for one
         self.reading = lm.read(ids, documents, self.cache).last()
 
     def keep(self, rows: list):
         """Go on with some rows only."""
         if len(rows) == len(self.numbers):
             return
+        # finished sequences would only be computed in vain
         index = torch.tensor(rows, device=self.reading.hidden.device)
         self.numbers = [self.numbers[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
@@ -116,6 +121,7 @@ class Batch:
     def read(self, tokens: list):
         """Read one more token of every row."""
         ids = torch.tensor(tokens, device=self.reading.hidden.device)[:, None]
+        # 1: padding, document 0, is on the left and must stay hidden
         documents = None if self.cache.documents is None else torch.ones_like(ids)
         self.reading = self.lm.read(ids, documents, self.cache)
 
@@ -148,15 +154,18 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
         for row, number in enumerate(batch.numbers):
             answer = answers[number]
             answer.add(tokens[row], nfe[row], finished[row], stop)
+            # the end of an answer is no part of it
             if on_token and tokens[row] not in stop.ids:
                 on_token(number, tokens[row])
             if not answer.stopped:
                 going_on.append(row)
+        # the last token need not be read: nothing follows it
         if not going_on or n == settings.max_new_tokens - 1:
             break
         # 5. Finished answers leave the batch, and the frozen model reads the others' tokens.
         batch.keep(going_on)
         batch.read([tokens[row] for row in going_on])
+    # at the end, since a character may be made of several tokens
     for answer in answers:
         answer.text = stop.text(answer.ids)
     return answers
@@ -178,20 +187,24 @@ def check_request(model, prompts, settings, class_ids) -> LM:
 def next_logits(model, batch: Batch, settings: Settings, watch=None):
     """(logits (B, V), NFE, finished?) of every row's next token, the last two as lists."""
     rows = len(batch.numbers)
+    # no path: what the frozen model says is its answer
     if not settings.steps:
         logits = batch.lm.logits(batch.reading.hidden)
         return logits[:, 0].float(), [0] * rows, [True] * rows
     velocity = VelocityField(
         model, batch.reading, settings.estimate, settings.estimate_temperature,
         batch.class_ids, settings.guidance, batch.generators)
+    # drawn sequence by sequence, so that none depends on how many others there are
     shape = (1, model.config.width)
     noise = torch.stack([torch.randn(shape, generator=g) for g in batch.generators])
     # x_0 ~ N(0, σ²I)
     x_0 = model.config.sigma * noise.to(batch.reading.hidden.device)    # (B, 1, Z) float32
+    # the solver counts calls; a guided call evaluates the network twice
     budget = settings.max_nfe and max(1, settings.max_nfe // velocity.cost)
     solution = odeint(velocity, x_0, settings.solver, settings.steps,
                       settings.rtol, settings.atol, budget, watch)
     logits = velocity.logits(solution.x)
+    # the last look costs an evaluation like any other, and is shown like any other
     if watch:
         watch(torch.arange(rows), 1.0, solution.x, logits)
     nfe = (solution.nfe + 1) * velocity.cost
@@ -201,6 +214,7 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
 def keep_guesses(guesses: list):
     """A watcher of the ODE that notes what the first sequence was taken for, and how surely."""
     def watch(rows, t, x, logits):
+        # the adaptive solver moves some sequences and not others
         if rows[0] != 0:
             return
         p, token = logits[0, 0].softmax(-1).max(-1)
@@ -214,6 +228,7 @@ def choose(logits, settings: Settings, generators):
     if settings.temperature == 0:
         return logits.argmax(-1)
     p = (logits / settings.temperature).softmax(-1)
+    # stable, or equal probabilities would be cut differently on every machine
     ordered, order = p.sort(descending=True, stable=True)
     if settings.top_k is not None:
         ordered[:, settings.top_k:] = 0
@@ -237,8 +252,10 @@ def answer_problems(model, tokenizer, task, problems: list, settings: Settings, 
     for at in range(0, len(problems), batch_size):
         batch = problems[at:at + batch_size]
         prompts = [task.prompt(problem, tokenizer) for problem in batch]
+        # from the problem itself: neither its place nor its neighbours change its noise
         seeds = [zlib.crc32(task.key(problem).encode()) + seed for problem in batch]
         class_ids = None
+        # a path made for other topics is asked without a class
         if knows_classes:
             class_ids = [task.class_id(problem) for problem in batch]
         answers += generate(model, prompts, settings, stop, class_ids, seeds)
@@ -256,6 +273,7 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
     """
     directory = resolve(init_from, cache_dir)
     dtype = dtype and getattr(torch, dtype)
+    # a path's directory holds the path alone; path.json says beside which model it belongs
     if (directory / "path.json").exists():
         base = base or read_path(directory)["base"]
         model = L2D.load(directory, LM.from_pretrained(base, dtype, device, cache_dir))
@@ -275,6 +293,7 @@ def worked_answers(model, tokenizer, settings: Settings, seed: int) -> tuple:
     """
     task = TASKS["tiny"]
     problems = [task.problem(group, seed) for group in task.groups]
+    # under the same decoding, or the comparison would say nothing
     frozen = answer_problems(model, tokenizer, task, problems, Settings(steps=0))
     start = time.time()
     ours = answer_problems(model, tokenizer, task, problems, settings)
@@ -290,6 +309,7 @@ def read_prompts(args) -> list:
     """Prompts from --prompt, --prompt_file (one a line), or standard input (`--prompt -`)."""
     if args.prompt_file:
         lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        # an empty line asks nothing
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompt_file {args.prompt_file} has no prompt; "
@@ -307,6 +327,7 @@ def encode_prompt(text: str, tokenizer, chat: bool) -> list:
 def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
     """Print num_samples answers to every prompt; returns them all and the seconds they took."""
     label = None
+    # checked before anything is read or drawn
     if args.label is not None:
         classes = model.config.classes if isinstance(model, L2D) else 0
         label = TASKS["tiny"].class_number(args.label, classes)
@@ -335,6 +356,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
         seconds += time.time() - start
         frozen = [None] * len(batch)
         if args.frozen:
+            # the model's own best answer, whatever was asked of ours
             greedy = Settings(steps=0, max_new_tokens=settings.max_new_tokens)
             frozen = generate(model, batch, greedy, stop)
         if live:
@@ -352,6 +374,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
 def show_answer(answer: Answer, frozen: Answer | None):
     """What an answer cost, and what the frozen model says."""
     cost = f"   NFE {sum(answer.nfe)} for {len(answer.nfe)} tokens"
+    # a token whose ODE was cut short is another answer than was asked for: it must be seen
     if answer.unfinished:
         cost += f", {answer.unfinished} tokens stopped at max_nfe"
     print(cost)
@@ -362,6 +385,7 @@ def show_answer(answer: Answer, frozen: Answer | None):
 # --- the command line -----------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
+    # one home for every default: the Settings themselves
     default = Settings()
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
@@ -435,6 +459,7 @@ def check(args):
             raise ValueError(f"--{name} {value} is out of range; allowed: 1 or more")
     if not 0 <= args.seed <= LARGEST_SEED:
         raise ValueError(f"--seed {args.seed} is out of range; allowed: 0 to {LARGEST_SEED}")
+    # a flag that would do nothing is a misunderstanding
     prompted = args.prompt or args.prompt_file
     if not prompted and (args.label or args.trace or args.num_samples > 1):
         raise ValueError("--class, --trace and --num_samples go with a prompt; "
@@ -445,6 +470,7 @@ def check(args):
 
 def read_settings(args) -> Settings:
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    # guesses are kept only for whoever looks at them
     if not args.trace:
         settings.trace_token = None
     return settings

@@ -26,11 +26,12 @@ from data.log import Log
 from data.path import TIME_DISTRIBUTIONS, L2DConfig
 from data.state import read_state_meta, restore_state, write_state
 from data.tasks import TASKS
+from data.tiny.start import init_weights
 from data.tiny.topics import Documents, Problems
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFiles
 from diffusion import L2D
-from model import LM, LoRA, init_weights
+from model import LM, LoRA
 from sample import Settings, answer_problems
 
 METHODS = ("l2d", "pretrain", "lora", "full")
@@ -67,6 +68,7 @@ PRESETS = {
 # --- the command line -----------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
+    # the docstring above is the first page of --help, so it is printed as it stands
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +121,8 @@ def parse(argv=None) -> argparse.Namespace:
     """Flags over the checkpoint's (where resuming) over the preset's. Raises ValueError."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    # a resumed run has the flags it was started with, but for those given anew: so the command
+    # line is read once for the place of the state, and again over the flags found there
     resume = args.init_from == "resume"
     if resume:
         saved = read_state_meta(args.out_dir)["args"]
@@ -126,6 +130,7 @@ def parse(argv=None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
     args.resume = resume
+    # None says that nobody chose: 0 is a choice
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -135,6 +140,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def fitting_preset(args) -> str:
+    # the embedded model is small and learns with large steps; no other model should
     if args.init_from in ("tiny", "scratch"):
         return args.init_from
     return "topics" if args.data == "tiny" else "paper"
@@ -146,6 +152,7 @@ def check(args):
         1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows"),
         0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip"),
     }
+    # not `value < least`, or a number that is none would pass
     for least, names in at_least.items():
         for name in names:
             value = getattr(args, name)
@@ -160,18 +167,22 @@ def check(args):
 
 def load_data(args, tokenizer):
     """(train, val) data sets, whose rows are as data/batches.py says."""
+    # of one's own: any text, prepared once by data/chat.py
     if args.data != "tiny":
         return [TokenFiles(args.data, split, tokenizer) for split in ("train", "val")]
+    # the base reads whole documents, a finetuning answers problems
     kind = Documents if args.method == "pretrain" else Problems
     return kind(tokenizer, "train"), kind(tokenizer, "val")
 
 
 def build_model(args, classes: int):
     """(module to train, fingerprint of what stays frozen beside it): an L2D, or the LM itself."""
+    # the only use of the global generator: torch fills new layers from it
     torch.manual_seed(args.seed)
     device, dtype = pick_device(args.device, args.dtype and getattr(torch, args.dtype))
     if args.init_from == "scratch":
         lm = LM(ModelConfig.from_hf(read_json(source_directory(args) / "config.json")))
+        # on the CPU, so that every device starts from the same weights
         init_weights(lm, torch.Generator().manual_seed(args.seed))
         return lm.to(device), None
     if args.method != "l2d":
@@ -185,6 +196,7 @@ def build_model(args, classes: int):
         return l2d, l2d.base_sha256
     if args.method != "lora":
         return lm, None
+    # before the correction is added: hashed is what lies on disk
     frozen = lm.requires_grad_(False).fingerprint()
     replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, args.rank, alpha=args.rank))
     return lm, frozen
@@ -193,6 +205,7 @@ def build_model(args, classes: int):
 def replace_linears(lm: LM, kind, convert):
     """Put convert(matrix) in the place of every matrix of every block, if it is of this kind."""
     for block in lm.blocks:
+        # a list, since the loop replaces what it walks over
         for owner in (block, block.mlp):
             for name, module in list(owner.named_children()):
                 if isinstance(module, kind):
@@ -209,10 +222,12 @@ def merge_linear(adapted: LoRA) -> nn.Linear:
 def token_losses(model, batch: dict, generator):
     """(loss (N,) of every counted token, its time (N,) or None): L2D's, or plain cross-entropy."""
     if isinstance(model, L2D):
+        # data may name classes that this path was made without
         if not model.config.classes:
             batch = {name: value for name, value in batch.items() if name != "class_ids"}
         return model.token_losses(generator=generator, **batch)
     where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+    # weights stay float32; on CUDA the arithmetic need not
     device = batch["ids"].device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         hidden = model.read(batch["ids"], batch.get("documents")).hidden
@@ -221,6 +236,7 @@ def token_losses(model, batch: dict, generator):
 
 def build_optimizer(trainable: dict, args):
     """AdamW; matrices decay, biases and norms do not."""
+    # decay pulls towards zero, which is where a matrix may be but not the scale of a norm
     matrices = [p for p in trainable.values() if p.dim() >= 2]
     vectors = [p for p in trainable.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
@@ -232,6 +248,7 @@ def learning_rate(update: int, args) -> float:
     """Linear warm-up, then linear decay from lr to min_lr at the last update."""
     if update < args.warmup:
         return args.lr * (update + 1) / args.warmup
+    # a run as long as its warm-up has no decay to divide by
     progress = (update - args.warmup) / max(1, args.updates - args.warmup)
     return args.lr + progress * (args.min_lr - args.lr)
 
@@ -247,6 +264,7 @@ def draw_batches(data, args, position: int, device) -> list:
 
 def update_once(model, optimizer, batches: list, generator, clip: float, objective=token_losses):
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
+    # counted before the first backward pass, because every batch is divided by all of them
     tokens = sum(int((batch["targets"] != IGNORE).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
@@ -254,10 +272,12 @@ def update_once(model, optimizer, batches: list, generator, clip: float, objecti
         # every token of the update weighs the same, however the update is cut into batches
         loss = losses.sum() / tokens
         loss.backward()
+        # on the device still: to read it here would make a GPU wait for every batch
         total += loss.detach()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
+    # dropped and not zeroed: the next backward pass writes them anew
     optimizer.zero_grad(set_to_none=True)
     return float(total), float(norm), tokens
 
@@ -268,6 +288,7 @@ def validate(model, data, args, device) -> dict:
     generator = torch.Generator().manual_seed(0)     # the same times and noise every time
     losses, times = [], []
     count = min(args.val_rows, len(data))
+    # no class is hidden, as when the path is used
     model.eval()
     for at in range(0, count, args.batch_size):
         rows = [data[i] for i in range(at, min(at + args.batch_size, count))]
@@ -275,9 +296,11 @@ def validate(model, data, args, device) -> dict:
         losses.append(loss)
         times.append(t)
     model.train()
+    # of tokens, not of batches: the last batch may be short
     losses = torch.cat(losses)
     result = {"val_loss": round(float(losses.mean()), 4)}
     if times[0] is not None:
+        # t < 1, but a tenth of 10 would be out of the list where rounding says otherwise
         tenths = (torch.cat(times) * 10).long().clamp_max(9)
         result["by_tenth"] = [mean_or_none(losses[tenths == tenth]) for tenth in range(10)]
     return result
@@ -320,6 +343,7 @@ def set_up(args) -> Run:
     lm = model.lm if isinstance(model, L2D) else model
     tokenizer = load_tokenizer(source_directory(args), lm.config.vocab_size)
     data, val = load_data(args, tokenizer)
+    # found now and not at the first validation
     if not len(val):
         raise ValueError(f"--data {args.data} has no validation rows; "
                          "prepare it again with a larger --val_fraction")
@@ -356,6 +380,7 @@ def save_model(run: Run):
         run.model.save(out_dir)
         return
     if run.args.method == "lora":
+        # merged, so that the directory is an ordinary model
         replace_linears(run.model, LoRA, merge_linear)
     run.model.save_pretrained(out_dir)
     copy_tokenizer(source_directory(run.args), out_dir)
@@ -385,25 +410,32 @@ def train(args) -> dict:
     """Run the training that `args` describes; returns the last validation and this run's losses."""
     run = set_up(args)
     announce(run)
+    # dynamic: rows differ in length from batch to batch
     objective = torch.compile(token_losses, dynamic=True) if args.compile else token_losses
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     log = Log(args.out_dir, run.update, args.updates)
     log.write({"args": vars(args), "torch": torch.__version__})
+    # only from here on is there anything worth saving
     interrupt = Interrupt()
     result = {}
     run.model.train()
     while True:
+        # validation stands before the update, so that the first line is the untrained path's
         last = run.update >= args.updates or interrupt.asked
         if last or run.update % args.eval_every == 0:
+            # who pressed Ctrl-C does not want to wait for it
             if not interrupt.asked:
                 result = {"update": run.update, **validate(run.model, run.val, args, run.device)}
                 log.show(result)
+            # a state that was just read need not be written again
             if last or run.update > log.first:
                 save_state(run)
+                # small, so it can be tried while the training goes on
                 if args.method == "l2d":
                     save_model(run)
         if last:
             break
+        # from the number of the update alone, so it needs no place in the state
         lr = learning_rate(run.update, args)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -418,6 +450,7 @@ def train(args) -> dict:
         print(f"stopped after update {run.update}; go on with: "
               f"python train.py --init_from=resume --out_dir={args.out_dir}")
         raise SystemExit(130)
+    # a whole model, and merging a LoRA ends its training: only when all is done
     if args.method != "l2d":
         save_model(run)
     print(f"saved to {args.out_dir} after {log.seconds:.0f} s")
@@ -443,6 +476,7 @@ def report(model, tokenizer, problems: int):
     print(f"greedy accuracy on {problems} validation problems a row:  "
           "frozen  L2D (euler, 8 steps)")
     for group in task.groups:
+        # validation problems: the test problems are eval.py's
         some = [task.problem(group, i, split="val") for i in range(problems)]
         scores = []
         for steps in (0, 8):
