@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import model
 from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
 from data.families import ModelConfig
-from model import LM, KVCache, positions_and_mask, rope_inv_freq
 from data.tiny.start import init_weights
+from model import LM, KVCache, positions_and_mask, rope_inv_freq
 
 
 def close(ours, reference, bound=1e-5):
