@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batches import IGNORE, collate
+from data.draws import draw_times, draw_tokens
 from data.families import choices
 from data.figures import draw_points
 from data.hub import resolve
@@ -320,32 +321,6 @@ class L2D(nn.Module):
         model = cls(lm, meta["config"])
         fill(model.path_parameters(), directory / "path.safetensors")
         return model.eval()
-
-
-# --- randomness: from a generator, on its device, so that a seed means the same everywhere --------
-
-def draw_times(shape, distribution: str, generator) -> torch.Tensor:
-    """Training times t in [0, 1): uniform, or "cosmap", more near 1 (the paper's appendix)."""
-    u = torch.rand(shape, generator=generator, device=generator.device)
-    if distribution == "uniform":
-        return u
-    # t = 1 − 1/(tan(πu/2) + 1)
-    return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
-
-
-def draw_tokens(p, generators):
-    """A sample for every position of p (n, T, V): (n, T), each sequence from its own generator.
-
-    So no sequence's draw moves another's.
-    """
-    size = (p.shape[1], 1)
-    u = torch.stack([torch.rand(size, generator=g, device=g.device) for g in generators])
-    # 0 would draw the first token even where its p is 0
-    u = u.clamp_min(2 ** -25)
-    cdf = p.cumsum(-1)                                                  # (n, T, V)
-    # the sums end near 1, not at 1
-    tokens = torch.searchsorted(cdf, u.to(p.device) * cdf[..., -1:])
-    return tokens.squeeze(-1).clamp_max(p.shape[-1] - 1)
 
 
 # --- 3 the velocity -------------------------------------------------------------------------------

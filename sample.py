@@ -16,20 +16,20 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 
 from data.answer import Answer, Stop
 from data.batches import left_pad
+from data.draws import draw_tokens
 from data.families import choices
 from data.figures import trace_text
-from data.formats import encode_chat
 from data.hub import resolve
 from data.path import read_path
+from data.prompts import encode_prompt, read_prompts
 from data.tasks import TASKS
 from data.tokenizer import load_tokenizer
-from diffusion import ESTIMATES, L2D, VelocityField, draw_tokens
+from diffusion import ESTIMATES, L2D, VelocityField
 from model import LM, KVCache
 from solvers import ADAPTIVE, SOLVERS, odeint
 
@@ -305,25 +305,6 @@ def worked_answers(model, tokenizer, settings: Settings, seed: int) -> tuple:
     return ours, seconds
 
 
-def read_prompts(args) -> list:
-    """Prompts from --prompt, --prompt_file (one a line), or standard input (`--prompt -`)."""
-    if args.prompt_file:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-        # an empty line asks nothing
-        prompts = [line for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompt_file {args.prompt_file} has no prompt; "
-                             "allowed: one prompt a line")
-        return prompts
-    return [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in args.prompt]
-
-
-def encode_prompt(text: str, tokenizer, chat: bool) -> list:
-    if chat:
-        return encode_chat([{"role": "user", "content": text}], tokenizer)
-    return tokenizer.encode_start(text)
-
-
 def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
     """Print num_samples answers to every prompt; returns them all and the seconds they took."""
     label = None
@@ -332,7 +313,8 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
         classes = model.config.classes if isinstance(model, L2D) else 0
         label = TASKS["tiny"].class_number(args.label, classes)
     stop = Stop.of(tokenizer, args.stop)
-    texts = [text for text in read_prompts(args) for _ in range(args.num_samples)]
+    given = read_prompts(args.prompt, args.prompt_file)
+    texts = [text for text in given for _ in range(args.num_samples)]
     prompts = [encode_prompt(text, tokenizer, args.chat) for text in texts]
     answers = []
     seconds = 0.0

@@ -10,7 +10,6 @@
 """
 
 import argparse
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from data.batches import IGNORE, collate, draw_rows
 from data.checkpoint import copy_tokenizer, pick_device, read_json
 from data.families import ModelConfig
 from data.hub import resolve
+from data.interrupt import Interrupt
 from data.log import Log
 from data.path import TIME_DISTRIBUTIONS, L2DConfig
 from data.state import read_state_meta, restore_state, write_state
@@ -130,9 +130,9 @@ def parse(argv=None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
     args.resume = resume
-    # None says that nobody chose: 0 is a choice
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
+        # None says that nobody chose: 0 is a choice
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
@@ -205,8 +205,8 @@ def build_model(args, classes: int):
 def replace_linears(lm: LM, kind, convert):
     """Put convert(matrix) in the place of every matrix of every block, if it is of this kind."""
     for block in lm.blocks:
-        # a list, since the loop replaces what it walks over
         for owner in (block, block.mlp):
+            # a list, since the loop replaces what it walks over
             for name, module in list(owner.named_children()):
                 if isinstance(module, kind):
                     setattr(owner, name, convert(module))
@@ -387,24 +387,6 @@ def save_model(run: Run):
 
 
 # --- the loop -------------------------------------------------------------------------------------
-
-class Interrupt:
-    """Ctrl-C ends the run after the update under way, so that what is saved is whole.
-
-    A second one kills it.
-    """
-
-    def __init__(self):
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self)
-
-    def __call__(self, *_):
-        self.asked = True
-        self.restore()
-
-    def restore(self):
-        signal.signal(signal.SIGINT, self.before)
-
 
 def train(args) -> dict:
     """Run the training that `args` describes; returns the last validation and this run's losses."""

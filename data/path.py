@@ -28,7 +28,7 @@ class L2DConfig:
     alpha: float = 32.0
     classes: int = 0                      # topics for guidance; 0: none
     class_dropout: float = 0.2            # how often training hides the class
-    time_distribution: str = "uniform"    # of the training times, see `draw_times`
+    time_distribution: str = "uniform"    # of the training times, see data/draws.py
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")

@@ -18,15 +18,21 @@ def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     inv_freq = rope["rope_theta"] ** -exponents
     if rope["rope_type"] == "llama3":
-        # Llama 3 read short texts first; pairs that had not turned fully there are slowed down
-        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        low = rope["low_freq_factor"]
-        high = rope["high_freq_factor"]
-        keep = (turns - low) / (high - low)
-        keep = keep.clamp(0, 1)        # 1: as it is, 0: slowed down, between them a bit of both
-        slow = inv_freq / rope["factor"]
-        inv_freq = keep * inv_freq + (1 - keep) * slow
+        return slow_down(inv_freq, rope)
     return inv_freq
+
+
+def slow_down(inv_freq, rope: dict):
+    """Llama 3 read short texts first; pairs that had not turned fully there are slowed down."""
+    short = rope["original_max_position_embeddings"]
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    turns = short * inv_freq / (2 * math.pi)
+    keep = (turns - low) / (high - low)
+    # 1: as it is, 0: slowed down, between them a bit of both
+    keep = keep.clamp(0, 1)
+    slow = inv_freq / rope["factor"]
+    return keep * inv_freq + (1 - keep) * slow
 
 
 def rotate(x, cos_sin):
@@ -73,8 +79,11 @@ def positions_and_mask(tokens: int, past: int, documents, device):
         return positions, mask[None, None]
     # a token counts from the last place where the document changed
     starts = torch.zeros_like(documents)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    last_start = (index * starts).cummax(dim=1).values
+    after = documents[:, 1:]
+    before = documents[:, :-1]
+    starts[:, 1:] = after != before
+    places = index * starts
+    last_start = places.cummax(dim=1).values
     positions = index - last_start                                      # (B, S)
     same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
     mask = mask & same

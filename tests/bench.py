@@ -82,6 +82,7 @@ def evaluation_table(model, batch: int, context: int, timed):
     print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
 
 
+@torch.enable_grad()
 def training_table(model, rows: int, length: int, timed):
     """One update of the path, and what it would take without each saving."""
     device = next(model.parameters()).device
@@ -100,11 +101,10 @@ def training_table(model, rows: int, length: int, timed):
         optimizer.zero_grad(set_to_none=True)
 
     def with_plain_head():
-        chunked = model.lm.log_p
         model.lm.log_p = lambda hidden, y: -F.cross_entropy(
             model.lm.logits(hidden).float(), y, reduction="none")
         update()
-        model.lm.log_p = chunked
+        del model.lm.log_p          # what stood in the way of the class's own
 
     def frozen():
         with torch.no_grad():
@@ -121,7 +121,9 @@ def training_table(model, rows: int, length: int, timed):
     for name, work in works:
         ms = timed(work)
         print(f"  {name:38} {ms:8.1f} ms  {ms / whole:6.2f}")
+    # to train has dropped all that was kept to sample
     model.eval()
+    model.fold_lora(True)
 
 
 @torch.no_grad()
@@ -146,9 +148,7 @@ def main(argv=None):
     for batch in args.batch_size:
         for context in args.context:
             evaluation_table(model, batch, context, timed)
-    with torch.enable_grad():
-        training_table(model, 32, 64, timed)
-    model.fold_lora(True)
+    training_table(model, 32, 64, timed)
     ids = torch.randint(lm.config.vocab_size, (args.batch_size[0], 8),
                         generator=torch.Generator().manual_seed(0)).to(device)
     prompts = ids.tolist()

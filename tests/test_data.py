@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.answer import Answer, Stop
-from data.batches import IGNORE, collate, draw_rows, left_pad
+from data.batches import left_pad
 from data.figures import draw_points, main, trace_text
 from data.hub import resolve
 from data.log import Log
@@ -19,33 +19,11 @@ from data.tokenizer import load_tokenizer
 
 # --- batches --------------------------------------------------------------------------------------
 
-def test_rows_of_different_lengths_become_one_batch():
-    rows = [([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)]
-    batch = collate(rows, "cpu")
-    assert batch["ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
-    assert batch["targets"].tolist() == [[IGNORE, 9, 10], [6, IGNORE, IGNORE]]
-    assert batch["class_ids"].tolist() == [3, 0]
-    assert "documents" not in batch
-
-
-def test_documents_are_kept_where_a_row_has_several():
-    rows = [([1, 2, 3, 4], [1, 1, 1, 1], [1, 1, 2, 2])]
-    assert collate(rows, "cpu")["documents"].tolist() == [[1, 1, 2]]
-
-
 def test_prompts_are_aligned_on_the_right():
     ids, documents = left_pad([[1, 2, 3], [4]], "cpu")
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert documents.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert left_pad([[1, 2], [3, 4]], "cpu")[1] is None
-
-
-def test_what_stands_at_a_position_depends_on_nothing_else():
-    data = list(range(7))
-    whole = draw_rows(data, 0, 21, seed=3)
-    assert [sorted(whole[at:at + 7]) for at in (0, 7, 14)] == [data] * 3
-    assert draw_rows(data, 5, 9, seed=3) == whole[5:14]
-    assert draw_rows(data, 0, 21, seed=4) != whole
 
 
 # --- answers --------------------------------------------------------------------------------------

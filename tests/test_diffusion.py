@@ -15,7 +15,8 @@ from test_oracle import p_value
 
 from data.batches import IGNORE
 from data.families import ModelConfig
-from diffusion import L2D, L2DConfig, VelocityField, draw_times
+from data.draws import draw_times
+from diffusion import L2D, L2DConfig, VelocityField
 from model import LM, LoRA
 
 

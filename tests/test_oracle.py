@@ -12,7 +12,8 @@ import torch
 
 from data.tiny.oracle import LINE as FOUR_TOKENS
 from data.tiny.oracle import Oracle
-from diffusion import VelocityField, draw_times, draw_tokens
+from data.draws import draw_times, draw_tokens
+from diffusion import VelocityField
 from solvers import odeint
 
 F64 = torch.float64
