@@ -16,39 +16,31 @@ solvers.py before and model.py after this file. Run alone it lets noise flow to 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.batches import IGNORE, collate
-from data.draws import draw_times, draw_tokens
+from data.batches import IGNORE, Counted, Losses, pick
+from data.classes import drop_classes, spread_classes
+from data.draws import draw_noise, draw_schedule, draw_times, draw_tokens
 from data.families import choices
 from data.figures import draw_points
-from data.hub import resolve
+from data.kv_cache import KVCache
 from data.path import L2DConfig, check_base, fill, read_path, save_path
+from data.positions import FREQUENCIES, sinusoid
 from data.tiny.oracle import LINE, Oracle
-from data.tiny.topics import Problems
-from data.tokenizer import load_tokenizer
-from model import LM, LoRA, PathBlock, Reading, two_layers
+from data.time_table import Modulation, TimeTable
+from model import LM, PathBlock, Reading, fold_lora, read_own, two_layers
 from solvers import odeint
 
-FREQUENCIES = 128          # of the time sinusoid, as the official code has it
-TABLE = 128                # times whose modulation is kept; the paper's longest run has 127
 ESTIMATES = ("argmax", "sample", "average")
 
 
 # --- 1 the path -----------------------------------------------------------------------------------
-
-class Modulation(NamedTuple):
-    """All that depends on the time (and class) alone."""
-    blocks: list            # L tensors (..., 6·C): two scales, shifts and gates for every layer
-    w_d: torch.Tensor       # (..., C) how much of the path enters the last hidden state
-
 
 class L2D(nn.Module):
     """A frozen language model `.lm` and a trainable diffusion path beside it."""
@@ -59,14 +51,20 @@ class L2D(nn.Module):
         self.config = config
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
-        self.from_z = two_layers(z, s, c)
-        self.time = two_layers(2 * FREQUENCIES, s, s)
+        # with the guess to read, the path starts as a working copy of the frozen model: see METHOD
+        working_copy = config.self_conditioning or config.own_reading
+        self.from_z = two_layers(z, s, c, zero=working_copy)
+        self.from_guess = None
+        if config.self_conditioning:
+            self.from_guess = nn.Linear(c, c, bias=False)
+            nn.init.eye_(self.from_guess.weight)
+        self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:
             self.class_embedding = nn.Embedding(config.classes + 1, s)     # last row: no class
-        self.blocks = nn.ModuleList()
-        for block in lm.blocks:
-            self.blocks.append(PathBlock(block, config.rank, config.alpha, s))
+        self.blocks = nn.ModuleList(
+            PathBlock(block, config.rank, config.alpha, s, config.own_reading, working_copy)
+            for block in lm.blocks)
         # g of Eq. 6; it has no last bias, which would cancel in w_d
         self.merge = two_layers(s, s, c, bias=False, zero=True)
         self.to(next(lm.parameters()).device)
@@ -85,14 +83,12 @@ class L2D(nn.Module):
     def forget(self):
         """Drop what was kept while sampling: V, the modulation of every time, folded matrices."""
         self.kept_vocabulary = None
-        self.kept_modulation = {}
+        self.time_table = TimeTable(self)
         self.fold_lora(False)
 
     def fold_lora(self, on: bool = True):
         """Add every LoRA into a copy of its matrix: fewer products to sample, more memory."""
-        for module in self.blocks.modules():
-            if isinstance(module, LoRA):
-                module.fold(on)
+        fold_lora(self.blocks, on)
 
     def path_parameters(self) -> dict:
         """Name -> tensor of everything that is trained; the frozen model is not in it."""
@@ -121,10 +117,10 @@ class L2D(nn.Module):
         return math.sqrt(self.config.width) * F.normalize(self.to_z(e), dim=-1)
 
     def vocabulary(self) -> torch.Tensor:
-        """All of V, (V, Z) float32. Made once while sampling."""
-        if self.kept_vocabulary is None:
+        """All of V, (V, Z) float32. Made once while sampling; in training it moves."""
+        if self.kept_vocabulary is None or self.training:
             ids = torch.arange(self.lm.config.vocab_size, device=self.to_z.weight.device)
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
                 self.kept_vocabulary = self.vectors(ids)
         return self.kept_vocabulary
 
@@ -132,11 +128,7 @@ class L2D(nn.Module):
 
     def embed_time(self, t, class_ids=None):
         """e(t), (..., S): a sinusoid of t, two layers, plus the class embedding (None: none)."""
-        # sinusoid(t) = [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
-        i = torch.arange(FREQUENCIES, device=t.device)
-        omega = 10000 ** (-i / FREQUENCIES)
-        angles = t[..., None].float() * omega                           # (..., 128)
-        e = self.time(torch.cat((angles.cos(), angles.sin()), dim=-1))
+        e = self.time(sinusoid(t))
         if self.class_embedding is None:
             return e
         if class_ids is None:
@@ -155,58 +147,63 @@ class L2D(nn.Module):
         with self.autocast():
             return Modulation([block.modulation(e) for block in self.blocks], w_d)
 
-    def modulation_at(self, t, class_ids) -> Modulation:
-        """The same while sampling, where times return: t float or (n,), class_ids (n,) or None."""
-        if class_ids is None:
-            class_ids = torch.tensor([self.config.classes], device=self.to_z.weight.device)
-        if torch.is_tensor(t):
-            # every sequence is at a time of its own
-            tables = [self.modulation_table(time) for time in t.tolist()]
-            classes = class_ids.expand(len(tables)).tolist()
-            blocks = torch.stack([table[0][c] for table, c in zip(tables, classes)])
-            w_d = torch.stack([table[1][c] for table, c in zip(tables, classes)])
-        else:
-            table = self.modulation_table(t)
-            blocks = table[0][class_ids]                                # (n, L, 6·C)
-            w_d = table[1][class_ids]                                   # (n, C)
-        return Modulation(blocks[:, None].unbind(2), w_d[:, None])
-
-    def modulation_table(self, time: float):
-        """Of one time, for each of K classes and none: (K + 1, L, 6·C) and (K + 1, C)."""
-        kept = self.kept_modulation
-        if time not in kept:
-            classes = torch.arange(self.config.classes + 1, device=self.to_z.weight.device)
-            times = torch.full_like(classes, time, dtype=torch.float32)
-            made = self.modulation(times, classes)
-            if len(kept) >= TABLE:
-                oldest = next(iter(kept))
-                del kept[oldest]
-            kept[time] = torch.stack(made.blocks, dim=1), made.w_d
-        return kept[time]
-
     # --- the network ---
 
-    def denoise(self, x_t, t, modulation, reading, where=None):
+    def read(self, ids, documents=None, cache: KVCache | None = None) -> Reading:
+        """What the path looks at: arguments and reading as of LM.read.
+
+        With own reading, keys and values are those of the path's own layers, which run over the
+        tokens once, at t = 0, with no class: guidance asks twice and reads once.
+        """
+        with torch.no_grad():
+            reading = self.lm.read(ids, documents, cache)
+        if not self.config.own_reading:
+            return reading
+        # t = 0: before anything is known of the next token
+        if torch.is_grad_enabled():
+            modulation = self.modulation(torch.zeros(1, 1, device=ids.device))
+        else:
+            modulation = self.time_table.at(0.0, None)
+        with self.autocast():
+            return read_own(self.blocks, modulation.blocks, self.lm, reading, cache)
+
+    def denoise(self, x_t, t, modulation, reading, guess=None, where=None):
         """Hidden state (..., C) from which norm and head make the guess f(x_t, t, c): path, merge.
 
-        x_t (..., Z), t (...) and modulation for every token of the reading, or for those `where`.
+        x_t (..., Z), t (...), modulation and the logits of the guess before (..., V) for every
+        token of the reading, or for those `where`.
         """
-        hidden, positions = reading.hidden, reading.positions
+        hidden, positions, inputs = reading.hidden, reading.positions, reading.inputs
         if where is not None:
+            positions = positions.expand(hidden.shape[:2])[where]
             hidden = hidden[where]
-            positions = positions.expand(reading.hidden.shape[:2])[where]
+            inputs = inputs[where]
         # u = x_t / √((1−t)²σ² + t²): unit variance at every t
         variance = (1 - t) ** 2 * self.config.sigma ** 2 + t ** 2
         u = x_t.float() / variance.sqrt()[..., None]                    # (..., Z)
         with self.autocast():
             h = self.from_z(u)                                          # (..., C)
-            if self.lm.embed_positions is not None:
-                h = h + self.lm.position_embedding(positions)
+            if self.config.self_conditioning:
+                h = h + self.from_guess(self.embed_guess(guess, hidden))
+            elif self.config.own_reading:
+                h = h + inputs
+            h = self.lm.add_positions(h, positions)
             layers = zip(self.blocks, modulation.blocks, self.lm.blocks)
             for layer, (block, m, frozen) in enumerate(layers):
                 h = block(h, m, frozen, reading, layer, where)
         # h_LM + w_d(t)·h                                               (paper Eq. 6)
         return hidden + (modulation.w_d * h).to(hidden.dtype)
+
+    def embed_guess(self, guess, hidden):
+        """What the path reads of its previous guess, logits (..., V): (..., C).
+
+        Before the first evaluation it is the frozen model's, which stands in `hidden` (..., C).
+        """
+        if guess is None:
+            guess = self.lm.logits(hidden)
+        p = guess.float().softmax(-1).to(self.lm.embed.weight.dtype)
+        # Σ_y p_y·e_y
+        return p @ self.lm.embed.weight
 
     def forward(self, ids, x_t, t, class_ids=None):
         """Logits (B, T, V) = f(x_t, t, c) at every position.
@@ -219,92 +216,148 @@ class L2D(nn.Module):
         if x_t.shape != expected or t.shape != ids.shape:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)} and t {tuple(t.shape)}; "
                              f"allowed: {expected} and {expected[:2]}")
-        modulation = self.modulation(t, self.spread_classes(class_ids, ids))
-        reading = self.lm.read(ids)
+        modulation = self.modulation(t, spread_classes(class_ids, ids, self.config.classes))
+        reading = self.read(ids)
         return self.lm.logits(self.denoise(x_t, t, modulation, reading))
 
-    def guess(self, x_t, t, class_ids, reading):
-        """The same while sampling: logits (n, T, V) float32 after a reading; t a float or (n,)."""
-        modulation = self.modulation_at(t, class_ids)
+    def guess(self, x_t, t, class_ids, reading, before=None):
+        """The same while sampling: logits (n, T, V) float32 after a reading; t a float or (n,).
+
+        before  (n, T, V) logits of the evaluation before this one, None at the first
+        """
+        if not torch.is_tensor(t) and t == 0:
+            # w_d(0) = 0: whatever the path would say, these are the frozen model's logits
+            return self.lm.logits(reading.hidden).float()
+        modulation = self.time_table.at(t, class_ids)
         time = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
-        hidden = self.denoise(x_t, time, modulation, reading)
+        hidden = self.denoise(x_t, time, modulation, reading, before)
         return self.lm.logits(hidden).float()
 
-    def spread_classes(self, class_ids, ids):
-        """class_ids (B,) or (B, T) -> (B, T); None stays None. Raises ValueError for unknown."""
-        if class_ids is None:
-            return None
-        self.check_classes(class_ids)
-        return class_ids.view(len(ids), -1).expand_as(ids)
-
-    def check_classes(self, class_ids):
-        """Raise ValueError for classes that the path was not made with."""
-        some = class_ids.flatten().tolist()[:4]
-        if not self.config.classes:
-            raise ValueError(f"class ids {some} were given, but this path has no classes; "
-                             "allowed: None")
-        if class_ids.min() < 0 or class_ids.max() > self.config.classes:
-            raise ValueError(f"class ids {some} are out of range; "
-                             f"allowed: 0 to {self.config.classes}")
-
-    # --- 2 the objective ---
+    # --- 2 the objectives: how a batch is read is the same for both ---
 
     def loss(self, *args, **options):
         """Mean of the token losses, a scalar; arguments as of `token_losses`."""
-        return self.token_losses(*args, **options)[0].mean()
+        return self.token_losses(*args, **options).values.mean()
 
-    def token_losses(self, ids, targets, class_ids=None, documents=None, generator=None,
-                     t=None, noise=None):
-        """(losses (N,), times (N,)) of the N positions that count.
+    def ask(self, ids, targets, class_ids, documents, generator):
+        """Read a batch, and say which of its positions count: (Counted, Reading).
 
         ids, targets  (B, T); targets[b, k] is the token after ids[b, k], or IGNORE
         class_ids     (B,) or (B, T) or None; documents (B, T) as in LM.read
-        t, noise      (B, T) in [0, 1], (B, T, Z) of unit variance; drawn from `generator` if None
         """
-        # 1. Which positions count: only there is the path evaluated, the frozen model everywhere.
-        where = (targets != IGNORE).nonzero(as_tuple=True)              # two tensors (N,)
-        y = targets[where]                                              # (N,)
-        # 2. A time and a noise of its own for each, so that one pass teaches N noise levels.
+        # only where a token counts is the path evaluated, the frozen model everywhere
+        where = (targets != IGNORE).nonzero(as_tuple=True)
+        class_ids = spread_classes(class_ids, ids, self.config.classes)
+        if class_ids is not None and self.training:
+            # some are hidden, or guidance would have nothing to compare with
+            share = self.config.class_dropout
+            class_ids = drop_classes(class_ids, share, self.config.classes, generator)
+        counted = Counted(where, targets[where], pick(class_ids, where))
+        return counted, self.read(ids, documents)
+
+    def token_losses(self, ids, targets, class_ids=None, documents=None, needs=None,
+                     generator=None, t=None, noise=None) -> Losses:
+        """The paper's objective: a guess at one random time for each position that counts.
+
+        t, noise  (B, T) in [0, 1], (B, T, Z) of unit variance; drawn from `generator` if None
+        The other arguments as of `ask`; needs is of no use here.
+        """
+        # 1. A time and a noise of its own for each position: one pass teaches N noise levels.
         if t is None:
             t = draw_times(ids.shape, self.config.time_distribution, generator)
         if noise is None:
-            shape = (*ids.shape, self.config.width)
-            noise = torch.randn(shape, generator=generator, device=generator.device)
-        t = t.to(ids.device)[where]                                     # (N,)
-        noise = noise.to(ids.device)[where]                             # (N, Z)
-        # 3. Some classes are hidden, or guidance would have nothing to compare with.
-        class_ids = self.spread_classes(class_ids, ids)
-        if class_ids is not None:
-            class_ids = self.drop_classes(class_ids, generator)[where]
-        # 4. The frozen model reads the text once, without gradient.
-        with torch.no_grad():
-            reading = self.lm.read(ids, documents)
-        # 5. The noisy vector of the right token; the gradient also goes through V_y.
+            noise = draw_noise(ids.shape, self.config.width, generator)
+        # 2. The frozen model reads the text once, without gradient.
+        counted, reading = self.ask(ids, targets, class_ids, documents, generator)
+        t = t.to(ids.device)[counted.where]                             # (N,)
+        noise = noise.to(ids.device)[counted.where]                     # (N, Z)
+        # 3. The noisy vector of the right token; the gradient also goes through V_y.
         x_0 = self.config.sigma * noise
-        x_1 = self.vectors(y)
+        x_1 = self.vectors(counted.y)
         # x_t = t·x_1 + (1−t)·x_0
         x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                 # (N, Z)
-        # 6. The path guesses the token, and is scored like any language model.
-        modulation = self.modulation(t, class_ids)
-        guess = self.denoise(x_t, t, modulation, reading, where)        # (N, C)
+        # 4. The path guesses the token, and is scored like any language model.
+        modulation = self.modulation(t, counted.class_ids)
+        hidden = self.denoise(x_t, t, modulation, reading, where=counted.where)
         # L = −log f(x_t, t, c)_y                                       (paper Eq. 3)
-        return -self.lm.log_p(guess, y), t
+        losses = -self.lm.log_p(hidden, counted.y)
+        return Losses(losses, losses, t, counted.where[0])
 
-    def drop_classes(self, class_ids, generator):
-        """Class dropout: position by position, as in the official code, and only in training."""
-        if not self.training:
-            return class_ids
-        u = torch.rand(class_ids.shape, generator=generator, device=generator.device)
-        hidden = u < self.config.class_dropout
-        return class_ids.masked_fill(hidden.to(class_ids.device), self.config.classes)
+    def refined_losses(self, ids, targets, class_ids=None, documents=None, needs=None,
+                       generator=None, unroll: int = 8, backprop: int = 3) -> Losses:
+        """Our own objective: the path goes through its own steps and is scored at the last ones.
+
+        needs     (B,) guesses that lead to a row's answer; None: nobody knows
+        unroll    the most evaluations; backprop: how many of them, the last, have a gradient
+        The other arguments as of `ask`. `values` are means over the evaluations with a gradient.
+        """
+        # 1. A noise for each position, and the times of its evaluations: the last is at any time
+        #    in (0, 1], or the path would learn to act only at the end.
+        times = draw_schedule(ids.shape, needs, unroll, generator)
+        noise = draw_noise(ids.shape, self.config.width, generator)
+        # 2. The frozen model reads the text. All positions end together, so those with the most
+        #    evaluations begin, and the others join them.
+        counted, reading = self.ask(ids, targets, class_ids, documents, generator)
+        times = times.to(ids.device)[counted.where]                     # (N, unroll)
+        count = (times > 0).sum(1)                                      # (N,)
+        order = count.argsort(descending=True)
+        counted, times, count = counted.at(order), times[order], count[order]
+        rows = counted.where[0]
+        needs = torch.zeros_like(rows) if needs is None else needs[rows]
+        # 3. From noise step by step; the guesses of the last evaluations come back.
+        x_0 = self.config.sigma * noise.to(ids.device)[counted.where]   # (N, Z)
+        total = scored = loss = torch.zeros_like(x_0[:, 0])
+        for left, guess in self.refine(x_0, times, counted, reading, backprop):
+            # 4. Each is scored where it could be right: before it came the frozen model's guess
+            #    and those `made`, each one step further on the way to the answer.
+            made = count - left
+            fair = (made > 0) & (made + 1 >= needs)
+            loss = F.cross_entropy(guess, counted.y, reduction="none")  # (N,)
+            total = total + fair * loss
+            scored = scored + fair
+        return Losses(total / scored.clamp_min(1), loss, times[:, -1], rows)
+
+    def refine(self, x, times, counted: Counted, reading: Reading, backprop: int):
+        """The path's own steps from noise x (N, Z): yields (evaluations to come, guess).
+
+        times (N, K) as of draw_schedule, the positions with most evaluations first; only what
+        the last `backprop` evaluations say is yielded, and only they have a gradient.
+        """
+        # at t = 0 the guess is what the frozen model says
+        with torch.no_grad():
+            guess = self.lm.logits(reading.hidden[counted.where]).float()   # (N, V)
+        t = torch.zeros_like(times[:, 0])                               # (N,)
+        V = self.vocabulary()
+        for left in reversed(range(int(times.any(0).sum()))):
+            new_t = times[:, -1 - left]
+            # the first n are under way
+            n = int((new_t > 0).sum())
+            new_t = new_t[:n]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and left < backprop):
+                new = self.step(x[:n], guess[:n], t[:n], new_t, V, counted.at(slice(n)), reading)
+            x = torch.cat((new[0], x[n:]))
+            guess = torch.cat((new[1], guess[n:]))
+            t = torch.cat((new_t, t[n:]))
+            if left < backprop:
+                yield left, guess
+
+    def step(self, x, guess, t, new_t, V, counted: Counted, reading: Reading):
+        """(x, logits) at new_t: a soft Euler step towards the guess, then the next guess."""
+        # x̂ = Σ_y p_y·V_y
+        x_hat = guess.softmax(-1) @ V                                   # (n, Z)
+        # x ← x + (x̂ − x)·Δt/(1 − t)
+        part = (new_t - t) / (1 - t).clamp_min(1e-6)
+        x = x + (x_hat - x) * part[:, None]
+        modulation = self.modulation(new_t, counted.class_ids)
+        hidden = self.denoise(x, new_t, modulation, reading, guess, counted.where)
+        return x, self.lm.logits(hidden).float()
 
     # --- on disk ---
 
     def save(self, directory: str | Path):
         """Write path.safetensors, the trained tensors alone, and path.json: config and base."""
-        meta = {"config": asdict(self.config), "base": self.lm.directory,
-                "base_sha256": self.base_sha256}
-        save_path(self.path_parameters(), meta, Path(directory))
+        base = {"base": self.lm.directory, "base_sha256": self.base_sha256}
+        save_path(self.path_parameters(), self.config, base, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path, lm: LM | None = None, dtype: torch.dtype | None = None,
@@ -348,41 +401,36 @@ class VelocityField:
     def __post_init__(self):
         choices(self.estimate, ESTIMATES, "estimate")
 
-    def __call__(self, t, x):
-        """(dx/dt, guess) at x (n, T, Z), t one float or (n,), below 1; guess: logits (n, T, V)."""
+    def __call__(self, t, x, guess=None):
+        """(dx/dt, new guess) at x (n, T, Z), t one float or (n,), below 1.
+
+        guess  logits (n, T, V) of the evaluation before, None at the first
+        """
         remaining = 1 - t
         if torch.is_tensor(t):
             remaining = remaining.view(-1, 1, 1)
-        lines = self.look(t, x)
+        lines = self.look(t, x, guess)
         x_hat = self.mix([self.clean_point(logits, remaining) for logits in lines])
         # dx/dt = (x̂ − x_t)/(1 − t)                                     (paper Eq. 4)
-        return (x_hat - x) / remaining, lines[0]
+        return (x_hat - x) / remaining, self.mix(lines)
 
-    def logits(self, x):
+    def logits(self, x, guess=None):
         """Logits (B, T, V) from which the token is chosen: a last look, at t = 1."""
-        return self.mix(self.look(1.0, x))
+        return self.mix(self.look(1.0, x, guess))
 
     def rows(self, index) -> "VelocityField":
         """The same for some sequences of the batch, index (n,)."""
-        class_ids = self.class_ids
-        if class_ids is not None:
-            class_ids = class_ids[index]
-        generators = self.generators
-        if generators is not None:
-            generators = [generators[row] for row in index.tolist()]
         reading = self.reading and self.reading.rows(index)
-        return replace(self, reading=reading, class_ids=class_ids, generators=generators)
+        generators = self.generators and [self.generators[row] for row in index.tolist()]
+        return replace(self, reading=reading, class_ids=pick(self.class_ids, index),
+                       generators=generators)
 
     # --- guidance: two lines in one batch, the second without the class ---
 
     @property
-    def guided(self) -> bool:
-        return self.class_ids is not None and self.guidance not in (0, 1)
-
-    @property
     def cost(self) -> int:
-        """Network evaluations per call."""
-        return 2 if self.guided else 1
+        """Network evaluations per call: two where one with and one without the class are mixed."""
+        return 2 if self.class_ids is not None and self.guidance not in (0, 1) else 1
 
     @cached_property
     def asked(self):
@@ -390,22 +438,24 @@ class VelocityField:
         if self.class_ids is None or self.guidance == 1:
             return self.reading, self.class_ids
         no_class = torch.full_like(self.class_ids, self.l2d.config.classes)
-        if not self.guided:
+        if self.cost == 1:
             return self.reading, no_class
         return self.reading.lines(2), torch.cat((self.class_ids, no_class))
 
-    def look(self, t, x):
-        """Logits (n, T, V) of every line."""
+    def look(self, t, x, guess):
+        """Logits (n, T, V) of every line; both go on from the same guess, the guided one."""
         reading, class_ids = self.asked
-        if self.guided:
+        if self.cost == 2:
             x = torch.cat((x, x))                                       # (2n, T, Z)
             if torch.is_tensor(t):
                 t = torch.cat((t, t))
-        return self.l2d.guess(x, t, class_ids, reading).chunk(self.cost)
+            if guess is not None:
+                guess = torch.cat((guess, guess))
+        return self.l2d.guess(x, t, class_ids, reading, guess).chunk(self.cost)
 
     def mix(self, lines):
         """Classifier-free guidance of clean points, and so of velocities, or of logits."""
-        if not self.guided:
+        if self.cost == 1:
             return lines[0]
         conditional, unconditional = lines
         w = self.guidance
@@ -431,44 +481,19 @@ class VelocityField:
 
 # --- run alone ------------------------------------------------------------------------------------
 
-def show_flow(steps: int):
-    """Twenty noises, spread evenly, on their way to four tokens: a row for every evaluation."""
-    oracle = Oracle(*LINE, sigma=2.0)
+def main():
+    """Twenty noises, spread evenly, flow to four tokens by the oracle: a row per evaluation."""
+    print(f"   four tokens  {draw_points([place for place, in LINE[0]], -5, 5)}")
     quantiles = (torch.arange(20) + 0.5) / 20
     x_0 = 2.0 * torch.special.ndtri(quantiles).view(20, 1, 1)
-    rows = []
+    field = VelocityField(Oracle(*LINE, sigma=2.0), None, "average")
 
-    def watch(_, t, x, guess):
-        rows.append((t, x))
-
-    solution = odeint(VelocityField(oracle, None, "average"), x_0, "euler", steps, watch=watch)
-    for t, x in [*rows, (1.0, solution.x)]:
+    def watch(_, t, x, guess=None):
         print(f"   t = {t:5.3f}  {draw_points(x.flatten().tolist(), -5, 5)}")
 
-
-def show_loss():
-    """Loss of the embedded path at ten times, beside the frozen model's."""
-    l2d = L2D.load(resolve("tiny"))
-    tokenizer = load_tokenizer(resolve("tiny"), l2d.lm.config.vocab_size)
-    problems = Problems(tokenizer, "val")
-    batch = collate([problems[i] for i in range(256)], l2d.to_z.weight.device)
-    for tenth in range(11):
-        t = torch.full(batch["ids"].shape, tenth / 10)
-        with torch.no_grad():
-            loss = l2d.loss(generator=torch.Generator().manual_seed(0), t=t, **batch)
-        frozen = "  which is the frozen model's" if tenth == 0 else ""
-        print(f"   t = {tenth / 10:.1f}  loss {float(loss):.3f}{frozen}")
-
-
-def main():
-    """Noise flows to tokens, by the exact oracle; then the loss by t of the embedded path."""
-    places = [vector[0] for vector in LINE[0]]
-    print(f"   four tokens  {draw_points(places, -5, 5)}")
     for steps in (1, 2, 4, 8):
         print(f"Euler, {steps} step(s)")
-        show_flow(steps)
-    print("loss of the embedded path on 256 validation problems")
-    show_loss()
+        watch(None, 1.0, odeint(field, x_0, "euler", steps, watch=watch).x)
 
 
 if __name__ == "__main__":

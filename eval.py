@@ -5,17 +5,17 @@
 
 For every kind of problem of a task: accuracy with its 95 % Wilson interval for the frozen model,
 for each number of steps of the fixed solvers and for the adaptive one, greedy and at temperature 1;
-network evaluations (NFE), seconds and arithmetic per token; what extra steps fixed and broke; what
-guidance changed. No task is known here: they are in data/tasks/. Read sample.py first.
+network evaluations (NFE), seconds and arithmetic per token; what adaptive ways spend on each level;
+what extra steps fixed and broke, and how sure they are; what guidance changed. No task is known
+here: they are in data/tasks/. Read sample.py first.
 """
 
 import argparse
-import math
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,22 +24,17 @@ from tqdm import tqdm
 from data.batches import IGNORE, collate
 from data.checkpoint import write_json
 from data.figures import import_pyplot, plot_accuracy
+from data.statistics import calibration, mean, wilson
+from data.tables import (
+    effort, print_accuracy, print_calibration, print_changes, print_effort, print_guidance)
 from data.tasks import TASKS
 from diffusion import ESTIMATES, L2D, VelocityField
+from model import LoRA
 from sample import Settings, answer_problems, load_model
 from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
 
 
-def wilson(right: int, n: int) -> tuple:
-    """95 % interval of a proportion (Wilson 1927): inside [0, 1], and true near its ends."""
-    # p ± z·√(p(1−p)/n), the usual one, has no width at all where every answer is right
-    z = 1.959964
-    p = right / n
-    # (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)
-    middle = p + z ** 2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z ** 2 / (4 * n ** 2))
-    whole = 1 + z ** 2 / n
-    return (middle - half) / whole, (middle + half) / whole
+BATCH = 128        # problems at a time, where tokens are forced
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -65,34 +60,52 @@ def evaluation_flops(model: L2D, length: int, settings: Settings) -> int:
     """One evaluation of the diffusion path after `length` tokens, the head included."""
     lm = model.lm
     config = lm.config
-    # keys and values are the frozen model's: the path multiplies neither K nor V
     total = attention_flops(config, length) + matrix_flops(model.from_z, lm.head)
     for block in model.blocks:
-        total += matrix_flops(block.q, block.o, block.mlp)
-        if model.config.rank and block.q.folded is not None:
-            # one product with the sum instead of W, A and B
-            total -= lora_flops(block)
-    # p @ V touches all of the vocabulary, argmax a single row
+        # keys and values are there already: the path multiplies neither K nor V
+        total += used_flops(block.q, block.o, block.mlp)
+    if model.config.self_conditioning:
+        # the guess is read: p @ E touches all of the vocabulary
+        total += 2 * config.vocab_size * config.hidden_size + matrix_flops(model.from_guess)
+    # p @ V as well, argmax a single row
     if settings.estimate == "average":
         total += 2 * config.vocab_size * model.config.width
     return total
 
 
-def lora_flops(block) -> int:
-    """What A and B of one layer cost where they are not folded."""
-    return 2 * sum(p.numel() for name, p in block.named_parameters() if name[-2:] in (".A", ".B"))
+def used_flops(*modules) -> int:
+    """Of matrices of the path: one product with the sum W + BA where it is folded, else three."""
+    total = matrix_flops(*modules)
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, LoRA) and part.folded is not None:
+                total -= 2 * (part.A.numel() + part.B.numel())
+    return total
+
+
+def reading_flops(model: L2D, length: int) -> int:
+    """One token through the path's own layers, where it keeps keys and values of its own."""
+    if not model.config.own_reading:
+        return 0
+    products = sum(used_flops(*block.children()) for block in model.blocks)
+    # the modulation is looked up
+    products -= sum(matrix_flops(block.modulation) for block in model.blocks)
+    return products + attention_flops(model.lm.config, length)
 
 
 def flops_per_token(model, nfe: float, length: int, settings: Settings) -> float:
-    """To draw one token after `length` others: one frozen pass and `nfe` evaluations.
+    """To draw one token after `length` others: the tokens read, and `nfe` evaluations.
 
-    What depends on the time alone is looked up, V is made once: neither is counted.
+    What depends on the time alone is looked up, V is made once: neither is counted. The evaluation
+    at t = 0 needs the head alone; with guidance there are two of them.
     """
     lm = model.lm if isinstance(model, L2D) else model
     frozen = frozen_flops(lm, length)
     if not settings.steps:
         return frozen + matrix_flops(lm.head)
-    return frozen + nfe * evaluation_flops(model, length, settings)
+    read = frozen + reading_flops(model, length)
+    at_zero = matrix_flops(lm.head)
+    return read + at_zero + (nfe - 1) * evaluation_flops(model, length, settings)
 
 
 # --- the parts of the table -----------------------------------------------------------------------
@@ -117,7 +130,17 @@ def columns_to_compare(args, temperature: float) -> list:
             continue
         for steps in args.steps:
             columns.append(Column(f"{solver} {steps}", "fixed", Settings(steps=steps, **common)))
-    return columns
+    return columns + stopped_column(args, columns)
+
+
+def stopped_column(args, columns: list) -> list:
+    """The fixed way with the most steps once more, ended where the guess has stood."""
+    fixed = [column for column in columns if column.kind == "fixed"]
+    if not fixed or not args.stop_unchanged:
+        return []
+    longest = max(fixed, key=lambda column: column.settings.steps)
+    settings = replace(longest.settings, stop_unchanged=args.stop_unchanged)
+    return [Column(f"{longest.name} stop {args.stop_unchanged}", "adaptive", settings)]
 
 
 def measure(model, tokenizer, task, problems: list, settings: Settings, seed: int) -> dict:
@@ -130,7 +153,7 @@ def measure(model, tokenizer, task, problems: list, settings: Settings, seed: in
     right = sum(answer.right for answer in answers)
     tokens = sum(len(answer.nfe) for answer in answers)
     # the stop token was paid for too
-    nfe = sum(sum(answer.nfe) for answer in answers) / tokens
+    nfe = mean(nfe for answer in answers for nfe in answer.nfe)
     low, high = wilson(right, n)
     # a token stands behind the prompt and, on average, half of the answer
     prompts = sum(len(task.prompt(problem, tokenizer)) for problem in problems)
@@ -142,6 +165,7 @@ def measure(model, tokenizer, task, problems: list, settings: Settings, seed: in
         "low": low,
         "high": high,
         "nfe_per_token": nfe,
+        "nfe_first": mean(answer.nfe[0] for answer in answers),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "flops_per_token": flops_per_token(model, nfe, length, settings),
@@ -166,6 +190,9 @@ def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
             model, tokenizer, task, problems[group], column.settings, args.seed)
         records.append({
             "group": task.title(group),
+            "topic": group[0],
+            "level": group[1],
+            "far": group in task.far,
             "temperature": temperature,
             "column": column.name,
             "kind": column.kind,
@@ -175,43 +202,96 @@ def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
     return records
 
 
+@dataclass
+class AtPositions:
+    """A path at N positions of a batch, `where`, each of them a sequence of one token."""
+    model: L2D
+    where: tuple
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def vocabulary(self):
+        return self.model.vocabulary()
+
+    def guess(self, x_t, t, class_ids, reading, before=None):
+        """As L2D.guess: logits (N, 1, V), x_t (N, 1, Z); the reading is that of the batch."""
+        lm = self.model.lm
+        if t == 0:
+            return lm.logits(reading.hidden[self.where]).float()[:, None]
+        kept = self.model.time_table.at(t, class_ids)
+        modulation = kept._replace(blocks=[m[:, 0] for m in kept.blocks], w_d=kept.w_d[:, 0])
+        time = torch.tensor([t], device=x_t.device)
+        before = None if before is None else before[:, 0]
+        hidden = self.model.denoise(x_t[:, 0], time, modulation, reading, before, self.where)
+        return lm.logits(hidden).float()[:, None]
+
+
 @torch.no_grad()
-def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, seed: int):
-    """Right or wrong, for every token of the right answers read up to it: bool (N,)."""
-    # the right tokens are given, so one early mistake does not spoil all that follows
-    rows = [task.reference(problem, tokenizer) for problem in problems]
-    batch = collate(rows, next(model.parameters()).device)
-    targets = batch["targets"]
-    reading = model.lm.read(batch["ids"])
-    if settings.steps:
-        # every position has an ODE of its own, all of them run at once
-        shape = (targets.shape[1], model.config.width)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(problems))]
+def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, seed: int,
+                  draws: int = 1):
+    """(p of the likeliest token, is it right?) for every token of the right answers, (N,) each.
+
+    draws  noises for each token; the probabilities that they lead to are averaged
+    """
+    confidences, rights = [], []
+    for at in range(0, len(problems), BATCH):
+        # the right tokens are given, so one early mistake does not spoil all that follows
+        rows = [task.reference(problem, tokenizer) for problem in problems[at:at + BATCH]]
+        batch = collate(rows, next(model.parameters()).device)
+        where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+        if settings.steps:
+            p = solved(model, batch, where, settings, seed + at, draws)
+        else:
+            p = model.lm(batch["ids"])[where].softmax(-1)
+        confidence, token = p.max(-1)                                   # (N,)
+        confidences.append(confidence)
+        rights.append(token == batch["targets"][where])
+    return torch.cat(confidences), torch.cat(rights)
+
+
+def solved(model, batch: dict, where, settings: Settings, seed: int, draws: int):
+    """p (N, V) at the end of an ODE at every position `where`, the mean over `draws` noises."""
+    reading = model.read(batch["ids"])
+    class_ids = batch["class_ids"][where[0]] if model.config.classes else None
+    shape = (batch["ids"].shape[1], model.config.width)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(batch["ids"]))]
+    velocity = VelocityField(
+        AtPositions(model, where), reading, settings.estimate, class_ids=class_ids,
+        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(where[0]))])
+    total = 0.0
+    for _ in range(draws):
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        x_0 = model.config.sigma * noise.to(targets.device)             # (B, T, Z)
-        class_ids = batch["class_ids"] if model.config.classes else None
-        velocity = VelocityField(model, reading, settings.estimate, class_ids=class_ids,
-                                 generators=generators)
-        logits = velocity.logits(odeint(velocity, x_0, settings.solver, settings.steps).x)
-    else:
-        logits = model.lm.logits(reading.hidden)
-    return (logits.argmax(-1) == targets)[targets != IGNORE]
+        x_0 = model.config.sigma * noise.to(reading.hidden.device)[where]   # (N, Z)
+        solution = odeint(velocity, x_0[:, None], settings.solver, settings.steps)
+        total = total + velocity.logits(solution.x, solution.guess)[:, 0].softmax(-1)
+    return total / draws
 
 
-def fixed_and_broken(model, tokenizer, task, problems: dict, args) -> list:
-    """Token by token: what more steps turned from wrong to right, and from right to wrong."""
+def token_tables(model, tokenizer, task, problems: dict, args) -> tuple:
+    """(what more steps fixed and broke, calibration), token by token of the right answers."""
     # one batch of everything: the counts are of tokens, whatever problem they are of
     everything = [problem for some in problems.values() for problem in some]
     solver = next((name for name in args.solvers if name in FIXED), "euler")
     steps = sorted(set(args.steps))
-    right = {}
-    for n in (0, *steps):
+    right, calibrated = {}, []
+    # with one noise each number of steps, and with several the largest
+    ways = [(0, 1), *((n, 1) for n in steps)]
+    if args.draws > 1:
+        ways.append((steps[-1], args.draws))
+    for n, draws in ways:
         settings = Settings(steps=n, solver=solver, estimate=args.estimate)
-        right[n] = forced_tokens(model, tokenizer, task, everything, settings, args.seed)
+        confidence, found = forced_tokens(
+            model, tokenizer, task, everything, settings, args.seed, draws)
+        right.setdefault(n, found)
+        calibrated.append({"solver": solver, "steps": n, "draws": draws,
+                           **calibration(confidence.tolist(), found.tolist())})
     # against the frozen model, and against the fewest steps: is it the path or the steps?
     pairs = [(0, n) for n in steps] + [(steps[0], n) for n in steps[1:]]
-    return [{"from": a, "to": b, "solver": solver, **changes(right[a], right[b])}
-            for a, b in pairs]
+    broken = [{"from": a, "to": b, "solver": solver, **changes(right[a], right[b])}
+              for a, b in pairs]
+    return broken, calibrated
 
 
 def changes(before, after) -> dict:
@@ -239,64 +319,6 @@ def guidance_table(model, tokenizer, task, problems: dict, args) -> list:
 
 
 # --- output ---------------------------------------------------------------------------------------
-
-COSTS = (       # rows below the accuracies: name, key, unit, format
-    ("NFE/token", "nfe_per_token", 1, ".1f"),
-    ("MFLOP/token", "flops_per_token", 1e6, ".2f"),
-    ("tokens/s", "tokens_per_second", 1, ".0f"),
-)
-
-
-def percent(cell) -> str:
-    accuracy, low, high = (100 * cell[key] for key in ("accuracy", "low", "high"))
-    return f"{accuracy:5.1f} [{low:3.0f},{high:4.0f}]"
-
-
-def print_accuracy(records: list):
-    """A block per temperature: a row per group, a column per way, then what each column costs."""
-    # dict.fromkeys: each once, in the order in which they came
-    for temperature in dict.fromkeys(r["temperature"] for r in records):
-        block = [r for r in records if r["temperature"] == temperature]
-        columns = list(dict.fromkeys(r["column"] for r in block))
-        decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        print(f"\naccuracy in %, 95 % interval, {block[0]['n']} test problems a row, {decoding}")
-        print(" " * 12 + "".join(f"{name:>16}" for name in columns))
-        for group in dict.fromkeys(r["group"] for r in block):
-            cells = [percent(r) for r in block if r["group"] == group]
-            print(f"{group} " + "".join(f"{cell:>16}" for cell in cells))
-        # the same in every row but for its length, so one line for all of them
-        for name, key, unit, form in COSTS:
-            means = [mean(r[key] for r in block if r["column"] == column) for column in columns]
-            print(f"{name:12}" + "".join(f"{value / unit:>16{form}}" for value in means))
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def print_changes(records: list):
-    if not records:
-        return
-    print(f"\ntokens of the reference answers ({records[0]['tokens']} of them, "
-          f"{records[0]['solver']}): fixed = wrong before, right after")
-    for r in records:
-        before = "frozen"
-        if r["from"]:
-            before = f"{r['from']} step" if r["from"] == 1 else f"{r['from']} steps"
-        print(f"  {before:>7} -> {r['to']:3} steps   "
-              f"fixed {r['fixed']:5}   broken {r['broken']:5}")
-
-
-def print_guidance(records: list):
-    if not records:
-        return
-    print("\nguidance (euler, 8 steps): accuracy in %, 95 % interval; "
-          "w = 0 does not see the class, w = 1 does")
-    for group in dict.fromkeys(r["group"] for r in records):
-        cells = [f"w = {r['guidance']:g}: {percent(r)}" for r in records if r["group"] == group]
-        print(f"{group}  " + "   ".join(cells))
-
 
 def commit() -> str | None:
     """The commit that is checked out, + where files differ from it; None outside a checkout."""
@@ -351,6 +373,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="rtol and atol of dopri5 (default: %(default)s)")
     add("--estimate", default="argmax", choices=ESTIMATES,
         help="of the clean point (default: argmax)")
+    add("--stop_unchanged", type=int, default=2,
+        help="evaluations after which a guess that stood is final, in a column of its own; "
+             "0: no such column (default: 2)")
+    add("--draws", type=int, default=4,
+        help="noises whose probabilities are averaged for the calibration (default: 4)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0],
         help="of the token; 0 is greedy (default: 0 1)")
     add("--guidance", type=float, nargs="*", default=[0, 1, 1.5, 2, 3],
@@ -372,7 +399,9 @@ def check(args, task):
     # hours of work must not end with a missing package
     if args.plot:
         import_pyplot()
-    for name, values in (("problems", [args.problems]), ("steps", args.steps)):
+    for name in ("problems", "steps", "draws"):
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [value]
         if min(values) < 1:
             raise ValueError(f"--{name} {min(values)} is out of range; allowed: 1 or more "
                              "(the frozen model is always shown)")
@@ -399,18 +428,22 @@ def main(argv=None):
         problems = make_problems(task, args)
         accuracy = accuracy_table(model, tokenizer, task, problems, args)
         print_accuracy(accuracy)
+        spent = effort(accuracy)
+        print_effort(spent)
         # token by token, with the right answer given
-        broken = []
+        broken, calibrated = [], []
         if has_path:
-            broken = fixed_and_broken(model, tokenizer, task, problems, args)
+            broken, calibrated = token_tables(model, tokenizer, task, problems, args)
         print_changes(broken)
+        print_calibration(calibrated)
         guidance = []
         if has_path and model.config.classes:
             guidance = guidance_table(model, tokenizer, task, problems, args)
         print_guidance(guidance)
         # once and whole: a table that was cut off would be taken for a result
-        write_json({**circumstances(model, args, start), "accuracy": accuracy,
-                    "fixed_and_broken": broken, "guidance": guidance}, args.out)
+        write_json({**circumstances(model, args, start), "accuracy": accuracy, "effort": spent,
+                    "fixed_and_broken": broken, "calibration": calibrated,
+                    "guidance": guidance}, args.out)
         print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
         if args.plot:
             plot_accuracy(accuracy, Path(args.out).with_suffix(".png"))

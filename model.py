@@ -23,10 +23,9 @@ from data.checkpoint import (
     fingerprint, load_weights, pick_device, read_json, save_weights, write_json)
 from data.families import ACTIVATIONS, ModelConfig
 from data.hub import resolve
+from data.kv_cache import KVCache
 from data.log_p import log_p
 from data.positions import positions_and_mask, rope_inv_freq, rotate
-
-MIN_ROOM = 64       # tokens a new cache has room for, and as many again
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -154,6 +153,7 @@ class Reading:
     positions     (B or 1, T) of the tokens in question, each document counted from 0
     mask          (B or 1, 1, T, S) True where a token may look, or None: plain causal
     cos_sin       (B or 1, 2, T, D/2) of their rotary angles, or None
+    inputs        (B, T, C) their embeddings
     """
     hidden: torch.Tensor
     keys: tuple
@@ -161,6 +161,7 @@ class Reading:
     positions: torch.Tensor
     mask: torch.Tensor | None
     cos_sin: torch.Tensor | None
+    inputs: torch.Tensor
 
     def is_own(self, x) -> bool:
         """Is there a row of x for every sequence? What is the same for all is kept once."""
@@ -175,6 +176,7 @@ class Reading:
             positions=self.positions[:, -1:],
             mask=None if mask is None else mask[:, :, -1:],
             cos_sin=None if cos_sin is None else cos_sin[:, :, -1:],
+            inputs=self.inputs[:, -1:],
         )
 
     def rows(self, index) -> "Reading":
@@ -189,6 +191,7 @@ class Reading:
             positions=pick(self.positions),
             mask=pick(self.mask),
             cos_sin=pick(self.cos_sin),
+            inputs=self.inputs[index],
         )
 
     def lines(self, count: int) -> "Reading":
@@ -210,53 +213,8 @@ class Reading:
             positions=repeat(self.positions),
             mask=mask,
             cos_sin=repeat(self.cos_sin),
+            inputs=repeat(self.inputs),
         )
-
-
-class KVCache:
-    """Keys and values of all tokens so far, in buffers with room: one more token copies one token.
-
-    keys, values  L buffers (B, G, room, D), of which the first `length` places are filled
-    documents     (B, length), or None where every row is one document
-    """
-
-    def __init__(self, layers: int):
-        self.keys = [None] * layers
-        self.values = [None] * layers
-        self.documents = None
-        self.length = 0
-
-    def append(self, layer: int, k, v):
-        """Write keys and values (B, G, T, D) of new tokens; returns those of all, (B, G, S, D)."""
-        return self.write(self.keys, layer, k), self.write(self.values, layer, v)
-
-    def write(self, buffers: list, layer: int, new):
-        """Put `new` behind what one buffer holds; returns what it holds now."""
-        old = buffers[layer]
-        end = self.length + new.shape[2]
-        if old is None or end > old.shape[2]:
-            # twice as long: over a whole text a token is then moved about once
-            batch, heads, _, width = new.shape
-            longer = new.new_empty(batch, heads, 2 * max(end, MIN_ROOM), width)
-            if old is not None:
-                longer[:, :, :self.length] = old[:, :, :self.length]
-            buffers[layer] = longer
-        buffers[layer][:, :, self.length:end] = new
-        return buffers[layer][:, :, :end]
-
-    def extend(self, documents):
-        """Note the documents (B, T) of new tokens; returns those of all, (B, S), or None."""
-        if documents is not None and self.documents is not None:
-            documents = torch.cat((self.documents, documents), dim=1)
-        self.documents = documents
-        return documents
-
-    def keep(self, index):
-        """Go on with some sequences of the batch only, index (n,)."""
-        self.keys = [k[index] for k in self.keys]
-        self.values = [v[index] for v in self.values]
-        if self.documents is not None:
-            self.documents = self.documents[index]
 
 
 # --- the same layer in the diffusion path ---------------------------------------------------------
@@ -298,6 +256,13 @@ class LoRA(nn.Module):
         self.folded = self.sum() if on else None
 
 
+def fold_lora(module: nn.Module, on: bool):
+    """Fold every LoRA inside."""
+    for inside in module.modules():
+        if isinstance(inside, LoRA):
+            inside.fold(on)
+
+
 def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) -> nn.Sequential:
     """Linear, SiLU, Linear; `zero` starts the last layer at zero: at first it adds nothing."""
     first = nn.Linear(inside, middle)
@@ -326,35 +291,73 @@ def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
 class PathBlock(nn.Module):
     """A layer of the path: its own queries and MLP, the frozen layer's norms, keys and values.
 
-    rank, alpha  as of `adapt`; cond_dim: width of the time embedding that modulates the layer
+    rank, alpha   as of `adapt`; cond_dim: width of the time embedding that modulates the layer
+    own_reading   it has keys and values of its own too
+    working_copy  it starts as a copy of the frozen layer, not as a layer that adds nothing
     """
 
-    def __init__(self, frozen: Block, rank: int | None, alpha: float, cond_dim: int):
+    def __init__(self, frozen: Block, rank: int | None, alpha: float, cond_dim: int,
+                 own_reading: bool = False, working_copy: bool = False):
         super().__init__()
+        self.head_dim = frozen.head_dim
         self.q = adapt(frozen.q, rank, alpha)
         self.o = adapt(frozen.o, rank, alpha)
+        self.k = self.v = None
+        if own_reading:
+            self.k = adapt(frozen.k, rank, alpha)
+            self.v = adapt(frozen.v, rank, alpha)
         self.mlp = MLP(
             adapt(frozen.mlp.gate, rank, alpha),
             adapt(frozen.mlp.up, rank, alpha),
             adapt(frozen.mlp.down, rank, alpha),
             frozen.mlp.act,
         )
-        # zero at first: the gates are closed
+        # zero at first: nothing is scaled or shifted, and the gates are closed
         width = frozen.q.in_features
         self.modulation = two_layers(cond_dim, cond_dim, 6 * width, zero=True)
+        if working_copy:
+            gates = self.modulation[-1].bias.view(6, width)
+            for gate in (2, 5):
+                nn.init.ones_(gates[gate])
 
     def forward(self, h, modulation, frozen, reading, layer, where):
         """h (..., C) one layer further; `frozen` is the same layer of the language model."""
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
-        # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), frozen K, V))
+        # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), K, V))
         q = self.q(frozen.norm_attn(h, a1, s1))                         # (..., H·D)
         h = h + g1 * self.o(attend(q, reading, layer, where))           # (..., C)
         # h ← h + g2·MLP((w + a2)·norm(h) + s2)
         return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2))            # (..., C)
 
+    def read(self, h, modulation, frozen, reading, cache, layer):
+        """The same over the tokens themselves: (h, keys, values), these (B, G, S, D) of all."""
+        a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
+        n = frozen.norm_attn(h, a1, s1)                                 # (B, T, C)
+        k = split_heads(self.k(n), self.head_dim, reading.cos_sin)      # (B, G, T, D)
+        v = split_heads(self.v(n), self.head_dim)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        found = attention(self.q(n), k, v, reading.mask, reading.cos_sin)
+        h = h + g1 * self.o(found)
+        return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2)), k, v
+
+
+def read_own(blocks, modulation, lm, reading: Reading, cache: KVCache | None) -> Reading:
+    """The reading with keys and values of the path's own `blocks`, which run over its tokens."""
+    keys = []
+    values = []
+    h = lm.add_positions(reading.inputs, reading.positions)
+    for layer, (block, m, frozen) in enumerate(zip(blocks, modulation, lm.blocks)):
+        # behind the frozen model's own in the cache
+        place = len(blocks) + layer
+        h, k, v = block.read(h, m, frozen, reading, cache, place)
+        keys.append(k)
+        values.append(v)
+    return replace(reading, keys=tuple(keys), values=tuple(values))
+
 
 def attend(q, reading: Reading, layer: int, where):
-    """What queries of the path find among the frozen keys and values of one layer.
+    """What queries of the path find among the keys and values of one layer.
 
     q      (B, T, H·D), one for every token of the reading, or
            (N, H·D) for N tokens of it, at the rows and columns `where`: two tensors (N,)
@@ -418,16 +421,15 @@ class LM(nn.Module):
         past = 0
         if cache is not None:
             past = cache.length
-            documents = cache.extend(documents)
+            documents = cache.extend(documents, tokens)
         positions, mask = positions_and_mask(tokens, past, documents, ids.device)
-        x = self.embed(ids)                                             # (B, T, C)
+        inputs = self.embed(ids)                                        # (B, T, C)
+        x = self.add_positions(inputs, positions)
         cos_sin = None
         if self.embed_positions is None:
             angles = positions[..., None] * self.inv_freq.to(ids.device)
             # turned once here, for all layers and for the path
             cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
-        else:
-            x = x + self.position_embedding(positions)
         # every layer's keys and values are kept: the path attends to them, layer by layer
         keys = []
         values = []
@@ -435,18 +437,21 @@ class LM(nn.Module):
             x, k, v = block(x, mask, cos_sin, cache, layer)
             keys.append(k)
             values.append(v)
-        if cache is not None:
-            cache.length += tokens
-        return Reading(x, tuple(keys), tuple(values), positions, mask, cos_sin)
+        return Reading(x, tuple(keys), tuple(values), positions, mask, cos_sin, inputs)
 
-    def position_embedding(self, positions):
-        """Learned position embeddings (B, T, C). Raises ValueError where there are not so many."""
+    def add_positions(self, x, positions):
+        """x (..., C) plus learned embeddings of its positions, if the model has such.
+
+        Raises ValueError where there are not so many.
+        """
+        if self.embed_positions is None:
+            return x
         # a table has an end, and an index beyond it would be an error far from its cause
         most = self.config.max_positions
         if positions.numel() and positions.max() >= most:
             longest = int(positions.max()) + 1
             raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
-        return self.embed_positions(positions)
+        return x + self.embed_positions(positions)
 
     def logits(self, hidden):
         return self.head(self.ln_f(hidden))                             # (..., C) -> (..., V)

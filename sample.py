@@ -21,16 +21,18 @@ import torch
 
 from data.answer import Answer, Stop
 from data.batches import left_pad
+from data.classes import check_classes
 from data.draws import draw_tokens
 from data.families import choices
 from data.figures import trace_text
 from data.hub import resolve
+from data.kv_cache import KVCache
 from data.path import read_path
 from data.prompts import encode_prompt, read_prompts
 from data.tasks import TASKS
 from data.tokenizer import load_tokenizer
 from diffusion import ESTIMATES, L2D, VelocityField
-from model import LM, KVCache
+from model import LM
 from solvers import ADAPTIVE, SOLVERS, odeint
 
 LARGEST_SEED = (1 << 32) - 1
@@ -45,6 +47,7 @@ class Settings:
     solver: str = "euler"
     rtol: float = 1e-3                   # of dopri5, which chooses its own steps
     atol: float = 1e-3
+    stop_unchanged: int | None = None    # evaluations for which a guess must stand to be final
     max_nfe: int | None = None           # in one token's ODE, both lines of guidance counted
     estimate: str = "argmax"             # of the clean point, see diffusion.VelocityField
     estimate_temperature: float | str = 1.0
@@ -78,6 +81,7 @@ RANGES = {
     "steps": (0, math.inf),
     "rtol": (1e-12, math.inf),
     "atol": (1e-12, math.inf),
+    "stop_unchanged": (1, math.inf),
     "max_nfe": (1, math.inf),
     "temperature": (0, math.inf),
     "top_k": (1, math.inf),
@@ -92,19 +96,19 @@ RANGES = {
 class Batch:
     """The sequences still being written: what was read of each, its generator, its class."""
 
-    def __init__(self, lm: LM, prompts: list, seeds, class_ids):
-        device = next(lm.parameters()).device
-        self.lm = lm
+    def __init__(self, model, prompts: list, seeds, class_ids):
+        device = next(model.parameters()).device
+        self.model = model
         self.numbers = list(range(len(prompts)))      # which prompt every row belongs to
         # on the CPU, whatever the device: a seed then means the same noise on every machine
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.class_ids = None
         if class_ids is not None:
             self.class_ids = torch.tensor(class_ids, device=device)
-        self.cache = KVCache(lm.config.layers)
+        self.cache = KVCache()
         ids, documents = left_pad(prompts, device)
         # the prompt's own next tokens are known: only the last place asks for one
-        self.reading = lm.read(ids, documents, self.cache).last()
+        self.reading = model.read(ids, documents, self.cache).last()
 
     def keep(self, rows: list):
         """Go on with some rows only."""
@@ -123,7 +127,7 @@ class Batch:
         ids = torch.tensor(tokens, device=self.reading.hidden.device)[:, None]
         # 1: padding, document 0, is on the left and must stay hidden
         documents = None if self.cache.documents is None else torch.ones_like(ids)
-        self.reading = self.lm.read(ids, documents, self.cache)
+        self.reading = self.model.read(ids, documents, self.cache)
 
 
 @torch.no_grad()
@@ -136,11 +140,11 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
     token id) is called as tokens come. Raises ValueError for an empty prompt, for unknown classes,
     or for steps > 0 with a model that has no diffusion path.
     """
-    lm = check_request(model, prompts, settings, class_ids)
+    model = check_request(model, prompts, settings, class_ids)
     stop = stop or Stop()
     answers = [Answer() for _ in prompts]
     # 1. The frozen model reads the prompts, once.
-    batch = Batch(lm, prompts, seeds or range(len(prompts)), class_ids)
+    batch = Batch(model, prompts, seeds or range(len(prompts)), class_ids)
     for n in range(settings.max_new_tokens):
         # 2. Noise flows to the vector of the next token; a last look makes logits of it.
         watch = None
@@ -171,8 +175,8 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
     return answers
 
 
-def check_request(model, prompts, settings, class_ids) -> LM:
-    """The frozen model, if it can do what is asked."""
+def check_request(model, prompts, settings, class_ids):
+    """The model that is needed: for no steps the frozen one, if it can do what is asked."""
     lm = model.lm if isinstance(model, L2D) else model
     if settings.steps and lm is model:
         raise ValueError("this model has no diffusion path, so --steps must be 0; "
@@ -180,8 +184,8 @@ def check_request(model, prompts, settings, class_ids) -> LM:
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token")
     if class_ids is not None and settings.steps:
-        model.check_classes(torch.tensor(class_ids))
-    return lm
+        check_classes(torch.tensor(class_ids), model.config.classes)
+    return model if settings.steps else lm
 
 
 def next_logits(model, batch: Batch, settings: Settings, watch=None):
@@ -189,7 +193,7 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
     rows = len(batch.numbers)
     # no path: what the frozen model says is its answer
     if not settings.steps:
-        logits = batch.lm.logits(batch.reading.hidden)
+        logits = model.logits(batch.reading.hidden)
         return logits[:, 0].float(), [0] * rows, [True] * rows
     velocity = VelocityField(
         model, batch.reading, settings.estimate, settings.estimate_temperature,
@@ -202,8 +206,8 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
     # the solver counts calls; a guided call evaluates the network twice
     budget = settings.max_nfe and max(1, settings.max_nfe // velocity.cost)
     solution = odeint(velocity, x_0, settings.solver, settings.steps,
-                      settings.rtol, settings.atol, budget, watch)
-    logits = velocity.logits(solution.x)
+                      settings.rtol, settings.atol, budget, settings.stop_unchanged, watch)
+    logits = velocity.logits(solution.x, solution.guess)
     # the last look costs an evaluation like any other, and is shown like any other
     if watch:
         watch(torch.arange(rows), 1.0, solution.x, logits)
@@ -398,6 +402,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="relative tolerance of dopri5 (default: %(default)s)")
     add("--atol", type=float, default=default.atol,
         help="absolute tolerance of dopri5 (default: %(default)s)")
+    add("--stop_unchanged", type=int,
+        help="a guess that has stood for so many evaluations is final (default: never)")
     add("--max_nfe", type=int, help="most evaluations in one token's ODE (default: no limit)")
     add("--estimate", default=default.estimate, choices=ESTIMATES,
         help="of the clean point (default: %(default)s)")

@@ -1,9 +1,10 @@
 """Integrate dx/dt = f(t, x) from t = 0 (noise) to t = 1 (data).
 
 Euler, midpoint, Heun, RK4 and adaptive Dormand-Prince, by hand. No network in sight: f is any
-function that returns (dx/dt, guess). What the guess is, only f and whoever watches know; here it is
-handed on unseen. Read this file first, then diffusion.py, which supplies the f of the method
-(L2D paper, Algorithm 1). Run alone it prints the order of every solver:
+function that returns (dx/dt, guess). The guess is what f takes the end point for: scores of
+candidates, handed on to the next evaluation. Read this file first, then diffusion.py, which
+supplies the f of the method (L2D paper, Algorithm 1). Run alone it prints the order of every
+solver:
 
     python solvers.py
 
@@ -132,12 +133,14 @@ class Solution:
     """Where every sequence arrived, and what it cost.
 
     x                        (B, ...) the end point
-    t                        (B,) how far it got: 1, unless its budget ran out
+    guess                    (B, ..., V) what the last evaluation took it for, or None
+    t                        (B,) how far it got: 1, unless it was settled or its budget ran out
     nfe, accepted, rejected  (B,) evaluations of f, and steps
-    finished                 (B,) False where `max_nfe` ran out; x is then the straight line from
-                             the state reached, along its last velocity
+    finished                 (B,) False where `max_nfe` ran out; x is then, as where a sequence was
+                             settled, the straight line from the state reached
     """
     x: torch.Tensor
+    guess: torch.Tensor | None
     t: torch.Tensor
     nfe: torch.Tensor
     accepted: torch.Tensor
@@ -146,18 +149,22 @@ class Solution:
 
 
 def odeint(f, x_0, solver: str = "midpoint", steps: int = 8, rtol: float = 1e-3,
-           atol: float = 1e-3, max_nfe: int | None = None, watch=None) -> Solution:
+           atol: float = 1e-3, max_nfe: int | None = None, stop_unchanged: int | None = None,
+           watch=None) -> Solution:
     """Integrate every sequence of a batch over t in [0, 1].
 
-    f(t, x)        (dx/dt, guess) at states x (B, ...). t is one float for all, below 1, or (B,)
-                   where every sequence has its own time. If f is not the same for all sequences it
-                   has f.rows(index), the f of the sequences `index` (n,).
-    x_0            (B, ...) float32 or float64; the state keeps this type.
-    solver, steps  one of SOLVERS; `steps` equal intervals (1 or more) for all but dopri5, which
-    rtol, atol     chooses its own, so that the error of a step stays below atol + rtol·|x| (both
-                   > 0), separately for every sequence.
-    max_nfe        most evaluations of f for one sequence (1 or more), or None.
-    watch          called as watch(rows, t, x, guess) after every evaluation, or None.
+    f(t, x, guess)  (dx/dt, new guess) at states x (B, ...). t is one float for all, below 1, or
+                    (B,) where every sequence has its own time; guess (B, ..., V) is that of the
+                    evaluation before, None at the first. If f is not the same for all sequences
+                    it has f.rows(index), the f of the sequences `index` (n,).
+    x_0             (B, ...) float32 or float64; the state keeps this type.
+    solver, steps   one of SOLVERS; `steps` equal intervals (1 or more) for all but dopri5, which
+    rtol, atol      chooses its own, so that the error of a step stays below atol + rtol·|x| (both
+                    > 0), separately for every sequence.
+    max_nfe         most evaluations of f for one sequence (1 or more), or None.
+    stop_unchanged  a sequence whose best candidate has stood for so many evaluations after the
+                    one that brought it is settled (1 or more), or None.
+    watch           called as watch(rows, t, x, guess) after every evaluation, or None.
 
     Raises ValueError for an unknown solver, a number out of range, or a state of another type.
     """
@@ -170,52 +177,120 @@ def odeint(f, x_0, solver: str = "midpoint", steps: int = 8, rtol: float = 1e-3,
         raise ValueError(f"steps = {steps} is out of range; allowed: 1 or more")
     if max_nfe is not None and max_nfe < 1:
         raise ValueError(f"max_nfe = {max_nfe} is out of range; allowed: 1 or more")
+    if stop_unchanged is not None and stop_unchanged < 1:
+        raise ValueError(f"stop_unchanged = {stop_unchanged} is out of range; "
+                         "allowed: 1 or more")
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"rtol = {rtol} and atol = {atol} are out of range; "
                          "allowed: greater than 0")
-    budget = float("inf") if max_nfe is None else max_nfe
+    limits = Limits(max_nfe or NEVER, stop_unchanged or NEVER)
     field = Field(f, torch.arange(len(x_0), device=x_0.device), watch)
     if solver in ADAPTIVE:
-        return integrate_adaptive(field, x_0, SOLVERS[solver], (rtol, atol), budget)
-    return integrate_fixed(field, x_0, SOLVERS[solver], steps, budget)
+        return integrate_adaptive(field, x_0, SOLVERS[solver], (rtol, atol), limits)
+    return integrate_fixed(field, x_0, SOLVERS[solver], steps, limits)
+
+
+NEVER = 1 << 62      # evaluations
+
+
+class Limits(NamedTuple):
+    """When a sequence is done before t = 1, in evaluations."""
+    nfe: int
+    unchanged: int
 
 
 class Field:
-    """What the rules call: the velocity of some rows of the batch, shown to whoever watches."""
+    """What the rules call: the velocity of some rows of the batch, shown to whoever watches.
+
+    It remembers the guess (n, ..., V) of the last evaluation and for how many it has `stood` (n,).
+    """
 
     def __init__(self, f, rows, watch):
         self.f = f
         self.rows = rows
         self.watch = watch
+        self.guess = None
+        self.stood = torch.zeros_like(rows)
 
     def __call__(self, t, x):
         if torch.is_tensor(t):
             t = t.flatten()     # the rules hold times as columns, to go with x
-        velocity, guess = self.f(t, x)
+        velocity, guess = self.f(t, x, self.guess)
+        self.count(guess)
         if self.watch:
             self.watch(self.rows, t, x, guess)
         return velocity
 
-    def of(self, rows) -> "Field":
-        """The same for some rows of the whole batch, which this one must be."""
-        if len(rows) == len(self.rows):
-            return self
+    def count(self, guess):
+        """Take note of a new guess: has the best candidate of each sequence stood?"""
+        if guess is not None and self.guess is not None:
+            same = guess.argmax(-1) == self.guess.argmax(-1)
+            same = same.view(len(same), -1).all(1)
+            self.stood = torch.where(same, self.stood + 1, 0)
+        self.guess = guess
+
+    def of(self, index) -> "Field":
+        """The same for some of its rows, index (n,)."""
         f = self.f
-        if hasattr(f, "rows"):
-            f = f.rows(rows)
-        return Field(f, rows, self.watch)
+        if hasattr(f, "rows") and len(index) < len(self.rows):
+            f = f.rows(index)
+        part = Field(f, self.rows[index], self.watch)
+        part.recall(self, index)
+        return part
+
+    def recall(self, whole: "Field", index):
+        """Go on from what the whole batch remembers of these rows."""
+        self.stood = whole.stood[index]
+        self.guess = None if whole.guess is None else whole.guess[index]
+
+    def tell(self, whole: "Field", index, chosen):
+        """Let the whole batch remember this of the `chosen` among these rows."""
+        whole.stood[index[chosen]] = self.stood[chosen]
+        if whole.guess is not None:
+            whole.guess[index[chosen]] = self.guess[chosen]
 
 
 # --- the two drivers ------------------------------------------------------------------------------
 
-def integrate_fixed(f, x_0, rules, steps, budget) -> Solution:
-    """Equal intervals, shared by the batch."""
+class Run:
+    """Where every sequence of a batch stands: one row each, written back after every step."""
+
+    def __init__(self, field: Field, x_0):
+        n = len(x_0)
+        self.x = x_0.clone()
+        self.t = x_0.new_zeros(n)
+        self.nfe = torch.zeros_like(field.rows)
+        self.accepted = torch.zeros_like(field.rows)
+        self.rejected = torch.zeros_like(field.rows)
+        self.running = torch.ones_like(field.rows, dtype=torch.bool)
+        self.finished = torch.ones_like(self.running)
+
+    def leave(self, rows, velocity, finished: bool):
+        """These rows go straight on to t = 1 and stop."""
+        remaining = column(1 - self.t[rows], self.x)
+        self.x[rows] += remaining * velocity
+        self.running[rows] = False
+        self.finished[rows] = finished
+
+    def solution(self, guess) -> Solution:
+        return Solution(self.x, guess, self.t, self.nfe, self.accepted, self.rejected,
+                        self.finished)
+
+
+def column(values, x):
+    """(n,) -> (n, 1, ...), to go with x (n, ...)."""
+    ones = [1] * (x.dim() - 1)
+    return values.view(-1, *ones)
+
+
+def integrate_fixed(field, x_0, rules, steps, limits) -> Solution:
+    """Equal intervals, shared by the sequences that are still running."""
     inner, last = rules
-    x = x_0
+    run = Run(field, x_0)
+    f = field
     h = 1 / steps
-    nfe = 0
-    taken = 0
-    while taken < steps:
+    rows = field.rows
+    for taken in range(steps):
         t = taken / steps
         rule = inner
         # and one evaluation more, or the end of the interval could not be left
@@ -223,29 +298,36 @@ def integrate_fixed(f, x_0, rules, steps, budget) -> Solution:
         if taken == steps - 1:
             rule = last
             needed = last.more
+        x = run.x[rows]
         k1 = f(t, x)
-        nfe += 1
-        if nfe + needed > budget:
+        run.nfe[rows] += 1
+        # all that are running have paid the same
+        if run.nfe[rows[0]] + needed > limits.nfe:
             # no whole interval is left: go straight on from here
-            x = x + (1 - t) * k1
+            run.leave(rows, k1, finished=False)
             break
-        x = rule.step(f, t, x, h, k1).x
-        nfe += rule.more
-        taken += 1
-    return Solution(
-        x=x,
-        t=torch.full_like(f.rows, taken / steps, dtype=x.dtype),
-        nfe=torch.full_like(f.rows, nfe),
-        accepted=torch.full_like(f.rows, taken),
-        rejected=torch.zeros_like(f.rows),
-        finished=torch.full_like(f.rows, taken == steps, dtype=torch.bool),
-    )
+        run.x[rows] = rule.step(f, t, x, h, k1).x
+        run.nfe[rows] += rule.more
+        run.t[rows] = (taken + 1) / steps
+        run.accepted[rows] += 1
+        if f is not field:
+            f.tell(field, rows, slice(None))
+        # who has settled leaves; x is the end of an interval, from which k1 still points well
+        settled = f.stood >= limits.unchanged
+        if settled.any():
+            run.leave(rows[settled], k1[settled], finished=True)
+            rows = rows[~settled]
+            f = field.of(rows)
+            if not len(rows):
+                break
+    return run.solution(field.guess)
 
 
 # A guess may change late, when the noise has faded, and a longer step would not notice.
 LONGEST_STEP = 0.25
-# Where the field jumps because an argmax flips, no step is small enough: one this short is taken.
-SHORTEST_STEP = 1e-6
+# Where the field jumps because an argmax flips, no step is small enough; one this short is taken. A
+# path that reads its own guess may jump to and fro for ever, so it also bounds what a token costs.
+SHORTEST_STEP = 1 / 32      # times rtol^(1/order): 1/128 at rtol = 1e-3
 
 
 def error_ratio(error, x, x_new, tolerance):
@@ -272,20 +354,14 @@ def next_step(h, ratio, order: int, repelled):
     return (h * factor).clamp_max(LONGEST_STEP)
 
 
-class Run:
-    """Where every sequence of a batch stands: one row each, written back after every step."""
+class AdaptiveRun(Run):
+    """Steps and times of their own: the next step, and the velocity with which it begins."""
 
-    def __init__(self, f, x_0):
-        n = len(x_0)
-        self.f = f
-        self.k1 = f(x_0.new_zeros(n), x_0)
-        self.x = x_0.clone()
-        self.t = x_0.new_zeros(n)
-        self.h = x_0.new_full((n,), LONGEST_STEP)
-        self.nfe = torch.ones_like(f.rows)
-        self.accepted = torch.zeros_like(f.rows)
-        self.rejected = torch.zeros_like(f.rows)
-        self.running = torch.ones_like(f.rows, dtype=torch.bool)
+    def __init__(self, field, x_0):
+        super().__init__(field, x_0)
+        self.k1 = field(0.0, x_0)
+        self.nfe += 1
+        self.h = torch.full_like(self.t, LONGEST_STEP)
         self.repelled = torch.zeros_like(self.running)
 
     def choose(self):
@@ -301,9 +377,7 @@ class Run:
         """The rows that can pay `more` evaluations; the others go straight on to t = 1 and stop."""
         able = self.nfe[rows] + more <= budget
         broke = rows[~able]
-        remaining = column(1 - self.t[broke], self.x)
-        self.x[broke] += remaining * self.k1[broke]
-        self.running[broke] = False
+        self.leave(broke, self.k1[broke], finished=False)
         self.nfe[rows[able]] += more
         return rows[able]
 
@@ -319,28 +393,27 @@ class Run:
             self.k1[done] = step.k_end[good]
 
 
-def column(values, x):
-    """(n,) -> (n, 1, ...), to go with x (n, ...)."""
-    ones = [1] * (x.dim() - 1)
-    return values.view(-1, *ones)
-
-
-def integrate_adaptive(f, x_0, rules, tolerance, budget) -> Solution:
+def integrate_adaptive(field, x_0, rules, tolerance, limits) -> Solution:
     """A step size per sequence: what one costs does not depend on its neighbours.
 
     A token on which the model does not hesitate takes four steps, 21 evaluations; hesitation makes
     the steps shorter.
     """
-    run = Run(f, x_0)
+    run = AdaptiveRun(field, x_0)
+    f = field
+    # a good step is as long as the order-th root of what it may err
+    shortest = SHORTEST_STEP * tolerance[0] ** (1 / rules[0].order)
     while run.running.any():
         # 1. who takes the next step, by which rule, and can pay for it?
         rows, last = run.choose()
         rule = rules[1] if last else rules[0]
-        rows = run.pay(rows, rule.more, budget)
+        rows = run.pay(rows, rule.more, limits.nfe)
         if not len(rows):
             continue
-        if not torch.equal(rows, f.rows):      # selecting copies keys and values, so only on change
-            f = run.f.of(rows)
+        if f is field or not torch.equal(rows, f.rows):
+            f = field.of(rows)      # selecting copies keys and values, so only on change
+        # a step that was rejected has left no guess behind
+        f.recall(field, rows)
         # 2. step
         x = run.x[rows]
         t = run.t[rows]
@@ -349,18 +422,23 @@ def integrate_adaptive(f, x_0, rules, tolerance, budget) -> Solution:
         step = rule.step(f, column(t, x), x, column(h, x), run.k1[rows])
         # 3. judge; a state that is not a number passes, and stays visible
         ratio = error_ratio(step.error, x, step.x, tolerance)
-        good = ~(ratio > 1) | (h <= SHORTEST_STEP)
+        good = ~(ratio > 1) | (h <= shortest)
         # 4. write back
-        run.h[rows] = next_step(h, ratio, rule.order, run.repelled[rows])
+        wanted = next_step(h, ratio, rule.order, run.repelled[rows])
+        # or the steps across a field that never settles would shrink for ever
+        run.h[rows] = wanted.clamp_min(shortest)
         run.repelled[rows] = ~good
         run.accept(rows, t_new, step, good, last)
-    finished = run.t >= 1
-    return Solution(run.x, run.t, run.nfe, run.accepted, run.rejected, finished)
+        f.tell(field, rows, good)
+        # 5. who has settled need not go on
+        settled = (run.running & (field.stood >= limits.unchanged)).nonzero().flatten()
+        run.leave(settled, run.k1[settled], finished=True)
+    return run.solution(field.guess)
 
 
 def main():
     """Error on dx/dt = (1 + t)·x, x(0) = 1 when the interval is halved: the order is the slope."""
-    def growth(t, x):
+    def growth(t, x, guess):
         return (1 + torch.as_tensor(t).view(-1, 1)) * x, None
 
     x_0 = torch.ones(1, 1, dtype=torch.float64)

@@ -10,6 +10,7 @@
 """
 
 import argparse
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,20 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data.batches import IGNORE, collate, draw_rows
+from data.average import Average
+from data.batches import IGNORE, Losses, collate, draw_rows
 from data.checkpoint import copy_tokenizer, pick_device, read_json
+from data.curriculum import Curriculum, growing_unroll
 from data.families import ModelConfig
 from data.hub import resolve
 from data.interrupt import Interrupt
-from data.log import Log
+from data.log import Log, by_tenth
 from data.path import TIME_DISTRIBUTIONS, L2DConfig
+from data.presets import OBJECTIVES, PRESETS, fitting_preset
 from data.state import read_state_meta, restore_state, write_state
 from data.tasks import TASKS
 from data.tiny.start import init_weights
-from data.tiny.topics import Documents, Problems
+from data.tiny.topics import LEVELS, Documents, Problems
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFiles
 from diffusion import L2D
@@ -37,33 +41,6 @@ from sample import Settings, answer_problems
 METHODS = ("l2d", "pretrain", "lora", "full")
 BETAS = (0.9, 0.95)        # of AdamW, as in the paper
 
-# What is not said on the command line comes from the preset that fits model and data.
-PRESETS = {
-    # the embedded model on the embedded topics
-    "tiny": {
-        "width": 64, "cond_dim": 128, "updates": 2700, "batch_size": 64, "accumulate": 1,
-        "lr": 2e-3, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01,
-        "eval_every": 450, "val_rows": 256,
-    },
-    # a base of our own from nothing
-    "scratch": {
-        "width": 64, "cond_dim": 128, "updates": 2600, "batch_size": 32, "accumulate": 1,
-        "lr": 3e-3, "min_lr": 0.0, "warmup": 100, "weight_decay": 0.1,
-        "eval_every": 1000, "val_rows": 64,
-    },
-    # any other model on the embedded topics: short rows, soon learned
-    "topics": {
-        "width": 256, "cond_dim": 256, "updates": 1000, "batch_size": 16, "accumulate": 2,
-        "lr": 5e-4, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01,
-        "eval_every": 100, "val_rows": 64,
-    },
-    # any model on data of one's own: the values of the paper
-    "paper": {
-        "width": 256, "cond_dim": 256, "updates": 27_900, "batch_size": 4, "accumulate": 8,
-        "lr": 1e-4, "min_lr": 1e-6, "warmup": 100, "weight_decay": 0.01,
-        "eval_every": 500, "val_rows": 64,
-    },
-}
 
 # --- the command line -----------------------------------------------------------------------------
 
@@ -92,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="copy the path's matrices instead of LoRA")
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="of the training times (default: uniform)")
+    add("--own_reading", action=switch, help="the path has keys and values of its own")
+    # objective
+    add("--objective", choices=OBJECTIVES,
+        help="paper: random times; refine: through its own steps; both: by turns")
+    add("--unroll", type=int, help="most evaluations in a refined update")
+    add("--backprop", type=int, help="how many of them, the last, have a gradient")
+    add("--ema", type=float, help="of the weights that are saved; 0: the last ones")
     # optimisation
     add("--updates", type=int, help="optimizer updates in all")
     add("--batch_size", type=int, help="rows per forward pass")
@@ -130,7 +114,7 @@ def parse(argv=None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
     args.resume = resume
-    args.preset = args.preset or fitting_preset(args)
+    args.preset = args.preset or fitting_preset(args.init_from, args.data, args.objective)
     for name, value in PRESETS[args.preset].items():
         # None says that nobody chose: 0 is a choice
         if getattr(args, name) is None:
@@ -139,18 +123,12 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def fitting_preset(args) -> str:
-    # the embedded model is small and learns with large steps; no other model should
-    if args.init_from in ("tiny", "scratch"):
-        return args.init_from
-    return "topics" if args.data == "tiny" else "paper"
-
-
 def check(args):
     """Refuse numbers out of range and methods that cannot work. Raises ValueError with one line."""
     at_least = {
-        1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows"),
-        0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip"),
+        1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows",
+            "unroll", "backprop"),
+        0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema"),
     }
     # not `value < least`, or a number that is none would pass
     for least, names in at_least.items():
@@ -158,6 +136,8 @@ def check(args):
             value = getattr(args, name)
             if not value >= least:
                 raise ValueError(f"--{name} {value} is out of range; allowed: {least} or more")
+    if not args.ema < 1:
+        raise ValueError(f"--ema {args.ema} is out of range; allowed: 0 to 1, without 1")
     if args.init_from == "scratch" and args.method != "pretrain":
         raise ValueError(f"--method {args.method} needs a pretrained model; "
                          "allowed with --init_from=scratch: pretrain")
@@ -191,7 +171,9 @@ def build_model(args, classes: int):
     if args.method == "l2d":
         rank = None if args.full_copies else args.rank
         config = L2DConfig(args.width, args.cond_dim, rank=rank, classes=classes,
-                           time_distribution=args.time_distribution)
+                           time_distribution=args.time_distribution,
+                           self_conditioning=args.objective != "paper",
+                           own_reading=args.own_reading)
         l2d = L2D(lm, config)
         return l2d, l2d.base_sha256
     if args.method != "lora":
@@ -219,19 +201,23 @@ def merge_linear(adapted: LoRA) -> nn.Linear:
     return adapted.frozen
 
 
-def token_losses(model, batch: dict, generator):
-    """(loss (N,) of every counted token, its time (N,) or None): L2D's, or plain cross-entropy."""
+def token_losses(model, batch: dict, generator, unroll: int = 0, backprop: int = 0) -> Losses:
+    """Of every counted token (N,): L2D's, by its own steps where `unroll`, or cross-entropy."""
     if isinstance(model, L2D):
         # data may name classes that this path was made without
         if not model.config.classes:
             batch = {name: value for name, value in batch.items() if name != "class_ids"}
+        if unroll:
+            return model.refined_losses(
+                generator=generator, unroll=unroll, backprop=backprop, **batch)
         return model.token_losses(generator=generator, **batch)
     where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
     # weights stay float32; on CUDA the arithmetic need not
     device = batch["ids"].device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         hidden = model.read(batch["ids"], batch.get("documents")).hidden
-        return -model.log_p(hidden[where], batch["targets"][where]), None
+        losses = -model.log_p(hidden[where], batch["targets"][where])
+        return Losses(losses, losses, None, where[0])
 
 
 def build_optimizer(trainable: dict, args):
@@ -255,6 +241,21 @@ def learning_rate(update: int, args) -> float:
 
 # --- one update -----------------------------------------------------------------------------------
 
+def refinement(args, update: int | None = None) -> dict:
+    """The most evaluations in an update, and how many have a gradient; {}: the paper's one.
+
+    update  None stands for the whole training: that is what is validated
+    """
+    paper = args.objective == "paper" or (args.objective == "both" and update and update % 2 == 0)
+    if paper or args.method != "l2d":
+        return {}
+    unroll = args.unroll
+    if args.data != "tiny" and update is not None:
+        # nobody says how hard a row is
+        unroll = growing_unroll(update, args.updates, unroll)
+    return {"unroll": unroll, "backprop": args.backprop}
+
+
 def draw_batches(data, args, position: int, device) -> list:
     """The `accumulate` batches that start at row `position` of the endless, shuffled data."""
     rows = draw_rows(data, position, args.batch_size * args.accumulate, args.seed)
@@ -262,18 +263,21 @@ def draw_batches(data, args, position: int, device) -> list:
     return [collate(rows[at:at + args.batch_size], device) for at in starts]
 
 
-def update_once(model, optimizer, batches: list, generator, clip: float, objective=token_losses):
+def update_once(model, optimizer, batches: list, generator, clip: float, objective=token_losses,
+                curriculum: Curriculum | None = None):
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
     # counted before the first backward pass, because every batch is divided by all of them
     tokens = sum(int((batch["targets"] != IGNORE).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        losses, _ = objective(model, batch, generator)
+        losses = objective(model, batch, generator)
         # every token of the update weighs the same, however the update is cut into batches
-        loss = losses.sum() / tokens
+        loss = losses.values.sum() / tokens
         loss.backward()
         # on the device still: to read it here would make a GPU wait for every batch
         total += loss.detach()
+        if curriculum:
+            curriculum.note(batch["needs"][losses.rows], losses.last)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
@@ -290,24 +294,19 @@ def validate(model, data, args, device) -> dict:
     count = min(args.val_rows, len(data))
     # no class is hidden, as when the path is used
     model.eval()
+    how = refinement(args)
     for at in range(0, count, args.batch_size):
         rows = [data[i] for i in range(at, min(at + args.batch_size, count))]
-        loss, t = token_losses(model, collate(rows, device), generator)
-        losses.append(loss)
-        times.append(t)
+        some = token_losses(model, collate(rows, device), generator, **how)
+        losses.append(some.last)
+        times.append(some.t)
     model.train()
     # of tokens, not of batches: the last batch may be short
     losses = torch.cat(losses)
     result = {"val_loss": round(float(losses.mean()), 4)}
     if times[0] is not None:
-        # t < 1, but a tenth of 10 would be out of the list where rounding says otherwise
-        tenths = (torch.cat(times) * 10).long().clamp_max(9)
-        result["by_tenth"] = [mean_or_none(losses[tenths == tenth]) for tenth in range(10)]
+        result["by_tenth"] = by_tenth(losses, torch.cat(times))
     return result
-
-
-def mean_or_none(losses):
-    return round(float(losses.mean()), 4) if len(losses) else None
 
 
 # --- on disk --------------------------------------------------------------------------------------
@@ -324,6 +323,8 @@ class Run:
     trainable: dict
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
+    curriculum: Curriculum
+    average: Average
     update: int = 0            # updates done
 
     @property
@@ -349,12 +350,14 @@ def set_up(args) -> Run:
                          "prepare it again with a larger --val_fraction")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(args.seed)
-    run = Run(args, model, frozen, tokenizer, data, val, trainable,
-              build_optimizer(trainable, args), generator)
+    optimizer = build_optimizer(trainable, args)
+    run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer, generator,
+              Curriculum(max(LEVELS["chains"])), Average(trainable, args.ema))
     if args.resume:
         meta = restore_state(
-            args.out_dir, trainable, run.optimizer, generator, frozen)
+            args.out_dir, trainable, optimizer, generator, frozen, run.average.tensors)
         run.update = meta["update"]
+        run.curriculum.restore(meta["curriculum"])
     return run
 
 
@@ -369,8 +372,10 @@ def save_state(run: Run):
     # where the state lies and that it is resumed are not the run's own
     args = {name: value for name, value in vars(run.args).items()
             if name not in ("resume", "out_dir")}
-    meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen}
-    write_state(run.args.out_dir, run.trainable, run.optimizer, run.generator, meta)
+    meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen,
+            "curriculum": run.curriculum.state}
+    write_state(run.args.out_dir, run.trainable, run.optimizer, run.generator, meta,
+                run.average.tensors)
 
 
 def save_model(run: Run):
@@ -405,13 +410,15 @@ def train(args) -> dict:
         # validation stands before the update, so that the first line is the untrained path's
         last = run.update >= args.updates or interrupt.asked
         if last or run.update % args.eval_every == 0:
-            # who pressed Ctrl-C does not want to wait for it
-            if not interrupt.asked:
-                result = {"update": run.update, **validate(run.model, run.val, args, run.device)}
-                log.show(result)
             # a state that was just read need not be written again
             if last or run.update > log.first:
                 save_state(run)
+            with run.average.in_place():
+                # who pressed Ctrl-C does not want to wait for it
+                if not interrupt.asked:
+                    result = {"update": run.update,
+                              **validate(run.model, run.val, args, run.device)}
+                    log.show(result)
                 # small, so it can be tried while the training goes on
                 if args.method == "l2d":
                     save_model(run)
@@ -421,11 +428,18 @@ def train(args) -> dict:
         lr = learning_rate(run.update, args)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
+        how = refinement(args, run.update)
+        curriculum = run.curriculum if how and args.data == "tiny" else None
+        if curriculum:
+            run.data.hardest = curriculum.hardest
         batches = draw_batches(run.data, args, run.position, run.device)
         loss, norm, tokens = update_once(
-            run.model, run.optimizer, batches, run.generator, args.clip, objective)
+            run.model, run.optimizer, batches, run.generator, args.clip,
+            functools.partial(objective, **how), curriculum)
+        run.average.follow()
         run.update += 1
-        log.add(run.update, loss, lr=lr, norm=round(norm, 4), tokens=tokens)
+        log.add(run.update, loss, lr=lr, norm=round(norm, 4), tokens=tokens,
+                **{"hardest": curriculum.hardest} if curriculum else {})
     log.close()
     interrupt.restore()
     if interrupt.asked:
@@ -433,6 +447,7 @@ def train(args) -> dict:
               f"python train.py --init_from=resume --out_dir={args.out_dir}")
         raise SystemExit(130)
     # a whole model, and merging a LoRA ends its training: only when all is done
+    run.average.put_in_place()
     if args.method != "l2d":
         save_model(run)
     print(f"saved to {args.out_dir} after {log.seconds:.0f} s")

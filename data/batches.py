@@ -1,17 +1,45 @@
 """Rows to batches: padding, targets, and the order in which rows are read.
 
-A row is (ids, mask, documents) and perhaps a class id; mask is 1 on the tokens to be predicted,
-documents number the examples packed into one row. Data sets are in data/tokens.py and
-data/tiny/topics.py; read train.py next.
+A row is (ids, mask, documents), perhaps a class id, perhaps how many evaluations it is thought to
+need; mask is 1 on the tokens to be predicted, documents number the examples packed into one row.
+Data sets are in data/tokens.py and data/tiny/topics.py; read train.py next.
 
     python -m data.batches
 """
 
 import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 IGNORE = -100              # target of a position that does not count in the loss
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The N positions of a batch that count, and what is asked there."""
+    where: tuple                       # rows and columns, two tensors (N,)
+    y: torch.Tensor                    # (N,) the tokens that are right
+    class_ids: torch.Tensor | None     # (N,)
+
+    def at(self, index) -> "Counted":
+        """Some of them, or in another order: index (n,) or a slice."""
+        where = tuple(place[index] for place in self.where)
+        return Counted(where, self.y[index], pick(self.class_ids, index))
+
+
+class Losses(NamedTuple):
+    """Of the N positions that count, (N,) each."""
+    values: torch.Tensor               # what is minimised
+    last: torch.Tensor                 # at the last evaluation
+    t: torch.Tensor | None             # and its time
+    rows: torch.Tensor                 # of the batch
+
+
+def pick(values, index):
+    """values[index]; None stays None."""
+    return None if values is None else values[index]
 
 
 def collate(rows, device) -> dict:
@@ -19,7 +47,7 @@ def collate(rows, device) -> dict:
 
     ids, targets  (B, T), padded on the right; targets[b, k] is the token after ids[b, k], or IGNORE
     documents     (B, T), only where a row holds more than one
-    class_ids     (B,), only where rows have one
+    class_ids     (B,), only where rows have one; needs (B,) likewise
     """
     length = max(len(row[0]) for row in rows)
     table = torch.zeros(3, len(rows), length, dtype=torch.long)
@@ -38,6 +66,8 @@ def collate(rows, device) -> dict:
         batch["documents"] = documents[:, :-1]
     if len(rows[0]) > 3:
         batch["class_ids"] = torch.tensor([row[3] for row in rows])
+    if len(rows[0]) > 4:
+        batch["needs"] = torch.tensor([row[4] for row in rows])
     return {name: value.to(device) for name, value in batch.items()}
 
 

@@ -1,7 +1,7 @@
 """Random times and tokens, from explicit generators on their own device.
 
 So a seed means the same everywhere, and no sequence's draw moves another's. diffusion.py trains
-with the times; sample.py chooses with the tokens.
+with the times and the noise; sample.py chooses with the tokens.
 """
 
 import math
@@ -17,6 +17,32 @@ def draw_times(shape, distribution: str, generator) -> torch.Tensor:
     slope = torch.tan(math.pi / 2 * u)
     # t = 1 − 1/(tan(πu/2) + 1)
     return 1 - 1 / (slope + 1)
+
+
+def draw_noise(shape, width: int, generator) -> torch.Tensor:
+    """(*shape, width) of unit variance."""
+    return torch.randn((*shape, width), generator=generator, device=generator.device)
+
+
+def draw_schedule(shape, needs, most: int, generator) -> torch.Tensor:
+    """Times of every position's evaluations: (*shape, most), rising, the last uniform in (0, 1].
+
+    A position with fewer evaluations than `most` has zeros in front.
+    needs  (B,) how many a row is thought to need: it gets one fewer to three more; None: 1 to most
+    """
+    u = torch.rand(shape, generator=generator, device=generator.device)
+    if needs is None:
+        count = 1 + (most * u).long()
+    else:
+        needs = needs.to(u.device)[:, None]
+        count = needs - 1 + (5 * u).long()
+    count = count.clamp(1, most)[..., None]
+    # 1 − u: in (0, 1]
+    last = 1 - torch.rand((*shape, 1), generator=generator, device=generator.device)
+    earlier = 1 - torch.rand((*shape, most - 1), generator=generator, device=generator.device)
+    unused = torch.arange(most - 1, device=u.device) < most - count
+    earlier = earlier.masked_fill(unused, 0).sort(-1).values
+    return torch.cat((last * earlier, last), dim=-1)
 
 
 def draw_tokens(p, generators):

@@ -1,6 +1,8 @@
 """Every picture of the project: in text, and as PNG where matplotlib is installed.
 
     python -m data.figures eval.json            the curves of eval.py's results, as eval.png
+    python -m data.figures refine.json paper.json lora.json --out compare.png
+                                                several ways to train, side by side
 
 Pictures are made from numbers that somebody else has measured; nothing here runs a model.
 """
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 from data.checkpoint import read_json
+from data.statistics import mean, unique
 
 WIDTH = 81      # columns of a text picture
 
@@ -87,15 +90,17 @@ def plot_accuracy(records: list, path: Path):
     """
     plt = import_pyplot()
     fixed = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
-    temperatures = list(dict.fromkeys(r["temperature"] for r in records))
+    temperatures = unique(r["temperature"] for r in records)
     size = (6 * len(temperatures), 4)
     figure, axes = plt.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
     for axis, temperature in zip(axes[0], temperatures):
         panel = [r for r in records if r["temperature"] == temperature]
-        shown = [r for r in panel if r["kind"] == "frozen" or r["settings"]["solver"] == fixed]
-        for group in dict.fromkeys(r["group"] for r in shown):
+        shown = of_one_solver(panel, fixed)
+        groups = unique(r["group"] for r in shown)
+        for place, group in enumerate(groups):
             line = [r for r in shown if r["group"] == group]
-            draw_curve(axis, sorted(line, key=lambda r: r["nfe_per_token"]), group)
+            colour = plt.cm.viridis(place / len(groups))
+            draw_curve(axis, sorted(line, key=lambda r: r["nfe_per_token"]), group, colour)
         title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         axis.set(xlabel="NFE per token (0: frozen model)", xscale="symlog", title=title)
     axes[0][0].set(ylabel="accuracy")
@@ -104,14 +109,62 @@ def plot_accuracy(records: list, path: Path):
     save(figure, path)
 
 
-def draw_curve(axis, line, label: str):
+def of_one_solver(records: list, solver: str) -> list:
+    """The frozen model and the fixed steps of one solver."""
+    return [r for r in records if r["kind"] == "frozen"
+            or (r["kind"] == "fixed" and r["settings"]["solver"] == solver)]
+
+
+def plot_ways(results: dict, topic: str, path: Path):
+    """Left: greedy accuracy on a topic against NFE, a line per way. Right: NFE by level.
+
+    results: name -> the "accuracy" entries of eval.json. Accuracy is the mean over the levels that
+    were trained on. A model without a path is one height, whatever the evaluations.
+    """
+    plt = import_pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for name, records in results.items():
+        some = [r for r in records if r["topic"] == topic and r["temperature"] == 0]
+        line = mean_curve([r for r in some if not r["far"]])
+        if len(line) == 1:
+            left.axhline(line[0][1], linestyle="--", color=f"C{len(left.lines)}", label=name)
+        else:
+            left.plot(*zip(*line), marker="o", color=f"C{len(left.lines)}", label=name)
+        for column in unique(r["column"] for r in some if r["kind"] == "adaptive"):
+            cells = [r for r in some if r["column"] == column]
+            levels = [r["level"] for r in cells]
+            right.plot(levels, [r["nfe_first"] for r in cells], marker="o",
+                       label=f"{name}, {column}")
+    left.set(xlabel="evaluations of the path per token (0: frozen model)", xscale="symlog",
+             ylabel="accuracy", title=f"{topic}: mean over the levels, greedy")
+    left.set_xlim(left=-0.1)
+    right.set(xlabel="level", ylabel="evaluations", title="what a problem is worth")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def mean_curve(records: list) -> list:
+    """(NFE, mean accuracy) of the frozen model and of the first fixed solver, by NFE."""
+    fixed = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
+    shown = of_one_solver(records, fixed)
+    points = []
+    for column in unique(r["column"] for r in shown):
+        cells = [r for r in shown if r["column"] == column]
+        points.append((mean(r["nfe_per_token"] for r in cells),
+                       mean(r["accuracy"] for r in cells)))
+    return sorted(points)
+
+
+def draw_curve(axis, line, label: str, colour):
     """One curve with its intervals."""
     x = [r["nfe_per_token"] for r in line]
     y = [r["accuracy"] for r in line]
-    # matplotlib wants the lengths of the two halves
-    below = [r["accuracy"] - r["low"] for r in line]
-    above = [r["high"] - r["accuracy"] for r in line]
-    axis.errorbar(x, y, [below, above], marker="o", label=label)
+    # matplotlib wants the lengths of the two halves, and none that rounding has made negative
+    below = [max(0.0, r["accuracy"] - r["low"]) for r in line]
+    above = [max(0.0, r["high"] - r["accuracy"]) for r in line]
+    axis.errorbar(x, y, [below, above], marker="o", label=label, color=colour)
 
 
 def save(figure, path: Path):
@@ -123,15 +176,25 @@ def save(figure, path: Path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", help="what eval.py wrote")
+    parser.add_argument("results", nargs="+", help="what eval.py wrote; of several, one picture")
+    parser.add_argument("--topic", default="chains",
+                        help="of a picture of several files (default: chains)")
+    parser.add_argument("--out", help="the picture (default: beside the first file)")
     args = parser.parse_args(argv)
-    path = Path(args.results)
+    path = Path(args.results[0])
+    out = Path(args.out) if args.out else path.with_suffix(".png")
     try:
-        plot_accuracy(read_json(path)["accuracy"], path.with_suffix(".png"))
+        results = {}
+        for path in map(Path, args.results):
+            results[path.stem] = read_json(path)["accuracy"]
+        if len(results) == 1:
+            plot_accuracy(results[path.stem], out)
+        else:
+            plot_ways(results, args.topic, out)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"data.figures: {path}: {error}", file=sys.stderr)
         raise SystemExit(2)
-    print(path.with_suffix(".png"))
+    print(out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+def by_tenth(losses, times) -> list:
+    """Mean of the losses (N,) in each tenth of their times (N,); None where there is none."""
+    # t = 1 belongs to the last tenth
+    tenths = (times * 10).long().clamp_max(9)
+    parts = [losses[tenths == tenth] for tenth in range(10)]
+    return [round(float(part.mean()), 4) if len(part) else None for part in parts]
+
+
 class Log:
     """Append to out_dir/log.jsonl; `done` of `updates` updates were made before this run."""
 

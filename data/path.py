@@ -5,7 +5,7 @@ the path of it; read that next.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -29,6 +29,8 @@ class L2DConfig:
     classes: int = 0                      # topics for guidance; 0: none
     class_dropout: float = 0.2            # how often training hides the class
     time_distribution: str = "uniform"    # of the training times, see data/draws.py
+    self_conditioning: bool = False       # the path reads its own previous guess
+    own_reading: bool = False             # the path has keys and values of its own
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")
@@ -40,12 +42,12 @@ class L2DConfig:
             self.sigma = 4 * math.sqrt(self.width)
 
 
-def save_path(ours: dict, meta: dict, directory: Path):
+def save_path(ours: dict, config: L2DConfig, base: dict, directory: Path):
     """Write path.safetensors, then path.json; ours: name -> trained tensor."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in ours.items()}
     write_safetensors(tensors, directory / "path.safetensors")
-    write_json(meta, directory / "path.json")
+    write_json({"config": asdict(config), **base}, directory / "path.json")
 
 
 def read_path(directory: Path) -> dict:

@@ -10,6 +10,8 @@ import torch
 
 from data.families import ModelConfig
 
+FREQUENCIES = 128          # of the sinusoid of a time, as the official code has it
+
 
 def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
     """Angle per position of each pair of coordinates, (D/2,) float32."""
@@ -33,6 +35,15 @@ def slow_down(inv_freq, rope: dict):
     keep = keep.clamp(0, 1)
     slow = inv_freq / rope["factor"]
     return keep * inv_freq + (1 - keep) * slow
+
+
+def sinusoid(t):
+    """A time in [0, 1] as cosines and sines of many frequencies: (...) -> (..., 256) float32."""
+    # [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
+    i = torch.arange(FREQUENCIES, device=t.device)
+    omega = 10000 ** (-i / FREQUENCIES)
+    angles = t[..., None].float() * omega                               # (..., 128)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def rotate(x, cos_sin):

@@ -16,13 +16,15 @@ from data.checkpoint import open_safetensors, write_safetensors
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
 
 
-def write_state(out_dir, trainable: dict, optimizer, generator, meta: dict):
-    """trainable: name -> parameter; meta: flags and progress, anything that JSON can hold."""
+def write_state(out_dir, trainable: dict, optimizer, generator, meta: dict, average: dict):
+    """trainable, average: name -> tensor; meta: flags and progress, anything that JSON can hold."""
     tensors = {"generator": generator.get_state()}
     for name, p in trainable.items():
         tensors[f"weights/{name}"] = p.detach().cpu().contiguous()
         for moment, value in optimizer.state[p].items():
             tensors[f"{moment}/{name}"] = value.detach().cpu().contiguous()
+    for name, value in average.items():
+        tensors[f"average/{name}"] = value.cpu()
     path = Path(out_dir) / "state.safetensors"
     write_safetensors(tensors, path, {"state": json.dumps(meta)})
 
@@ -47,7 +49,7 @@ def read_state(out_dir):
 
 
 @torch.no_grad()
-def restore_state(out_dir, trainable: dict, optimizer, generator, frozen) -> dict:
+def restore_state(out_dir, trainable: dict, optimizer, generator, frozen, average: dict) -> dict:
     """Put a saved state back and return its meta.
 
     Raises ValueError where its tensors are others, or where it was trained beside other frozen
@@ -69,5 +71,7 @@ def restore_state(out_dir, trainable: dict, optimizer, generator, frozen) -> dic
         # copies: load_file maps the file, which the next save replaces
         optimizer.state[p] = {
             moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
+    for name, value in average.items():
+        value.copy_(tensors[f"average/{name}"])
     generator.set_state(tensors["generator"])
     return meta

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import dataclasses
 import platform
 import statistics
 import sys
@@ -17,8 +18,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from data.batches import IGNORE  # noqa: E402
-from diffusion import VelocityField  # noqa: E402
-from model import KVCache  # noqa: E402
+from data.kv_cache import KVCache  # noqa: E402
+from diffusion import L2D, VelocityField  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
 
 
@@ -39,11 +40,12 @@ def evaluation_table(model, batch: int, context: int, timed):
     lm, device = model.lm, next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.config.vocab_size, (batch, context + 1), generator=generator).to(device)
-    cache = KVCache(lm.config.layers)
-    lm.read(ids[:, :-1], cache=cache)
-    reading = lm.read(ids[:, -1:], cache=cache)
+    cache = KVCache()
+    model.read(ids[:, :-1], cache=cache)
+    reading = model.read(ids[:, -1:], cache=cache)
     x = torch.randn(batch, 1, model.config.width, generator=generator).to(device)
     field = VelocityField(model, reading)
+    guess = lm.logits(reading.hidden).float()
 
     def decode():
         cache.length = context      # the newest token is read again, in its place
@@ -51,20 +53,20 @@ def evaluation_table(model, batch: int, context: int, timed):
 
     def fresh_vocabulary():
         model.kept_vocabulary = None
-        field(0.5, x)
+        field(0.5, x, guess)
 
     def fresh_modulation():
-        model.kept_modulation.clear()
-        field(0.5, x)
+        model.time_table.kept.clear()
+        field(0.5, x, guess)
 
     def guided():
-        VelocityField(model, reading, class_ids=classes, guidance=2.0)(0.5, x)
+        VelocityField(model, reading, class_ids=classes, guidance=2.0)(0.5, x, guess)
 
     def apart():
-        VelocityField(model, reading, class_ids=classes)(0.5, x)
-        VelocityField(model, reading)(0.5, x)
+        VelocityField(model, reading, class_ids=classes)(0.5, x, guess)
+        VelocityField(model, reading)(0.5, x, guess)
 
-    evaluation = timed(lambda: field(0.5, x))
+    evaluation = timed(lambda: field(0.5, x, guess))
     print(f"batch {batch}, context {context}: one evaluation of the path {evaluation:.3f} ms; "
           "below: what it takes instead, and the ratio")
     works = [("the frozen model's own next token", decode), ("with V made again", fresh_vocabulary),
@@ -77,9 +79,57 @@ def evaluation_table(model, batch: int, context: int, timed):
         ms = timed(work)
         print(f"  {name:38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
     model.fold_lora(False)
-    ms = timed(lambda: field(0.5, x))
+    ms = timed(lambda: field(0.5, x, guess))
     model.fold_lora(True)
     print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
+
+
+OPTIONS = {
+    "the paper's path": {},
+    "reads its own guess": {"self_conditioning": True},
+    "own keys and values": {"own_reading": True},
+    "both": {"self_conditioning": True, "own_reading": True},
+}
+
+
+def options_table(lm, config, batch: int, context: int, timed):
+    """What our two departures cost beside the paper's path: to sample, to train."""
+    device = lm.embed.weight.device
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, context + 1)
+    ids, targets = torch.randint(lm.config.vocab_size, (2, *size), generator=generator).to(device)
+    # as in a graded answer, the last tokens count
+    targets[:, :-8] = IGNORE
+    needs = torch.full((batch,), 6, device=device)
+    first = None
+    print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, and times the first")
+    print(" " * 24 + "".join(f"{name:>20}" for name in
+                             ("an evaluation", "a token read", "update, paper", "update, refined")))
+    for name, options in OPTIONS.items():
+        model = L2D(lm, dataclasses.replace(config, **options)).eval()
+        model.fold_lora()
+        cache = KVCache()
+        model.read(ids[:, :-1], cache=cache)
+        reading = model.read(ids[:, -1:], cache=cache)
+        x = torch.randn(batch, 1, config.width, generator=generator).to(device)
+        guess = lm.logits(reading.hidden).float()
+        field = VelocityField(model, reading)
+
+        def read():
+            cache.length = context      # the newest token is read again, in its place
+            model.read(ids[:, -1:], cache=cache)
+
+        def update(objective, **more):
+            with torch.enable_grad():
+                objective(ids, targets, generator=generator, **more).values.mean().backward()
+
+        found = [timed(lambda: field(0.5, x, guess)), timed(read)]
+        model.train()
+        found.append(timed(lambda: update(model.token_losses)))
+        found.append(timed(lambda: update(model.refined_losses, needs=needs)))
+        first = first or found
+        print(f"  {name:22}" + "".join(f"{ms:12.2f} {ms / base:6.2f}×"
+                                       for ms, base in zip(found, first)))
 
 
 @torch.enable_grad()
@@ -148,13 +198,15 @@ def main(argv=None):
     for batch in args.batch_size:
         for context in args.context:
             evaluation_table(model, batch, context, timed)
+    options_table(lm, model.config, 8, 64, timed)
     training_table(model, 32, 64, timed)
     ids = torch.randint(lm.config.vocab_size, (args.batch_size[0], 8),
                         generator=torch.Generator().manual_seed(0)).to(device)
     prompts = ids.tolist()
     speed = {}
     for steps, solver in ((0, "euler"), (1, "euler"), (8, "euler"), (32, "euler"), (1, "dopri5")):
-        settings = Settings(steps=steps, solver=solver, max_new_tokens=16)
+        # on these random prompts a path that reads its guess may never settle
+        settings = Settings(steps=steps, solver=solver, max_new_tokens=16, max_nfe=100)
         answers = generate(model, prompts, settings, seeds=range(len(prompts)))
         nfe = sum(sum(a.nfe) for a in answers) / sum(len(a.nfe) for a in answers)
         seeds = range(len(prompts))

@@ -17,7 +17,8 @@ from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
 from data import checkpoint
 from data.checkpoint import read_json, write_json
 from data.families import ModelConfig, weight_map
-from model import LM, KVCache
+from data.kv_cache import KVCache
+from model import LM
 
 
 def load(directory, dtype=torch.float32) -> LM:
@@ -337,7 +338,7 @@ def test_trained_models_agree_with_their_stored_logits(name):
     # and greedy decoding through the cache goes the same way
     greedy = read_json(folder / "reference_greedy.json")
     ids = list(greedy["prompt_ids"])
-    cache = KVCache(lm.config.layers)
+    cache = KVCache()
     new = ids
     while len(ids) < len(greedy["greedy_ids"]):
         hidden = lm.read(torch.tensor([new]), cache=cache).hidden

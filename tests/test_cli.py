@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import LLAMA, make_lm
 
-from data.tiny.topics import LEVELS
+from data.tasks import TASKS
 from diffusion import L2D, L2DConfig
 from model import LM
 from sample import Settings, main
@@ -117,7 +117,7 @@ def test_samples_of_one_prompt_have_seeds_that_can_be_asked_for_again(run):
 def test_class_by_name_or_number(run):
     named, numbered, other, none = (
         answers_in(run("--prompt", "ab", *words)[1])
-        for words in (["--class", "sort"], ["--class", "1"], ["--class", "4"], [])
+        for words in (["--class", "sort"], ["--class", "2"], ["--class", "4"], [])
     )
     assert named == numbered and named != other and named != none
     status, out, _ = run("--prompt", "ab", "--class", "sort", "--guidance", "2")
@@ -137,12 +137,9 @@ def test_trace_shows_the_cost_of_tokens_and_the_guesses_of_one(run):
 
 def test_without_prompts_one_problem_of_every_kind_is_worked(run):
     status, out, _ = run("--steps", "1")
-    assert status == 0 and out.count("   L2D     ") == out.count("   frozen  ") == sum(
-        map(len, LEVELS.values())
-    )
-    assert all(
-        f"{topic}, level {level}: " in out for topic, levels in LEVELS.items() for level in levels
-    )
+    groups = TASKS["tiny"].groups
+    assert status == 0 and out.count("   L2D     ") == out.count("   frozen  ") == len(groups)
+    assert all(f"{topic}, level {level}: " in out for topic, level in groups)
 
 
 def test_a_model_without_a_path_answers_with_no_steps(run, saved):
@@ -163,7 +160,7 @@ BAD = {
     "class": (
         ["--prompt", "ab", "--class", "poems"],
         "path",
-        "--class 'poems' is not supported; allowed: math, sort",
+        "--class 'poems' is not supported; allowed: chains, math, sort",
     ),
     "class number": (["--prompt", "ab", "--class", "5"], "path", "--class '5' is not supported"),
     "class without classes": (

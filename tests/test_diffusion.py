@@ -14,8 +14,9 @@ from conftest import make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from data.batches import IGNORE
-from data.families import ModelConfig
+from data.classes import drop_classes
 from data.draws import draw_times
+from data.families import ModelConfig
 from diffusion import L2D, L2DConfig, VelocityField
 from model import LM, LoRA
 
@@ -44,6 +45,9 @@ VARIANTS = [
     dict(rank=None),
     dict(rank=4, classes=3),
     dict(rank=None, classes=3),
+    dict(rank=4, self_conditioning=True),
+    dict(rank=None, own_reading=True),
+    dict(rank=4, classes=3, self_conditioning=True, own_reading=True),
 ]
 
 
@@ -321,8 +325,8 @@ def test_a_target_moves_the_loss_of_its_own_position_only(family):
     k = 4
     other = targets.clone()
     other[:, k] = (other[:, k] + 1) % 258
-    losses, _ = l2d.token_losses(ids, targets, **given)
-    others, _ = l2d.token_losses(ids, other, **given)
+    losses, *_ = l2d.token_losses(ids, targets, **given)
+    others, *_ = l2d.token_losses(ids, other, **given)
     differs = (losses != others).view(ids.shape)
     assert differs[:, k].all()
     assert int(differs.sum()) == len(ids)
@@ -336,7 +340,7 @@ def test_packed_examples_have_the_losses_they_have_alone(family):
     t = torch.rand(1, 10)
     noise = torch.randn(1, 10, 16)
     documents = torch.tensor([[1] * 4 + [2] * 6])
-    packed, _ = l2d.token_losses(ids, targets, documents=documents, t=t, noise=noise)
+    packed, *_ = l2d.token_losses(ids, targets, documents=documents, t=t, noise=noise)
     alone = []
     for s in (slice(0, 4), slice(4, 10)):
         given = dict(t=t[:, s], noise=noise[:, s])
@@ -361,7 +365,7 @@ def test_token_losses_are_those_of_the_whole_forward(family, options):
     targets = make_ids(seed=1)
     targets[torch.rand(ids.shape) < 0.5] = IGNORE
     classes = torch.tensor([0, 2, 3]) if "classes" in options else None
-    losses, times = l2d.token_losses(ids, targets, classes, generator=generator(5))
+    losses, _, times, _ = l2d.token_losses(ids, targets, classes, generator=generator(5))
 
     g = generator(5)
     t = draw_times(ids.shape, l2d.config.time_distribution, g)
@@ -410,7 +414,7 @@ def test_nothing_to_learn_gives_empty_losses(family):
     l2d = make_l2d(family)
     ids = make_ids()
     targets = torch.full_like(ids, IGNORE)
-    losses, times = l2d.token_losses(ids, targets, generator=generator())
+    losses, _, times, _ = l2d.token_losses(ids, targets, generator=generator())
     assert losses.shape == times.shape == (0,)
     losses.sum().backward()
 
@@ -458,21 +462,18 @@ def test_no_class_is_the_last_class(family):
     assert not torch.allclose(l2d(ids, x_t, t, torch.full((3,), 1)), without, atol=1e-2)
 
 
-def test_training_drops_a_fifth_of_the_classes_and_evaluation_none():
-    l2d = make_l2d(classes=3)
+def test_a_share_of_the_classes_is_dropped_position_by_position():
     classes = torch.zeros(100, 200, dtype=torch.long)
-    assert torch.equal(l2d.drop_classes(classes, generator()), classes)
-    dropped = l2d.train().drop_classes(classes, generator()) == 3
+    dropped = drop_classes(classes, 0.2, 3, generator()) == 3
     assert p_value(dropped.flatten().long().bincount(), torch.tensor([0.8, 0.2])) > 1e-3
-    # position by position: no sequence is hidden or shown whole
+    # no sequence is hidden or shown whole
     per_row = dropped.sum(1)
     assert 0 < int(per_row.min()) and int(per_row.max()) < 100
 
 
 def test_dropped_classes_stay_what_they_were_otherwise():
-    l2d = make_l2d(classes=3, class_dropout=0.5).train()
     classes = make_ids(50, 40, vocab=3)
-    found = l2d.drop_classes(classes, generator())
+    found = drop_classes(classes, 0.5, 3, generator())
     assert torch.equal(found[found != 3], classes[found != 3])
     assert set(found.unique().tolist()) == {0, 1, 2, 3}
 

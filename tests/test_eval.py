@@ -16,7 +16,11 @@ from solvers import odeint
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
+from data.batches import IGNORE, collate
+from data import figures
+from data.figures import mean_curve
 from data.hub import resolve
+from data.statistics import calibration, rank_correlation, wilson
 from data.tasks import TASKS
 from data.tiny.topics import make_problem
 from diffusion import L2D, VelocityField
@@ -41,38 +45,88 @@ def tiny():
     ],
 )
 def test_wilson_interval_against_published_values(right, n, low, high):
-    assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=2e-4)
+    assert wilson(right, n) == pytest.approx((low, high), abs=2e-4)
 
 
+@pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("rank, folded", [(4, False), (4, True), (None, False)])
 @pytest.mark.parametrize("estimate", ["argmax", "average"])
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
-def test_arithmetic_is_what_torch_counts(rank, folded, estimate, solver):
+def test_arithmetic_is_what_torch_counts(rank, folded, estimate, solver, refined):
     """Matrix products of one evaluation of the path, from shapes alone (attention: one query).
 
     dopri5 costs the same: the modulation is looked up by its time, and V is made once.
     """
-    l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank)
+    l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank, self_conditioning=refined)
     l2d.fold_lora(folded)
     length = 12
     with torch.no_grad():
         reading = l2d.lm.read(torch.randint(258, (1, length))).last()
         field, x = VelocityField(l2d, reading, estimate), torch.randn(1, 1, 16)
         t = torch.full((1,), 0.5) if solver == "dopri5" else 0.5
-        field(t, x)  # fills the table of the modulation
+        _, guess = field(t, x)  # fills the table of the modulation
         with FlopCounterMode(display=False) as counter:
-            field(t, x)
+            field(t, x, guess)
     settings = Settings(steps=1, estimate=estimate, solver=solver)
-    one, none = (evaluation.flops_per_token(l2d, nfe, length, settings) for nfe in (1, 0))
+    one, none = (evaluation.flops_per_token(l2d, nfe, length, settings) for nfe in (2, 1))
     attention = 4 * 2 * length * 32  # torch does not count fused attention on every device
     assert counter.get_total_flops() in (one - none, one - none - attention)
 
 
+@pytest.mark.parametrize("rank, folded", [(4, False), (4, True), (None, False)])
+def test_own_reading_costs_one_token_through_the_layers_of_the_path(rank, folded):
+    l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank, own_reading=True)
+    l2d.fold_lora(folded)
+    ids = torch.randint(258, (1, 1))
+    with torch.no_grad():
+        l2d.read(ids)  # fills the table of the modulation
+        with FlopCounterMode(display=False) as counter:
+            l2d.read(ids)
+    attention = 4 * 2 * 1 * 32
+    expected = evaluation.frozen_flops(l2d.lm, 1) + evaluation.reading_flops(l2d, 1)
+    assert counter.get_total_flops() in (expected, expected - 2 * attention)
+
+
+@pytest.mark.parametrize(
+    "x, y, rho",
+    [
+        ([1, 2, 3, 4], [10, 20, 30, 40], 1.0),
+        ([1, 2, 3, 4], [4, 3, 2, 1], -1.0),
+        ([1, 2, 3, 4, 5], [5, 6, 7, 8, 7], 0.8207827),  # scipy.stats.spearmanr
+        ([1, 2, 3], [5, 5, 5], None),
+    ],
+)
+def test_rank_correlation_against_published_values(x, y, rho):
+    assert rank_correlation(x, y) == (rho if rho is None else pytest.approx(rho))
+
+
+def test_calibration_is_the_distance_of_belief_and_truth():
+    # four tokens believed at 0.75, three of them right; one at 0.2 that is right
+    found = calibration([0.75] * 4 + [0.2], [1, 1, 1, 0, 1])
+    assert found == {"tokens": 5, "accuracy": 0.8, "confidence": pytest.approx(0.64),
+                     "ece": pytest.approx(0.8 / 5)}
+    assert calibration([1.0], [1])["ece"] == 0
+
+
+def test_the_mean_of_several_noises_is_that_of_each_alone(tiny):
+    model, tokenizer = tiny
+    rows = [TASK.reference(make_problem("test", i, topic="math"), tokenizer) for i in range(2)]
+    batch, settings = collate(rows, "cpu"), Settings(steps=2)
+    where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+    with torch.no_grad():
+        one = evaluation.solved(model, batch, where, settings, 0, 1)
+        two = evaluation.solved(model, batch, where, settings, 0, 2)
+    assert torch.allclose(two.sum(-1), torch.ones(len(two)), atol=1e-5)
+    assert not torch.equal(one, two)
+    # the second noise alone is what is left
+    assert float((2 * two - one).min()) > -1e-6
+
+
 def test_the_shipped_files_are_those_that_their_readme_describes():
     text = (TINY / "README.md").read_text(encoding="utf-8")
-    for name in ("model.safetensors", "path.safetensors"):
+    for name in ("model.safetensors", "path.safetensors", "paper/path.safetensors"):
         assert hashlib.sha256((TINY / name).read_bytes()).hexdigest() in text, name
-    assert all(path.stat().st_size <= 4e6 for path in TINY.glob("*.safetensors"))
+    assert all(path.stat().st_size <= 4e6 for path in TINY.rglob("*.safetensors"))
 
 
 def test_the_shipped_base_is_small_and_the_path_was_trained_beside_it(tiny):
@@ -81,7 +135,7 @@ def test_the_shipped_base_is_small_and_the_path_was_trained_beside_it(tiny):
     assert sum(p.numel() for p in model.lm.parameters()) <= 1_000_000
 
 
-@pytest.mark.parametrize("topic, level, least", [("math", 1, 0.3), ("strings", 1, 0.6)])
+@pytest.mark.parametrize("topic, level, least", [("chains", 7, 0.9), ("math", 1, 0.6), ("strings", 1, 0.8)])
 def test_the_shipped_path_answers_what_its_frozen_model_cannot(tiny, topic, level, least):
     """The claim of the README, on 40 test problems; the bounds lie far below what was measured."""
     model, tokenizer = tiny
@@ -91,6 +145,31 @@ def test_the_shipped_path_answers_what_its_frozen_model_cannot(tiny, topic, leve
         for steps in (0, 8)
     )
     assert sum(frozen) / 40 <= 0.1 and sum(ours) / 40 >= least
+
+
+def test_harder_chains_need_more_steps_and_get_them(tiny):
+    """Six hops: out of reach of two steps, and found by eight, by the stop rule and by dopri5."""
+    model, tokenizer = tiny
+    easy, hard = ([make_problem("test", i, topic="chains", level=level) for i in range(40)]
+                  for level in (2, 6))
+    ways = {
+        "few": Settings(steps=2),
+        "many": Settings(steps=8),
+        "stopped": Settings(steps=16, stop_unchanged=2),
+        "dopri5": Settings(solver="dopri5"),
+    }
+    right, spent = {}, {}
+    for name, settings in ways.items():
+        for level, problems in (("easy", easy), ("hard", hard)):
+            answers = answer_problems(model, tokenizer, TASK, problems, settings)
+            right[name, level] = sum(a.right for a in answers) / 40
+            spent[name, level] = sum(a.nfe[0] for a in answers) / 40
+    assert right["few", "hard"] <= 0.1 < 0.9 <= right["few", "easy"]
+    for name in ("many", "stopped", "dopri5"):
+        assert min(right[name, "easy"], right[name, "hard"]) >= 0.9
+    # what was measured: 5 and 9, 22 and 39 evaluations
+    assert spent["stopped", "hard"] >= spent["stopped", "easy"] + 3
+    assert spent["dopri5", "hard"] >= 1.3 * spent["dopri5", "easy"]
 
 
 def test_answers_are_graded_and_cut_off_ones_are_wrong(tiny):
@@ -126,19 +205,20 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
     problems = [make_problem("test", i, topic="math", level=1) for i in range(2)]
     settings, expected = Settings(steps=3), []
     for number, problem in enumerate(problems):
-        ids, mask, _, label = TASK.reference(problem, tokenizer)
+        ids, mask, _, label, _ = TASK.reference(problem, tokenizer)
         longest = max(len(TASK.reference(p, tokenizer)[0]) for p in problems) - 1
         noise = torch.randn(
             longest, model.config.width, generator=torch.Generator().manual_seed(number)
         )
         for k in range(1, len(ids)):
             if mask[k]:
-                reading = model.lm.read(torch.tensor(ids[None, :k])).last()
+                reading = model.read(torch.tensor(ids[None, :k])).last()
                 field = VelocityField(model, reading, class_ids=torch.tensor([label]))
                 x_0 = model.config.sigma * noise[None, k - 1 : k]
-                logits = field.logits(odeint(field, x_0, "euler", 3).x)
+                solution = odeint(field, x_0, "euler", 3)
+                logits = field.logits(solution.x, solution.guess)
                 expected.append(int(logits.argmax()) == ids[k])
-    found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
+    _, found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
     assert found.tolist() == expected and 0 < sum(expected)
 
 
@@ -186,7 +266,10 @@ def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estima
         "euler 1",
         "euler 2",
         "dopri5",
-        "strings   1",
+        "euler 2 stop 2",
+        "calibration error",
+        "strings 1-2",
+        "strings    1",
         "NFE/token",
         "MFLOP/token",
         "temperature 1",
@@ -196,14 +279,14 @@ def test_eval_prints_the_table_and_writes_every_setting(tmp_path, capsys, estima
     ):
         assert word in printed
     assert (
-        len(result["accuracy"]) == 2 * 2 * 4
+        len(result["accuracy"]) == 2 * 2 * 5
         and {"args", "commit", "torch", "machine", "base_sha256", "guidance", "fixed_and_broken"}
         <= result.keys()
     )
     cells = {(r["group"], r["temperature"], r["column"]): r for r in result["accuracy"]}
     assert (
-        cells["strings   1", 0.0, "frozen"]["nfe_per_token"] == 0
-        and cells["strings   1", 0.0, "euler 2"]["nfe_per_token"] == 3
+        cells["strings    1", 0.0, "frozen"]["nfe_per_token"] == 0
+        and cells["strings    1", 0.0, "euler 2"]["nfe_per_token"] == 3
     )
     assert all(
         0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 and r["seconds"] > 0
@@ -259,6 +342,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     [
         (["--problems", "0"], r"--problems 0 is out of range; allowed: 1 or more"),
         (["--steps", "0"], r"--steps 0 is out of range"),
+        (["--draws", "0"], r"--draws 0 is out of range; allowed: 1 or more"),
         (["--init_from", "nowhere"], r"unknown model 'nowhere'"),
     ],
 )
@@ -267,3 +351,38 @@ def test_bad_input_is_one_line_and_exit_status_2(flags, message, capsys):
         evaluation.main(flags)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and re.search(message, error)
+
+
+def fake_results(path, columns):
+    """An eval.json of two levels and one that nobody trained on."""
+    records = []
+    for level in (1, 2, 3):
+        for name, kind, nfe in columns:
+            records.append({
+                "group": f"chains {level}", "topic": "chains", "level": level, "far": level == 3,
+                "temperature": 0.0, "column": name, "kind": kind, "settings": {"solver": "euler"},
+                "accuracy": 1.0 if nfe >= level else 0.0, "low": 0.0, "high": 0.9999999,
+                "nfe_per_token": nfe, "nfe_first": nfe + level,
+            })
+    path.write_text(json.dumps({"accuracy": records}), encoding="utf-8")
+    return records
+
+
+def test_the_curve_of_a_way_is_the_mean_over_trained_levels_of_its_fixed_steps(tmp_path):
+    columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("euler 1", "fixed", 1),
+               ("euler 2 stop 2", "adaptive", 2)]
+    records = fake_results(tmp_path / "a.json", columns)
+    assert mean_curve([r for r in records if not r["far"]]) == [(0, 0.0), (1, 0.5), (3, 1.0)]
+
+
+def test_pictures_of_one_result_and_of_several(tmp_path):
+    pytest.importorskip("matplotlib")
+    columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("dopri5", "adaptive", 2)]
+    fake_results(tmp_path / "path.json", columns)
+    fake_results(tmp_path / "lora.json", columns[:1])
+    figures.main([str(tmp_path / "path.json")])
+    figures.main([str(tmp_path / name) for name in ("path.json", "lora.json")]
+                 + ["--out", str(tmp_path / "both.png")])
+    for name in ("path.png", "both.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part*"))

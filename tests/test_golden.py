@@ -107,7 +107,7 @@ def test_left_padding(l2d, golden):
 def test_loss_and_every_gradient(l2d, golden):
     targets = golden["golden.labels_shifted"]
     l2d.zero_grad()
-    losses, _ = l2d.token_losses(
+    losses, *_ = l2d.token_losses(
         golden["golden.input_ids"], targets, t=golden["golden.train.timesteps"],
         noise=golden["golden.train.noise_unit"])
     close(losses.detach(), golden["golden.train.per_token_loss"][targets != IGNORE])

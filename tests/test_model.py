@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model
 from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
+from data import kv_cache
 from data.families import ModelConfig
+from data.kv_cache import MIN_ROOM, KVCache
 from data.tiny.start import init_weights
-from model import LM, KVCache, positions_and_mask, rope_inv_freq
+from model import LM, positions_and_mask, rope_inv_freq
 
 
 def close(ours, reference, bound=1e-5):
@@ -29,7 +30,7 @@ def decode(lm, ids, documents=None, pieces=(1,)):
 
     The last length is repeated.
     """
-    cache = KVCache(lm.config.layers)
+    cache = KVCache()
     logits = []
     start = 0
     while start < ids.shape[1]:
@@ -121,7 +122,7 @@ def test_a_cache_goes_on_with_some_of_its_rows(family):
     documents[1, :4] = 0
     rows = torch.tensor([1, 2])
     whole = lm(ids, documents)
-    cache = KVCache(2)
+    cache = KVCache()
     reading = lm.read(ids[:, :8], documents[:, :8], cache).last()
     close(lm.logits(reading.hidden), whole[:, 7:8])
     close(lm.logits(reading.rows(rows).hidden), whole[rows, 7:8])
@@ -142,40 +143,39 @@ def test_a_cache_holds_what_torch_cat_would():
     lengths = [30] + [1] * 200
     keys = random_pieces(lengths)
     values = [-k for k in keys]
-    cache = KVCache(1)
+    cache = KVCache()
     rooms = []
     for i, (k, v) in enumerate(zip(keys, values)):
+        cache.extend(None, lengths[i])
         all_k, all_v = cache.append(0, k, v)
-        cache.length += lengths[i]
         rooms.append(cache.keys[0].shape[2])
         assert torch.equal(all_k, torch.cat(keys[:i + 1], dim=2))
         assert torch.equal(all_v, torch.cat(values[:i + 1], dim=2))
-    assert sorted(set(rooms)) == [2 * model.MIN_ROOM, 2 * (2 * model.MIN_ROOM + 1)]
+    assert sorted(set(rooms)) == [2 * MIN_ROOM, 2 * (2 * MIN_ROOM + 1)]
 
 
 def test_a_cache_keeps_the_rows_it_is_told_to():
     first, second = random_pieces([5, 1])
     rows = torch.tensor([2, 0])
-    cache = KVCache(1)
+    cache = KVCache()
+    cache.extend(torch.arange(15).view(3, 5), 5)
     cache.append(0, first, -first)
-    cache.length = 5
-    cache.extend(torch.arange(15).view(3, 5))
     cache.keep(rows)
+    documents = cache.extend(torch.tensor([[7], [8]]), 1)
     k, v = cache.append(0, second[rows], -second[rows])
     expected = torch.cat((first, second), dim=2)[rows]
     assert torch.equal(k, expected)
     assert torch.equal(v, -expected)
-    documents = cache.extend(torch.tensor([[7], [8]]))
     assert documents.tolist() == [[10, 11, 12, 13, 14, 7], [0, 1, 2, 3, 4, 8]]
 
 
 @torch.no_grad()
 def test_a_growing_cache_changes_nothing_that_is_read(monkeypatch):
     """Room for four tokens at first."""
-    monkeypatch.setattr(model, "MIN_ROOM", 2)
+    monkeypatch.setattr(kv_cache, "MIN_ROOM", 2)
     lm = make_lm()
     ids = make_ids(2, 21)
-    cache = KVCache(2)
+    cache = KVCache()
     rooms = []
     for k in range(21):
         reading = lm.read(ids[:, k:k + 1], cache=cache)
@@ -267,7 +267,7 @@ def test_text_beyond_gpt2s_positions_is_refused_and_counted_without_its_padding(
     with pytest.raises(ValueError, match=message):
         lm(make_ids(1, 65))
     with torch.no_grad():
-        cache = KVCache(2)
+        cache = KVCache()
         lm.read(make_ids(1, 64), cache=cache)
         with pytest.raises(ValueError, match=message):
             lm.read(make_ids(1, 1), cache=cache)

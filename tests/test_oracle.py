@@ -102,7 +102,7 @@ def line_problem(end=0.6):
     """
     field = VelocityField(LINE, None, "average")
 
-    def scaled(s, x):
+    def scaled(s, x, guess=None):
         velocity, guess = field(end * s, x)
         return end * velocity, guess
 

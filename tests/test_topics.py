@@ -1,5 +1,6 @@
 """data/tiny/topics.py: answers are exact, splits disjoint, everything repeats from its seed."""
 
+import random
 import re
 from collections import Counter
 
@@ -9,16 +10,19 @@ import pytest
 from data.hub import resolve
 from data.tiny.topics import (
     CLASSES,
+    FAR,
     LEVELS,
     OPERATIONS,
+    PLACES,
     ROW,
-    VALUES,
-    WORLD,
     Documents,
     Problems,
     final_answer,
+    make_document,
     make_problem,
     split_of,
+    step_fact,
+    steps_fact,
 )
 from data.tokenizer import load_tokenizer
 
@@ -31,10 +35,20 @@ def tokenizer():
     return load_tokenizer(resolve("tiny"))
 
 
+def read_map(text):
+    """(place -> next place, start) of "ab bb;a", or of its pairs alone."""
+    pairs, _, start = text.partition(";")
+    assert all(len(pair) == 2 for pair in pairs.split())
+    steps = dict(pairs.split())
+    assert len(steps) == len(pairs.split())
+    return steps, start
+
+
 def key(problem):
-    """What identifies a question, whatever the order of its choices."""
-    if problem.topic == "knowledge":
-        return problem.prompt.split(", ")[-1].rstrip(":?")
+    """What identifies a question, in whatever order it is told."""
+    if problem.topic == "chains":
+        steps, start = read_map(problem.prompt)
+        return tuple(sorted(steps.items())), start
     return problem.prompt
 
 
@@ -65,18 +79,59 @@ def test_strings_follow_the_operation_that_only_the_class_names(level):
     assert all(seen[name] > 60 for name in OPERATIONS)
 
 
-@pytest.mark.parametrize("level", LEVELS["knowledge"])
-def test_knowledge_agrees_with_the_world(level):
-    for i in range(200):
-        problem = make_problem("train", i, topic="knowledge", level=level)
-        asked = re.search(r", (\w+) of (?:friend of )?(\w+):$", problem.prompt)
-        attribute, name = asked.groups()
-        if level == 2:
-            name = WORLD[name]["friend"]
-        right = WORLD[name][attribute]
-        assert f"{problem.answer} {right}" in problem.prompt
-        assert right in VALUES[attribute]
-        assert (name in problem.response) == (level == 2)
+@pytest.mark.parametrize("level", LEVELS["chains"] + FAR["chains"])
+def test_a_chain_ends_after_as_many_hops_as_its_level_and_stays_there(level):
+    for i in range(100):
+        problem = make_problem("train", i, topic="chains", level=level)
+        steps, place = read_map(problem.prompt)
+        assert set(steps) == set(PLACES)
+        walked = [place]
+        while steps[place] != place:
+            place = steps[place]
+            walked.append(place)
+        assert len(walked) == level + 1
+        assert problem.response == place
+        assert problem.needs == level
+        # four chains, each with an end
+        assert sum(a == b for a, b in steps.items()) == 4
+
+
+def test_the_answer_of_a_chain_cannot_be_told_from_where_it_stands():
+    """Each place is the answer about equally often, and so is each place in the text."""
+    letters, places = Counter(), Counter()
+    for i in range(1600):
+        problem = make_problem("train", i, topic="chains", level=3)
+        letters[problem.response] += 1
+        places[problem.prompt.split(";")[0].split().index(2 * problem.response)] += 1
+    for counts in (letters, places):
+        assert len(counts) == 16
+        assert max(counts.values()) < 150
+
+
+def test_no_chain_is_harder_than_asked_for(tokenizer):
+    data = Problems(tokenizer)
+    for hardest in (1, 3):
+        data.hardest = hardest
+        needs = {data[i][4] for i in range(200)}
+        assert needs == {0, *range(1, hardest + 1)}
+
+
+@pytest.mark.parametrize("fact", [step_fact, steps_fact])
+def test_the_base_reads_single_steps_only(fact):
+    rng = random.Random(0)
+    for _ in range(200):
+        pairs, *told = re.split("[;,]", fact(rng))
+        steps, _ = read_map(pairs)
+        assert told and all(steps[a] == b for a, b in told)
+
+
+def test_other_facts_are_true():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = make_document(rng)
+        if text[0] in "(0123456789" and "?" not in text:
+            question, answer = text.split("=")
+            assert eval(question) == int(answer)
 
 
 @pytest.mark.parametrize("topic, level", PAIRS)
@@ -112,7 +167,7 @@ def test_everything_repeats_from_its_seed(tokenizer, kind):
 
 
 def test_problem_rows_mask_the_answer_and_its_end(tokenizer):
-    ids, mask, segments, label = Problems(tokenizer, "val")[7]
+    ids, mask, segments, label, needs = Problems(tokenizer, "val")[7]
     problem = make_problem("val", 7)
     assert tokenizer.decode(ids[mask == 1][:-1]) == problem.response
     assert ids[-1] == tokenizer.eos_id
@@ -120,6 +175,7 @@ def test_problem_rows_mask_the_answer_and_its_end(tokenizer):
     assert tokenizer.decode(ids[mask == 0][1:]) == problem.prompt
     assert set(segments) == {1}
     assert CLASSES[label] == problem.label
+    assert needs == problem.needs
 
 
 def test_document_rows_are_full_and_every_document_has_its_segment(tokenizer):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import LLAMA, make_ids, make_lm
-from data.batches import IGNORE, collate
+from data.batches import IGNORE, Losses, collate
 from data.state import read_state
 from diffusion import L2D, L2DConfig
 from model import LM, LoRA
@@ -135,6 +135,29 @@ def test_three_and_three_resumed_updates_equal_six_to_the_bit(
         5,
         6,
     ]
+
+
+@pytest.mark.parametrize("objective", ["refine", "both"])
+def test_so_do_those_of_our_own_objective_with_their_average_and_curriculum(
+    objective, base, tmp_path, monkeypatch
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"preset": "tiny", "objective": objective, "ema": 0.9, "unroll": 4}
+    run(base, whole, **options)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        ctrl_c_after(patch, 3)
+        run(base, parts, **options)
+    train.main(["--init_from=resume", f"--out_dir={parts}"])
+    (expected, meta), (found, again) = read_state(whole), read_state(parts)
+    assert any(name.startswith("average/") for name in expected)
+    assert meta["curriculum"] == again["curriculum"] and meta["curriculum"][1] >= 0
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert updates(parts) == updates(whole) and len(updates(whole)) == 6
+    # saved is the average, and resumed are the weights
+    path = load_file(whole / "path.safetensors")
+    assert all(torch.equal(path[name], expected[f"average/{name}"]) for name in path)
+    assert not torch.equal(path["to_z.weight"], expected["weights/to_z.weight"])
 
 
 def test_resuming_takes_the_flags_of_the_run_and_those_given_anew(base, tmp_path):
@@ -269,6 +292,8 @@ def test_one_batch_is_learned_by_heart(method, base):
         cache_dir=None,
         full_copies=False,
         time_distribution="uniform",
+        objective="paper",
+        own_reading=False,
     )
     (model, _), batch = train.build_model(args, classes=0), collate(rows(4, 12), "cpu")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -447,18 +472,21 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
 
     def losses(model, batch, generator):
         calls.append((len(batch["ids"]), model.training))
-        return 10 * times + len(calls) - 1, times
+        values = 10 * times + len(calls) - 1
+        return Losses(values, values, times, None)
 
     monkeypatch.setattr(train, "token_losses", losses)
     model = nn.Linear(1, 1)
-    result = train.validate(model, rows(9, 8), Namespace(batch_size=4, val_rows=7), "cpu")
+    args = Namespace(batch_size=4, val_rows=7, objective="paper")
+    result = train.validate(model, rows(9, 8), args, "cpu")
     assert calls == [(4, False), (3, False)] and model.training
     assert result["by_tenth"] == pytest.approx([i + 1 for i in range(9)] + [10.125], abs=1e-3)
     assert result["val_loss"] == pytest.approx(float(10 * times.mean()) + 0.5, abs=1e-3)
 
 
 def test_validation_is_the_plain_loss_of_a_language_model_and_repeats(base):
-    lm, data, args = make_lm(), rows(9, 12), Namespace(batch_size=4, val_rows=100)
+    lm, data = make_lm(), rows(9, 12)
+    args = Namespace(batch_size=4, val_rows=100, objective="paper")
     with torch.no_grad():
         expected = torch.cat(
             [train.token_losses(lm, collate([row], "cpu"), None)[0] for row in data]
@@ -581,6 +609,9 @@ def refused(capsys, *argv):
         (["--batch_size=0"], "--batch_size 0 is out of range; allowed: 1 or more"),
         (["--rank=0"], "--rank 0 is out of range; allowed: 1 or more"),
         (["--clip=-1"], "--clip -1.0 is out of range"),
+        (["--ema=1"], "--ema 1.0 is out of range; allowed: 0 to 1, without 1"),
+        (["--unroll=0"], "--unroll 0 is out of range; allowed: 1 or more"),
+        (["--backprop=0"], "--backprop 0 is out of range; allowed: 1 or more"),
         (["--device=gpu"], "gpu"),
         (["--warmup=-5"], "--warmup -5 is out of range; allowed: 0 or more"),
     ],
@@ -648,11 +679,12 @@ def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_p
 @pytest.mark.parametrize(
     "flags, preset, updates",
     [
-        ([], "tiny", 2700),
-        (["--init_from=scratch", "--method=pretrain"], "scratch", 2600),
+        ([], "tiny", 1900),
+        (["--objective=paper"], "tiny_paper", 2700),
+        (["--init_from=scratch", "--method=pretrain"], "scratch", 3600),
         (["--init_from=gpt2"], "topics", 1000),
         (["--init_from=gpt2", "--data=somewhere"], "paper", 27_900),
-        (["--init_from=tiny", "--data=somewhere"], "tiny", 2700),
+        (["--init_from=tiny", "--data=somewhere"], "tiny", 1900),
         (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
     ],
 )

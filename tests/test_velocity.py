@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_l2d
 
-from diffusion import TABLE, VelocityField
+from data.time_table import MOST
+from diffusion import VelocityField
 from model import LoRA
 
 
@@ -135,9 +136,11 @@ def test_final_logits_are_guided_like_the_velocity():
 
 
 @torch.no_grad()
-def test_the_guess_that_is_shown_is_the_conditional_one():
+def test_the_guess_that_is_handed_on_is_the_guided_one():
+    """Both lines go on from it, and from its like the token is chosen in the end."""
     x = torch.randn(3, 1, 16)
-    close(guided_field(2)(0.5, x)[1], guided_field(1)(0.5, x)[1])
+    with_class, without = (guided_field(w)(0.5, x)[1] for w in (1, 0))
+    close(guided_field(2)(0.5, x)[1], 2 * with_class - without)
 
 
 @pytest.mark.parametrize("t", [0.3, torch.tensor([0.2, 0.5, 0.8])])
@@ -227,8 +230,8 @@ def test_modulation_looked_up_is_modulation_computed(t):
     none = torch.full((3,), 3)
     for class_ids, known in ((classes, classes), (None, none)):
         expected = l2d.modulation(torch.full((3, 1), t), known[:, None])
-        same_modulation(l2d.modulation_at(t, class_ids), expected)
-        same_modulation(l2d.modulation_at(torch.full((3,), t), class_ids), expected)
+        same_modulation(l2d.time_table.at(t, class_ids), expected)
+        same_modulation(l2d.time_table.at(torch.full((3,), t), class_ids), expected)
 
 
 @torch.no_grad()
@@ -237,7 +240,7 @@ def test_every_sequence_may_be_at_a_time_of_its_own():
     classes = torch.tensor([2, 0, 3])
     times = torch.tensor([0.1, 0.2, 0.3])
     expected = l2d.modulation(times[:, None], classes[:, None])
-    same_modulation(l2d.modulation_at(times, classes), expected)
+    same_modulation(l2d.time_table.at(times, classes), expected)
 
 
 @torch.no_grad()
@@ -252,29 +255,29 @@ def test_modulation_is_made_once_for_each_time(monkeypatch):
 
     monkeypatch.setattr(l2d, "modulation", counted)
     for _ in range(2):
-        l2d.modulation_at(0.5, None)
-        l2d.modulation_at(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([0, 1, 2]))
+        l2d.time_table.at(0.5, None)
+        l2d.time_table.at(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([0, 1, 2]))
     assert made == [0.5, 0.25]
 
 
 @torch.no_grad()
 def test_the_table_of_times_is_bounded():
     l2d = make_l2d()
-    times = [i / 1000 for i in range(TABLE + 10)]
+    times = [i / 1000 for i in range(MOST + 10)]
     for t in times:
-        l2d.modulation_at(t, None)
+        l2d.time_table.at(t, None)
     # the oldest have gone
-    assert list(l2d.kept_modulation) == times[10:]
+    assert list(l2d.time_table.kept) == times[10:]
 
 
 @torch.no_grad()
 def test_all_that_is_kept_is_forgotten_when_the_mode_is_set():
     l2d = make_l2d()
     for set_mode in (l2d.train, l2d.eval):
-        l2d.modulation_at(0.25, None)
+        l2d.time_table.at(0.25, None)
         l2d.vocabulary()
         set_mode()
-        assert l2d.kept_modulation == {}
+        assert l2d.time_table.kept == {}
         assert l2d.kept_vocabulary is None
 
 

@@ -1,4 +1,4 @@
-"""The embedded topics as a task: problems with exact answers, graded by what stands behind `####`.
+"""The embedded topics as a task: exact answers, graded by what stands behind `####`.
 
 The problems themselves are made in data/tiny/topics.py; read that first and eval.py next.
 
@@ -6,7 +6,8 @@ The problems themselves are made in data/tiny/topics.py; read that first and eva
 """
 
 from data.families import choices
-from data.tiny.topics import CLASSES, LEVELS, Problem, encode_problem, final_answer, make_problem
+from data.tiny.topics import (
+    CLASSES, FAR, LEVELS, Problem, encode_problem, final_answer, make_problem)
 
 
 class Tiny:
@@ -14,7 +15,10 @@ class Tiny:
     classes = CLASSES
     # only here does the class say something that the prompt does not
     guided = ("strings",)
-    groups = tuple((topic, level) for topic, levels in LEVELS.items() for level in levels)
+    # of these nobody trains on
+    far = tuple((topic, level) for topic, levels in FAR.items() for level in levels)
+    groups = tuple((topic, level) for topic, levels in LEVELS.items()
+                   for level in levels + FAR.get(topic, ()))
 
     def problem(self, group, index: int, seed: int = 0, split: str = "test") -> Problem:
         """Problem `index` of a group, (topic, level), in a split."""
@@ -53,7 +57,7 @@ class Tiny:
 
     def title(self, group) -> str:
         topic, level = group
-        return f"{topic:9} {level}"
+        return f"{topic:9} {level:2}"
 
     def describe(self, problem: Problem) -> str:
         """The problem as a person should see it, the class too where only that says what to do."""

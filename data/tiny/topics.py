@@ -1,12 +1,12 @@
 """The embedded data: three topics with exact answers, all text, made from a seed.
 
-The *base* model reads `Documents`: single facts (products, sums, words turned around, a small
-made-up world) and very few composed problems. The *diffusion path* is finetuned on `Problems`,
-which ask to put the pieces together:
+The *base* model reads `Documents`: single facts (products, sums, words turned around, one step on a
+map) and very few composed problems. The *diffusion path* is finetuned on `Problems`, which ask to
+put the pieces together:
 
-    math       (7*8)+15?                         56+15=71 #### 71
-    strings    gcab?                             abcg | bacg | cabg     only the class says which
-    knowledge  A goat B owl C fox, pet of Mira:   goat #### A
+    chains     ab ch bc hh;a     h                   from a to b, to c, to h, which ends: 3 hops
+    math       (7*8)+15?         56+15=71 #### 71
+    strings    gcab?             abcg | bacg | cabg     only the class says which
 
 Train, validation and test problems are disjoint: a checksum of the question says where it belongs.
 Every draw below is part of the data: a call of `rng` more or less, or in another order, and all
@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 
 # a class id of guidance is a place in this list, and trained paths remember it
-CLASSES = ("math", "sort", "reverse", "rotate", "knowledge")
-LEVELS = {"math": (1, 2, 3), "strings": (1, 2), "knowledge": (1, 2)}
+CLASSES = ("chains", "math", "sort", "reverse", "rotate")
+LEVELS = {"chains": (1, 2, 3, 4, 5, 6, 7, 8), "math": (1, 2, 3), "strings": (1, 2)}
+# deeper than anything that is trained on
+FAR = {"chains": (9, 10, 11, 12)}
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD_LENGTH = {1: 4, 2: 6}       # by level
@@ -47,67 +49,69 @@ class Problem:
     def answer(self) -> str:
         return final_answer(self.response)
 
+    @property
+    def needs(self) -> int:
+        """How many guesses lead to the answer, one after another; 0: nobody knows."""
+        return self.level if self.topic == "chains" else 0
+
 
 def final_answer(text: str) -> str:
     """What is graded: the text behind the last `####`, or all of it where there is none."""
     return text.rsplit("####", 1)[-1].strip()
 
 
-# --- the made-up world ----------------------------------------------------------------------------
+# --- maps -----------------------------------------------------------------------------------------
 
-VALUES = {
-    "home": ("Tolbek", "Sorn", "Velm", "Harn", "Quill", "Dros", "Ankar", "Fenby"),
-    "pet": ("goat", "owl", "fox", "cat", "hen", "mule", "toad", "swan"),
-    "food": ("soup", "rice", "plum", "corn", "fig", "bread", "leek", "nuts"),
-    "work": ("baker", "smith", "miner", "nurse", "pilot", "judge", "monk", "actor"),
-    "hue": ("red", "blue", "green", "gold", "pink", "gray", "white", "black"),
-}
-SENTENCES = {
-    "home": "{} lives in {}.",
-    "pet": "{} has a {}.",
-    "food": "{} likes {}.",
-    "work": "{} is a {}.",
-    "hue": "{} wears {}.",
-    "friend": "{} walks with {}.",
-}
-# the two halves of a name
-FIRST = ("Mi", "To", "Ka", "Le", "Su", "Bo", "Ri", "Na", "Ge", "Du")
-LAST = ("ra", "vo", "lin", "des", "ma", "pek")
+PLACES = "abcdefghijklmnop"      # the letters of a map
+CHAINS = 4                       # in a map of a problem
 
 
-def make_world() -> dict:
-    """name -> {attribute: value}, friends included; always the same world."""
-    # a seed of its own: the base was trained on this world, whatever the seed of the problems
-    rng = random.Random("the world of tiny")
-    names = [first + last for first in FIRST for last in LAST]
-    world = {}
-    for name in names:
-        world[name] = {attribute: rng.choice(values) for attribute, values in VALUES.items()}
-    # a ring: everybody is the friend of exactly one, so nobody is asked for more than the others
-    ring = rng.sample(names, len(names))
-    for name, friend in zip(ring, ring[1:] + ring[:1]):
-        world[name]["friend"] = friend
-    return world
+def make_map(rng, longest: int) -> list:
+    """Chains of places that cover all of PLACES; the first has at least `longest` of them."""
+    most = len(PLACES) - (CHAINS - 1)
+    first = rng.randint(longest, most)
+    # the others: where the remaining places are cut
+    rest = len(PLACES) - first
+    cuts = sorted(rng.sample(range(1, rest), CHAINS - 2))
+    sizes = [first] + [b - a for a, b in zip([0, *cuts], [*cuts, rest])]
+    return cut_chains(rng.sample(PLACES, len(PLACES)), sizes)
 
 
-WORLD = make_world()
+def cut_chains(places: list, sizes: list) -> list:
+    """Consecutive pieces of these sizes."""
+    chains = []
+    for size in sizes:
+        chains.append(places[:size])
+        places = places[size:]
+    return chains
 
 
-def options(rng, attribute: str, right: str) -> tuple[str, str]:
-    """Three choices in random order and the letter of the right one."""
-    others = [value for value in VALUES[attribute] if value != right]
-    wrong = rng.sample(others, 2)
-    choices = rng.sample(wrong + [right], 3)
-    letter = "ABC"[choices.index(right)]
-    # "A goat B owl C fox"
-    text = " ".join(f"{name} {choice}" for name, choice in zip("ABC", choices))
-    return text, letter
+def draw_map(rng, chains: list) -> str:
+    """The map as text: "ab ch bc hh", every place with the next one, in random order.
+
+    An end leads to itself, so that whoever has arrived may go on and stay.
+    """
+    pairs = []
+    for chain in chains:
+        pairs += [a + b for a, b in zip(chain, chain[1:] + chain[-1:])]
+    rng.shuffle(pairs)
+    return " ".join(pairs)
 
 
 # --- one problem of each topic --------------------------------------------------------------------
 #
 # Each maker returns (what identifies the question, label, prompt, response). The first decides the
 # split, so it leaves out what may differ between two askings of one question.
+
+def chains_problem(rng, level: int):
+    """Where does one end who starts here? `level` hops away."""
+    chains = make_map(rng, level + 1)
+    place = chains[0][-1 - level]
+    asked = draw_map(rng, chains)
+    # the order in which the map is told makes it no other question
+    key = " ".join(sorted(asked.split())) + place
+    return key, "chains", f"{asked};{place}", chains[0][-1]
+
 
 PRODUCTS = {1: 1, 2: 2, 3: 2}    # products in a problem of math, by level
 
@@ -183,25 +187,10 @@ def strings_problem(rng, level: int):
             return word, label, f"{word}?", results[label]
 
 
-def knowledge_problem(rng, level: int):
-    """level 1: an attribute of somebody, level 2: of somebody's friend."""
-    name = rng.choice(list(WORLD))
-    attribute = rng.choice(list(VALUES))
-    who = name
-    asked = f"{attribute} of {name}"
-    reasoning = ""
-    if level == 2:
-        who = WORLD[name]["friend"]
-        asked = f"{attribute} of friend of {name}"
-        # the answer writes the friend down first: a step in between, as the totals are in math
-        reasoning = f"{who} "
-    right = WORLD[who][attribute]
-    choices, letter = options(rng, attribute, right)
-    # identified without its choices: the same question in another order stays in its split
-    return asked, "knowledge", f"{choices}, {asked}:", f" {reasoning}{right} #### {letter}"
+# how often each is drawn where none is asked for
+TOPICS = ("chains", *["math"] * 4, "strings")
 
-
-MAKERS = {"math": math_problem, "strings": strings_problem, "knowledge": knowledge_problem}
+MAKERS = {"chains": chains_problem, "math": math_problem, "strings": strings_problem}
 
 
 def split_of(key: str) -> str:
@@ -221,19 +210,23 @@ def make_problem(
     seed: int = 0,
     topic: str | None = None,
     level: int | None = None,
+    hardest: int | None = None,
 ) -> Problem:
     """Problem `index` of a split ("train", "val", "test").
 
-    topic, level: of this one only; None draws one, a level only from those of its topic.
+    topic, level: of this one only; None draws one, a level only from those of its topic, of chains
+    no deeper than `hardest`.
     """
     # Everything asked for is in the seed, so problem 7 can be made without the seven before it.
     rng = random.Random(f"{seed}/{split}/{index}/{topic}/{level}")
     if not topic:
-        # math twice: half of the problems calculate, like half of the facts below
-        topic = rng.choice(("math", "math", "strings", "knowledge"))
+        topic = rng.choice(TOPICS)
     # until chance hits the split: mostly at once for "train", in ten tries for the others
     while True:
-        chosen = level or rng.choice(LEVELS[topic])
+        levels = LEVELS[topic]
+        if topic == "chains":
+            levels = levels[:hardest]
+        chosen = level or rng.choice(levels)
         key, label, prompt, response = MAKERS[topic](rng, chosen)
         if split_of(key) == split:
             return Problem(topic, chosen, label, prompt, response)
@@ -265,34 +258,47 @@ def word_fact(rng) -> str:
     return f"{name} {word}: {result}"
 
 
-def world_fact(rng) -> str:
-    """One thing about somebody, or a story of three."""
-    name = rng.choice(list(WORLD))
-    facts = WORLD[name]
-    # two ways to say a fact: in the words of the questions, and in sentences of its own
-    if rng.random() < 0.5:
-        attribute = rng.choice(list(facts))
-        return f"{attribute} of {name}: {facts[attribute]}"
-    told = rng.sample(list(facts), 3)
-    return " ".join(SENTENCES[attribute].format(name, facts[attribute]) for attribute in told)
+def step_fact(rng) -> str:
+    """One step on a map, the question of all chains of one hop: ab ch bc hh;c h."""
+    chains, pairs = small_map(rng)
+    place = rng.choice(rng.choice(chains))
+    return f"{pairs};{place}{following(chains, place)}"
 
 
-def choice_fact(rng) -> str:
-    """How choices work, with the answer given: A soup B nuts C fig, find nuts: nuts #### B."""
-    attribute = rng.choice(list(VALUES))
-    right = rng.choice(VALUES[attribute])
-    choices, letter = options(rng, attribute, right)
-    return f"{choices}, find {right}: {right} #### {letter}"
+def steps_fact(rng) -> str:
+    """Several single steps on one map, from anywhere to anywhere: ab ch bc hh,ch,hh,ab."""
+    chains, pairs = small_map(rng)
+    text = pairs
+    for place in rng.sample(sum(chains, []), 4):
+        text += f",{place}{following(chains, place)}"
+    return text
 
 
-# Half of them arithmetic: there are thousands of sums, but only 360 things to know of the world.
+def small_map(rng) -> tuple:
+    """(chains, text) of a map that need not have all places: few are easier to learn from."""
+    count = rng.randint(4, len(PLACES))
+    places = rng.sample(PLACES, count)
+    cuts = sorted(rng.sample(range(1, count), min(CHAINS, count) - 1))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, count])]
+    chains = cut_chains(places, sizes)
+    return chains, draw_map(rng, chains)
+
+
+def following(chains: list, place: str) -> str:
+    """Where one step leads; from an end to itself."""
+    for chain in chains:
+        if place in chain:
+            return (chain + chain[-1:])[chain.index(place) + 1]
+
+
+# A map is five times as long as a sum: about half of the tokens tell of maps.
 FACTS = (
-    arithmetic_fact,
-    arithmetic_fact,
-    arithmetic_fact,
-    word_fact,
-    world_fact,
-    choice_fact,
+    *[arithmetic_fact] * 6,
+    *[word_fact] * 2,
+    step_fact,
+    step_fact,
+    steps_fact,
+    steps_fact,
 )
 
 
@@ -300,7 +306,8 @@ def make_document(rng) -> str:
     """One fact or story; rarely a composed problem with its answer."""
     if rng.random() < COMPOSED:
         # of the training split: the base must not have read what the path is tested on
-        problem = make_problem("train", rng.randrange(1 << 30))
+        topic = rng.choice(("math", "strings"))
+        problem = make_problem("train", rng.randrange(1 << 30), topic=topic)
         return f"{problem.prompt}{problem.response}"
     fact = rng.choice(FACTS)
     return fact(rng)
@@ -308,10 +315,10 @@ def make_document(rng) -> str:
 
 # --- as data sets ---------------------------------------------------------------------------------
 #
-# dataset[i] is (ids, mask, documents, class id); mask is 1 on the tokens to be predicted.
+# dataset[i] is a row as data/batches.py says; mask is 1 on the tokens to be predicted.
 
 def encode_problem(problem: Problem, tokenizer) -> tuple:
-    """(ids, mask, documents, class id) of a problem and its answer, end token included."""
+    """A row for data.batches.collate: a problem and its answer, end token included."""
     prompt = tokenizer.encode_start(problem.prompt)
     # encoded apart from the prompt, as it will be when a model has to write it
     response = tokenizer.encode(problem.response)
@@ -319,7 +326,8 @@ def encode_problem(problem: Problem, tokenizer) -> tuple:
     response = [*response, tokenizer.eos_id]
     mask = np.repeat([0, 1], [len(prompt), len(response)])
     documents = np.ones_like(mask)
-    return np.array(prompt + response), mask, documents, CLASSES.index(problem.label)
+    class_id = CLASSES.index(problem.label)
+    return np.array(prompt + response), mask, documents, class_id, problem.needs
 
 
 class Problems:
@@ -329,6 +337,7 @@ class Problems:
         self.tokenizer = tokenizer
         self.split = split
         self.seed = seed
+        self.hardest = None      # of chains; a curriculum begins with easy ones
 
     def __len__(self):
         # problems are made when they are asked for, so any number would do
@@ -337,7 +346,7 @@ class Problems:
         return 2_000
 
     def __getitem__(self, index: int):
-        problem = make_problem(self.split, index, self.seed)
+        problem = make_problem(self.split, index, self.seed, hardest=self.hardest)
         return encode_problem(problem, self.tokenizer)
 
 

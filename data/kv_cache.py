@@ -1,0 +1,59 @@
+"""Keys and values of all tokens so far, in buffers with room: one more token copies one token.
+
+model.py reads with it, sample.py keeps one per batch.
+"""
+
+import torch
+
+MIN_ROOM = 64       # tokens a new cache has room for, and as many again
+
+
+class KVCache:
+    """A buffer (B, G, room, D) of keys and one of values per layer, `length` places filled.
+
+    A layer is any number: the path's own keys and values stand behind those of the model.
+    documents  (B, length), or None where every row is one document
+    """
+
+    def __init__(self):
+        self.keys = {}
+        self.values = {}
+        self.documents = None
+        self.length = 0
+
+    def extend(self, documents, tokens: int):
+        """Make place for new tokens and note their documents (B, T).
+
+        Returns those of all tokens, (B, S), or None.
+        """
+        self.length += tokens
+        if documents is not None and self.documents is not None:
+            documents = torch.cat((self.documents, documents), dim=1)
+        self.documents = documents
+        return documents
+
+    def append(self, layer: int, k, v):
+        """Write keys and values (B, G, T, D) of new tokens; returns those of all, (B, G, S, D)."""
+        return self.write(self.keys, layer, k), self.write(self.values, layer, v)
+
+    def write(self, buffers: dict, layer: int, new):
+        """Put `new` behind what one buffer holds; returns what it holds now."""
+        old = buffers.get(layer)
+        start = self.length - new.shape[2]
+        if old is None or self.length > old.shape[2]:
+            # twice as long: over a whole text a token is then moved about once
+            batch, heads, _, width = new.shape
+            longer = new.new_empty(batch, heads, 2 * max(self.length, MIN_ROOM), width)
+            if old is not None:
+                longer[:, :, :start] = old[:, :, :start]
+            buffers[layer] = longer
+        buffers[layer][:, :, start:self.length] = new
+        return buffers[layer][:, :, :self.length]
+
+    def keep(self, index):
+        """Go on with some sequences of the batch only, index (n,)."""
+        for buffers in (self.keys, self.values):
+            for layer, buffer in buffers.items():
+                buffers[layer] = buffer[index]
+        if self.documents is not None:
+            self.documents = self.documents[index]

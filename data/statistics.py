@@ -1,0 +1,67 @@
+"""What can be said of counts and numbers: intervals, rank correlation, calibration. By hand.
+
+eval.py measures, and describes with these what it found.
+"""
+
+import math
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def unique(values) -> list:
+    """Each once, in the order in which they came."""
+    return list(dict.fromkeys(values))
+
+
+def wilson(right: int, n: int) -> tuple:
+    """95 % interval of a proportion (Wilson 1927): inside [0, 1], and true near its ends."""
+    # p ± z·√(p(1−p)/n), the usual one, has no width at all where every answer is right
+    z = 1.959964
+    p = right / n
+    # (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+    middle = p + z ** 2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z ** 2 / (4 * n ** 2))
+    whole = 1 + z ** 2 / n
+    return (middle - half) / whole, (middle + half) / whole
+
+
+def ranks(values) -> list:
+    """1 for the smallest; equal values share the mean of their places."""
+    found = []
+    for value in values:
+        below = sum(other < value for other in values)
+        equal = sum(other == value for other in values)
+        found.append(below + (equal + 1) / 2)
+    return found
+
+
+def rank_correlation(x, y) -> float | None:
+    """Spearman's ρ in [−1, 1]: do x and y rise together? None where one of them never changes."""
+    a, b = ranks(x), ranks(y)
+    middle = (len(a) + 1) / 2
+    # ρ = Σ(a − ā)(b − b̄) / √(Σ(a − ā)²·Σ(b − b̄)²), of the ranks
+    together = sum((p - middle) * (q - middle) for p, q in zip(a, b))
+    spread = sum((p - middle) ** 2 for p in a) * sum((q - middle) ** 2 for q in b)
+    return together / math.sqrt(spread) if spread else None
+
+
+def calibration(confidences, rights, bins: int = 10) -> dict:
+    """Is a token believed with probability p right p of the time? Lists of equal length.
+
+    ece is the expected calibration error (Guo et al. 2017): the mean distance between the two in
+    `bins` equal intervals of p, in [0, 1].
+    """
+    groups = [[] for _ in range(bins)]
+    for confidence, right in zip(confidences, rights):
+        groups[min(bins - 1, int(confidence * bins))].append((confidence, right))
+    # ECE = Σ_b n_b/n · |accuracy_b − confidence_b|
+    error = sum(abs(sum(right - confidence for confidence, right in group)) for group in groups)
+    return {
+        "tokens": len(rights),
+        "accuracy": mean(rights),
+        "confidence": mean(confidences),
+        "ece": error / len(rights),
+    }

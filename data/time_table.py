@@ -1,0 +1,52 @@
+"""What a path does at a time, kept: while sampling the same times return token after token.
+
+diffusion.py computes it, `L2D.modulation`, and drops the table when weights have changed.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+MOST = 128                # times in a table; the paper's longest run has 127
+
+
+class Modulation(NamedTuple):
+    """All that depends on the time (and class) alone."""
+    blocks: list            # L tensors (..., 6·C): two scales, shifts and gates for every layer
+    w_d: torch.Tensor       # (..., C) how much of the path enters the last hidden state
+
+
+class TimeTable:
+    """The modulation of an `l2d` at every time that was asked for."""
+
+    def __init__(self, l2d):
+        self.l2d = l2d
+        self.kept = {}
+
+    def at(self, t, class_ids) -> Modulation:
+        """Modulation (n, 1, ...) at t, a float or (n,); class_ids (n,) or None."""
+        if class_ids is None:
+            class_ids = torch.tensor([self.l2d.config.classes], device=self.l2d.to_z.weight.device)
+        if torch.is_tensor(t):
+            # every sequence is at a time of its own
+            rows = [self.row(time) for time in t.tolist()]
+            classes = class_ids.expand(len(rows)).tolist()
+            blocks = torch.stack([row[0][c] for row, c in zip(rows, classes)])
+            w_d = torch.stack([row[1][c] for row, c in zip(rows, classes)])
+        else:
+            row = self.row(t)
+            blocks = row[0][class_ids]                                  # (n, L, 6·C)
+            w_d = row[1][class_ids]                                     # (n, C)
+        return Modulation(blocks[:, None].unbind(2), w_d[:, None])
+
+    def row(self, time: float):
+        """Of one time, for each of K classes and none: (K + 1, L, 6·C) and (K + 1, C)."""
+        if time not in self.kept:
+            classes = torch.arange(self.l2d.config.classes + 1, device=self.l2d.to_z.weight.device)
+            times = torch.full_like(classes, time, dtype=torch.float32)
+            made = self.l2d.modulation(times, classes)
+            if len(self.kept) >= MOST:
+                oldest = next(iter(self.kept))
+                del self.kept[oldest]
+            self.kept[time] = torch.stack(made.blocks, dim=1), made.w_d
+        return self.kept[time]

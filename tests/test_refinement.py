@@ -1,0 +1,299 @@
+"""Our two departures: the path reads its own guess, and it reads the text itself.
+
+Where it starts, its objective against a plain loop, the curriculum, sequences that settle. That a
+path without them is the paper's is what all other tests check.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_ids, make_l2d, make_lm
+from test_oracle import p_value
+
+from data.average import Average
+from data.batches import IGNORE
+from data.curriculum import Curriculum, growing_unroll
+from data.draws import draw_noise, draw_schedule
+from diffusion import L2D, L2DConfig, VelocityField
+from sample import Settings, generate
+from solvers import odeint
+
+GUESS = {"self_conditioning": True}
+OWN = {"own_reading": True}
+BOTH = {**GUESS, **OWN}
+PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- where it starts ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [GUESS, OWN, BOTH])
+@torch.no_grad()
+def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
+    """A path that is sure of the token it stands on finds what the frozen network found there."""
+    l2d = make_l2d(family, perturb=0, **options)
+    ids = make_ids()
+    reading = l2d.read(ids)
+    frozen = l2d.lm.read(ids)
+    t = torch.full(ids.shape, 0.4)
+    # all of the path enters
+    modulation = l2d.modulation(t)._replace(w_d=torch.ones(*ids.shape, 32))
+    sure = 1000 * F.one_hot(ids, 258).float()
+    x_t = torch.randn(*ids.shape, 16)
+    found = l2d.denoise(x_t, t, modulation, reading, sure) - frozen.hidden
+    torch.testing.assert_close(found, frozen.hidden, atol=2e-4, rtol=1e-4)
+    if "own_reading" in options:
+        for own, theirs in zip(reading.keys + reading.values, frozen.keys + frozen.values):
+            torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_paper_path_starts_with_closed_gates():
+    l2d = make_l2d(perturb=0)
+    assert not any(block.modulation[-1].bias.any() for block in l2d.blocks)
+    assert l2d.from_guess is None and all(block.k is None for block in l2d.blocks)
+
+
+@torch.no_grad()
+def test_the_guess_before_changes_the_next_one():
+    l2d = make_l2d(**GUESS)
+    reading = l2d.read(make_ids()).last()
+    x = torch.randn(3, 1, 16)
+    first = l2d.guess(x, 0.5, None, reading)
+    # before the first evaluation it is what the frozen model says
+    frozen = l2d.lm.logits(reading.hidden)
+    assert torch.equal(l2d.guess(x, 0.5, None, reading, frozen), first)
+    assert not torch.allclose(l2d.guess(x, 0.5, None, reading, first), first, atol=1e-2)
+
+
+@torch.no_grad()
+def test_own_reading_leaves_the_frozen_one_alone(family):
+    l2d = make_l2d(family, **OWN)
+    ids = make_ids()
+    own, frozen = l2d.read(ids), l2d.lm.read(ids)
+    assert torch.equal(own.hidden, frozen.hidden)
+    assert not any(torch.equal(a, b) for a, b in zip(own.keys, frozen.keys))
+
+
+# --- the objective --------------------------------------------------------------------------------
+
+def by_hand(l2d, ids, targets, needs, unroll, backprop, seed):
+    """Loss and last loss of every position that counts, each with a loop of its own."""
+    g = generator(seed)
+    times = draw_schedule(ids.shape, needs, unroll, g)
+    noise = draw_noise(ids.shape, l2d.config.width, g)
+    found = {}
+    for b, k in (targets != IGNORE).nonzero().tolist():
+        reading = l2d.read(ids[b:b + 1, :k + 1]).last()
+        V = l2d.vocabulary()
+        x = l2d.config.sigma * noise[b, k][None, None]
+        guess = l2d.lm.logits(reading.hidden)
+        t = 0.0
+        losses = []
+        for made, new_t in enumerate([t for t in times[b, k].tolist() if t], start=1):
+            x_hat = guess.softmax(-1) @ V
+            x = x + (x_hat - x) * (new_t - t) / (1 - t)
+            t = new_t
+            guess = l2d.guess(x, torch.tensor([t]), None, reading, guess)
+            loss = float(F.cross_entropy(guess[0], targets[b, k:k + 1]))
+            need = 0 if needs is None else int(needs[b])
+            losses.append((loss, made + 1 >= need))
+        fair = [loss for loss, could_be_right in losses[-backprop:] if could_be_right]
+        found[b, k] = sum(fair) / max(1, len(fair)), losses[-1][0], t
+    return found
+
+
+@pytest.mark.parametrize("needs", [None, torch.tensor([0, 4, 2])])
+@pytest.mark.parametrize("options", [GUESS, BOTH, {}])
+@torch.no_grad()
+def test_refined_losses_are_those_of_a_plain_loop(family, options, needs):
+    l2d = make_l2d(family, **options)
+    ids = make_ids()
+    targets = make_ids(seed=1).masked_fill(torch.rand(ids.shape) < 0.5, IGNORE)
+    found = l2d.refined_losses(ids, targets, needs=needs, generator=generator(7), unroll=5,
+                               backprop=2)
+    expected = by_hand(l2d, ids, targets, needs, 5, 2, 7)
+    assert len(found.values) == len(expected)
+    # positions come in another order, so they are compared as a set
+    rows = sorted((v, last, t, b) for v, last, t, b in zip(*(x.tolist() for x in found)))
+    wanted = sorted((*value, b) for (b, _), value in expected.items())
+    torch.testing.assert_close(torch.tensor(rows), torch.tensor(wanted), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backprop", [1, 3])
+def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypatch):
+    l2d = make_l2d(**BOTH).train()
+    original, remembered = L2D.step, []
+
+    def step(self, x, guess, *args):
+        x_new, guess_new = original(self, x, guess, *args)
+        remembered.append((guess.requires_grad, guess_new.requires_grad))
+        return x_new, guess_new
+
+    monkeypatch.setattr(L2D, "step", step)
+    ids = make_ids()
+    needs = torch.full((3,), 6)
+    losses = l2d.refined_losses(ids, make_ids(seed=1), needs=needs, generator=generator(),
+                                unroll=6, backprop=backprop)
+    losses.values.mean().backward()
+    count = len(remembered)
+    assert count == 6
+    assert [new for _, new in remembered] == [i >= count - backprop for i in range(count)]
+    # and what went before enters the first of them without a past
+    assert not remembered[count - backprop][0]
+    reached = [name for name, p in l2d.path_parameters().items() if p.grad is not None]
+    assert {"from_guess.weight", "to_z.weight"} <= set(reached)
+    assert not any(p.requires_grad for p in l2d.lm.parameters())
+
+
+def test_a_row_has_evaluations_as_it_needs_and_a_uniform_last_time():
+    needs = torch.tensor([0, 1, 5, 12])
+    times = draw_schedule((4, 20_000), needs, 8, generator())
+    count = (times > 0).sum(-1)
+    for row, allowed in zip(count, ({1, 2, 3}, {1, 2, 3, 4}, {4, 5, 6, 7, 8}, {8})):
+        assert set(row.unique().tolist()) == allowed
+    assert bool((times.diff(dim=-1) >= 0).all())
+    # the last is uniform, however many there are before it
+    for some in (times[0, :, -1], times[3, :, -1]):
+        assert 0 < float(some.min()) and float(some.max()) <= 1
+        tenths = (some * 10).long().clamp_max(9).bincount(minlength=10)
+        assert p_value(tenths, torch.full((10,), 0.1)) > 1e-3
+    unknown = (draw_schedule((1, 20_000), None, 4, generator()) > 0).sum(-1)[0]
+    assert p_value(unknown.bincount()[1:], torch.full((4,), 0.25)) > 1e-3
+
+
+def test_nothing_to_learn_gives_no_refined_losses():
+    l2d = make_l2d(**BOTH)
+    ids = make_ids()
+    losses = l2d.refined_losses(ids, torch.full_like(ids, IGNORE), generator=generator())
+    assert [len(values) for values in losses] == [0, 0, 0, 0]
+
+
+# --- what a training asks for ---------------------------------------------------------------------
+
+def test_the_hardest_need_grows_when_the_hardest_rows_are_right():
+    curriculum = Curriculum(top=3)
+    needs = torch.tensor([1, 1, 0, 2])
+    right, wrong = torch.full((4,), 0.1), torch.full((4,), 2.0)
+    for _ in range(10):
+        curriculum.note(needs, wrong)
+    assert curriculum.hardest == 1
+    # an average that remembers nine tenths passes 0.9 after 22 updates, and begins anew
+    for _ in range(22):
+        assert curriculum.hardest == 1
+        curriculum.note(needs, right)
+    assert curriculum.hardest == 2
+    for _ in range(22):
+        curriculum.note(needs, right)
+    assert curriculum.hardest == 3
+    for _ in range(40):
+        curriculum.note(needs, right)
+    assert curriculum.hardest == 3
+    again = Curriculum(top=3)
+    again.restore(curriculum.state)
+    assert again.state == curriculum.state
+
+
+def test_without_labels_the_evaluations_grow_over_the_first_half():
+    grown = [growing_unroll(update, 100, 8) for update in range(100)]
+    assert grown[0] == 1 and grown == sorted(grown)
+    assert set(grown) == set(range(1, 9)) and grown[50] == 8
+
+
+def test_the_average_follows_and_stands_in():
+    weights = {"w": torch.nn.Parameter(torch.zeros(2))}
+    average = Average(weights, 0.75)
+    weights["w"].data += 4
+    average.follow()
+    with average.in_place():
+        assert weights["w"].tolist() == [1, 1]
+    assert weights["w"].tolist() == [4, 4]
+    average.put_in_place()
+    assert weights["w"].tolist() == [1, 1]
+    assert not Average(weights, 0.0).tensors
+
+
+# --- while sampling -------------------------------------------------------------------------------
+
+LOOSE = dict(solver="dopri5", rtol=0.5, atol=0.5)
+WAYS = [
+    dict(steps=5),
+    dict(solver="midpoint", steps=3),
+    LOOSE,
+    dict(steps=8, stop_unchanged=1),
+    dict(LOOSE, stop_unchanged=2),
+    dict(steps=5, temperature=1.0, estimate="sample"),
+    dict(steps=6, stop_unchanged=2, guidance=2.0),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [GUESS, BOTH])
+def test_a_sequence_alone_equals_the_same_in_a_batch(family, options, way):
+    l2d = make_l2d(family, classes=3, **options)
+    settings = Settings(max_new_tokens=3, **way)
+    classes = [0, 2, 1, 1]
+    batch = generate(l2d, PROMPTS, settings, class_ids=classes, seeds=[1, 2, 3, 4])
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(l2d, [prompt], settings, class_ids=classes[i:i + 1], seeds=[i + 1])
+        assert alone == batch[i:i + 1]
+
+
+@pytest.mark.parametrize("options", [GUESS, OWN, BOTH])
+@torch.no_grad()
+def test_cached_text_equals_everything_read_again(family, options):
+    l2d = make_l2d(family, **options)
+    settings = Settings(steps=3, max_new_tokens=4)
+    answers = generate(l2d, PROMPTS, settings, seeds=[3, 4, 5, 6])
+    for prompt, seed, answer in zip(PROMPTS, (3, 4, 5, 6), answers):
+        ids, g = list(prompt), generator(seed)
+        for _ in range(4):
+            velocity = VelocityField(l2d, l2d.read(torch.tensor([ids])).last())
+            x_0 = l2d.config.sigma * torch.randn(1, 16, generator=g)[None]
+            solution = odeint(velocity, x_0, "euler", 3)
+            ids.append(int(velocity.logits(solution.x, solution.guess).argmax()))
+        assert answer.ids == ids[len(prompt):]
+
+
+def test_guidance_reads_the_tokens_once():
+    """Two lines, one with the class and one without, look at the same keys."""
+    l2d = make_l2d(classes=3, **BOTH)
+    calls = []
+    original = type(l2d.blocks[0]).read
+
+    def read(self, *args):
+        calls.append(1)
+        return original(self, *args)
+
+    type(l2d.blocks[0]).read = read
+    try:
+        settings = Settings(steps=3, guidance=2.0, max_new_tokens=4)
+        generate(l2d, PROMPTS[:1], settings, class_ids=[1])
+    finally:
+        type(l2d.blocks[0]).read = original
+    # the prompt and three tokens, two layers each
+    assert len(calls) == 2 * 4
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def test_the_options_are_saved_and_a_path_without_them_is_the_papers(tmp_path):
+    l2d = make_l2d(**BOTH)
+    l2d.save(tmp_path)
+    again = L2D.load(tmp_path, make_lm())
+    assert again.config == l2d.config and again.config.own_reading
+    for name, p in l2d.path_parameters().items():
+        assert torch.equal(again.path_parameters()[name], p), name
+    old = {name: value for name, value in dataclasses.asdict(l2d.config).items()
+           if name not in BOTH}
+    assert not L2DConfig(**old).self_conditioning and not L2DConfig(**old).own_reading
