@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data.batches import IGNORE, collate
 from data.checkpoint import write_json
+from data.draws import draw_noise_each
 from data.figures import import_pyplot, plot_accuracy
 from data.statistics import calibration, mean, wilson
 from data.tables import (
@@ -262,7 +263,7 @@ def solved(model, batch: dict, where, settings: Settings, seed: int, draws: int)
         generators=[torch.Generator().manual_seed(seed + i) for i in range(len(where[0]))])
     total = 0.0
     for _ in range(draws):
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        noise = draw_noise_each(shape, generators)
         x_0 = model.config.sigma * noise.to(reading.hidden.device)[where]   # (N, Z)
         solution = odeint(velocity, x_0[:, None], settings.solver, settings.steps)
         total = total + velocity.logits(solution.x, solution.guess)[:, 0].softmax(-1)

@@ -22,7 +22,7 @@ import torch
 from data.answer import Answer, Stop
 from data.batches import left_pad
 from data.classes import check_classes
-from data.draws import draw_tokens
+from data.draws import draw_noise_each, draw_tokens
 from data.families import choices
 from data.figures import trace_text
 from data.hub import resolve
@@ -200,7 +200,7 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
         batch.class_ids, settings.guidance, batch.generators)
     # drawn sequence by sequence, so that none depends on how many others there are
     shape = (1, model.config.width)
-    noise = torch.stack([torch.randn(shape, generator=g) for g in batch.generators])
+    noise = draw_noise_each(shape, batch.generators)
     # x_0 ~ N(0, σ²I)
     x_0 = model.config.sigma * noise.to(batch.reading.hidden.device)    # (B, 1, Z) float32
     # the solver counts calls; a guided call evaluates the network twice

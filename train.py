@@ -246,7 +246,8 @@ def refinement(args, update: int | None = None) -> dict:
 
     update  None stands for the whole training: that is what is validated
     """
-    paper = args.objective == "paper" or (args.objective == "both" and update and update % 2 == 0)
+    turn = args.objective == "both" and update is not None and update % 2 == 0
+    paper = args.objective == "paper" or turn
     if paper or args.method != "l2d":
         return {}
     unroll = args.unroll

@@ -24,6 +24,11 @@ def draw_noise(shape, width: int, generator) -> torch.Tensor:
     return torch.randn((*shape, width), generator=generator, device=generator.device)
 
 
+def draw_noise_each(shape, generators) -> torch.Tensor:
+    """(n, *shape) of unit variance, each sequence from its own generator."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
 def draw_schedule(shape, needs, most: int, generator) -> torch.Tensor:
     """Times of every position's evaluations: (*shape, most), rising, the last uniform in (0, 1].
 

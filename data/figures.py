@@ -89,13 +89,12 @@ def plot_accuracy(records: list, path: Path):
     of the first fixed solver.
     """
     plt = import_pyplot()
-    fixed = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
     temperatures = unique(r["temperature"] for r in records)
     size = (6 * len(temperatures), 4)
     figure, axes = plt.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
     for axis, temperature in zip(axes[0], temperatures):
         panel = [r for r in records if r["temperature"] == temperature]
-        shown = of_one_solver(panel, fixed)
+        shown = of_first_solver(panel)
         groups = unique(r["group"] for r in shown)
         for place, group in enumerate(groups):
             line = [r for r in shown if r["group"] == group]
@@ -109,8 +108,9 @@ def plot_accuracy(records: list, path: Path):
     save(figure, path)
 
 
-def of_one_solver(records: list, solver: str) -> list:
-    """The frozen model and the fixed steps of one solver."""
+def of_first_solver(records: list) -> list:
+    """The frozen model and the fixed steps of the first solver that has such."""
+    solver = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
     return [r for r in records if r["kind"] == "frozen"
             or (r["kind"] == "fixed" and r["settings"]["solver"] == solver)]
 
@@ -147,8 +147,7 @@ def plot_ways(results: dict, topic: str, path: Path):
 
 def mean_curve(records: list) -> list:
     """(NFE, mean accuracy) of the frozen model and of the first fixed solver, by NFE."""
-    fixed = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
-    shown = of_one_solver(records, fixed)
+    shown = of_first_solver(records)
     points = []
     for column in unique(r["column"] for r in shown):
         cells = [r for r in shown if r["column"] == column]

@@ -10,20 +10,20 @@ REFINEMENT = {"unroll": 12, "backprop": 3}
 # the path of the paper, and nothing beside it
 PAPER = {"objective": "paper", "own_reading": False, "ema": 0.0, **REFINEMENT}
 
+# the embedded model is small and learns with large steps
+EMBEDDED = {
+    "width": 64, "cond_dim": 128, "batch_size": 64, "accumulate": 1,
+    "lr": 2e-3, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01, "val_rows": 256,
+}
+
 PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
-        "width": 64, "cond_dim": 128, "updates": 1900, "batch_size": 64, "accumulate": 1,
-        "lr": 2e-3, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01,
-        "eval_every": 475, "val_rows": 256,
+        **EMBEDDED, "updates": 1900, "eval_every": 475,
         "objective": "refine", "own_reading": True, "ema": 0.98, **REFINEMENT,
     },
     # the same by the paper's
-    "tiny_paper": {
-        "width": 64, "cond_dim": 128, "updates": 2700, "batch_size": 64, "accumulate": 1,
-        "lr": 2e-3, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01,
-        "eval_every": 450, "val_rows": 256, **PAPER,
-    },
+    "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
     # a base of our own from nothing
     "scratch": {
         "width": 64, "cond_dim": 128, "updates": 3600, "batch_size": 32, "accumulate": 1,
@@ -47,7 +47,7 @@ PRESETS = {
 
 def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
     """The name of the preset for what was asked."""
-    # the embedded model is small and learns with large steps; no other model should
+    # no other model should learn with steps as large as the embedded one
     if init_from == "tiny":
         return "tiny_paper" if objective == "paper" else "tiny"
     if init_from == "scratch":

@@ -676,6 +676,13 @@ def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_p
 # --- presets and one update -----------------------------------------------------------------------
 
 
+def test_both_takes_turns_and_validates_our_own():
+    args = train.parse(["--objective=both", "--unroll=6"])
+    turns = [bool(train.refinement(args, update)) for update in range(4)]
+    assert turns == [False, True, False, True]
+    assert train.refinement(args) == {"unroll": 6, "backprop": 3}
+
+
 @pytest.mark.parametrize(
     "flags, preset, updates",
     [
