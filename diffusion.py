@@ -30,7 +30,7 @@ from data.draws import draw_noise, draw_schedule, draw_times, draw_tokens
 from data.families import choices
 from data.figures import draw_points
 from data.kv_cache import KVCache
-from data.path import L2DConfig, check_base, fill, read_path, save_path
+from data.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
 from data.positions import FREQUENCIES, sinusoid
 from data.tiny.oracle import LINE, Oracle
 from data.time_table import Modulation, TimeTable
@@ -354,10 +354,10 @@ class L2D(nn.Module):
 
     # --- on disk ---
 
-    def save(self, directory: str | Path):
-        """Write path.safetensors, the trained tensors alone, and path.json: config and base."""
-        base = {"base": self.lm.directory, "base_sha256": self.base_sha256}
-        save_path(self.path_parameters(), self.config, base, Path(directory))
+    def save(self, directory: str | Path, **facts):
+        """Write path.safetensors, the trained tensors alone, and path.json: config, base, facts."""
+        facts = {**base_facts(self.lm, self.base_sha256), **facts}
+        save_path(self.path_parameters(), self.config, facts, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path, lm: LM | None = None, dtype: torch.dtype | None = None,
@@ -370,7 +370,7 @@ class L2D(nn.Module):
         meta = read_path(directory)
         if lm is None:
             lm = LM.from_pretrained(meta["base"], dtype, device)
-        check_base(meta, lm.fingerprint(), lm.directory, directory)
+        check_base(meta, lm, directory)
         model = cls(lm, meta["config"])
         fill(model.path_parameters(), directory / "path.safetensors")
         return model.eval()

@@ -13,17 +13,19 @@ here: they are in data/tasks/. Read sample.py first.
 import argparse
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+# first: from here on Ctrl-C is one line
+from data.command import command, given_flags, refuse_idle
 
 import torch
 from tqdm import tqdm
 
 from data.batches import IGNORE, collate
-from data.checkpoint import write_json
-from data.draws import draw_noise_each
+from data.disk import check_absent, check_writable, write_json
+from data.draws import check_seed, draw_noise_each
 from data.figures import import_pyplot, plot_accuracy
 from data.statistics import calibration, mean, wilson
 from data.tables import (
@@ -180,12 +182,11 @@ def make_problems(task, args) -> dict:
             for group in groups}
 
 
-def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
-    """A record for every group of problems, temperature and column."""
+def accuracy_table(model, tokenizer, task, problems: dict, args, records: list):
+    """Add a record for every group of problems, temperature and column to `records`."""
     # all jobs in one list, so that the bar knows how many there are
     jobs = [(temperature, group, column) for temperature in args.temperatures
             for group in problems for column in columns_to_compare(args, temperature)]
-    records = []
     for temperature, group, column in tqdm(jobs, disable=None, desc="accuracy"):
         cell = measure(
             model, tokenizer, task, problems[group], column.settings, args.seed)
@@ -200,7 +201,6 @@ def accuracy_table(model, tokenizer, task, problems: dict, args) -> list:
             "settings": asdict(column.settings),
             **cell,
         })
-    return records
 
 
 @dataclass
@@ -387,6 +387,7 @@ def build_parser() -> argparse.ArgumentParser:
     # output and machine
     add("--out", default="eval.json", help="where the results are written (default: eval.json)")
     add("--plot", action=switch, default=False, help="draw them too, as a PNG beside the JSON")
+    add("--overwrite", action=switch, default=False, help="of an earlier --out")
     add("--fold_lora", action=switch, default=True,
         help="add the path's LoRA into copies of its matrices: faster, more memory")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -395,62 +396,99 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args, task):
+def check(args, task, given: dict):
     """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
-    # hours of work must not end with a missing package
+    # hours of work must not end with a missing package, or at a disk that takes nothing
     if args.plot:
         import_pyplot()
+    for path in outputs(args):
+        check_absent(path, args.overwrite)
+        check_writable(path)
     for name in ("problems", "steps", "draws"):
         value = getattr(args, name)
         values = value if isinstance(value, list) else [value]
         if min(values) < 1:
             raise ValueError(f"--{name} {min(values)} is out of range; allowed: 1 or more "
                              "(the frozen model is always shown)")
+    if args.stop_unchanged < 0:
+        raise ValueError(f"--stop_unchanged {args.stop_unchanged} is out of range; "
+                         "allowed: 0 or more")
+    check_seed(args.seed)
     known = list(dict.fromkeys(group[0] for group in task.groups))
     for topic in args.topics or []:
         if topic not in known:
             raise ValueError(f"--topics {topic!r} is unknown; allowed: {', '.join(known)}")
+    refuse_idle(given, [
+        (("rtol",), set(args.solvers) & set(ADAPTIVE), "--solvers dopri5"),
+        (("stop_unchanged",), set(args.solvers) & set(FIXED) or not args.stop_unchanged,
+         "a fixed solver"),
+    ])
+    # every setting is refused or taken now, not when its turn comes
+    for temperature in args.temperatures:
+        columns_to_compare(args, temperature)
+    for weight in args.guidance:
+        Settings(guidance=weight)
 
 
+def outputs(args) -> list:
+    """The files that will be written."""
+    out = Path(args.out)
+    return [out, out.with_suffix(".png")] if args.plot else [out]
+
+
+def measure_all(model, tokenizer, task, problems: dict, args) -> dict:
+    """Every table, printed as it is measured."""
+    accuracy = []
+    try:
+        accuracy_table(model, tokenizer, task, problems, args, accuracy)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(keep(accuracy, args)) from None
+    print_accuracy(accuracy)
+    spent = effort(accuracy)
+    print_effort(spent)
+    # token by token, with the right answer given
+    broken, calibrated, guidance = [], [], []
+    if isinstance(model, L2D):
+        broken, calibrated = token_tables(model, tokenizer, task, problems, args)
+    print_changes(broken)
+    print_calibration(calibrated)
+    if isinstance(model, L2D) and model.config.classes:
+        guidance = guidance_table(model, tokenizer, task, problems, args)
+    print_guidance(guidance)
+    return {"accuracy": accuracy, "effort": spent, "fixed_and_broken": broken,
+            "calibration": calibrated, "guidance": guidance}
+
+
+def keep(accuracy: list, args) -> str:
+    """Write the cells that were finished before Ctrl-C; returns what to tell the user."""
+    if not accuracy:
+        return "stopped before the first cell was finished"
+    # under another name: it must not be taken for a whole table
+    part = Path(args.out).with_suffix(".partial.json")
+    write_json({"args": vars(args), "stopped": True, "accuracy": accuracy}, part)
+    return f"stopped; the {len(accuracy)} finished cells are in {part}"
+
+
+@command("eval.py")
 def main(argv=None):
     args = build_parser().parse_args(argv)
     task = TASKS[args.task]
-    try:
-        check(args, task)
-        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
-                                      args.base, args.fold_lora)
-        has_path = isinstance(model, L2D)
-        if not has_path:      # a base, or one that --method=lora or full has finetuned
-            print(f"{args.init_from} has no diffusion path: "
-                  "only the model itself is scored, as `frozen`")
-            args.solvers = []
-        # loading is not counted
-        start = time.time()
-        problems = make_problems(task, args)
-        accuracy = accuracy_table(model, tokenizer, task, problems, args)
-        print_accuracy(accuracy)
-        spent = effort(accuracy)
-        print_effort(spent)
-        # token by token, with the right answer given
-        broken, calibrated = [], []
-        if has_path:
-            broken, calibrated = token_tables(model, tokenizer, task, problems, args)
-        print_changes(broken)
-        print_calibration(calibrated)
-        guidance = []
-        if has_path and model.config.classes:
-            guidance = guidance_table(model, tokenizer, task, problems, args)
-        print_guidance(guidance)
-        # once and whole: a table that was cut off would be taken for a result
-        write_json({**circumstances(model, args, start), "accuracy": accuracy, "effort": spent,
-                    "fixed_and_broken": broken, "calibration": calibrated,
-                    "guidance": guidance}, args.out)
-        print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
-        if args.plot:
-            plot_accuracy(accuracy, Path(args.out).with_suffix(".png"))
-    except (ValueError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        raise SystemExit(2)
+    check(args, task, given_flags(build_parser(), argv))
+    model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
+                                  args.base, args.fold_lora)
+    if not isinstance(model, L2D):      # a base, or one that --method=lora or full has finetuned
+        print(f"{args.init_from} has no diffusion path: "
+              "only the model itself is scored, as `frozen`")
+        args.solvers = []
+    # loading is not counted
+    start = time.time()
+    problems = make_problems(task, args)
+    tables = measure_all(model, tokenizer, task, problems, args)
+    # once and whole: a table that was cut off would be taken for a result
+    write_json({**circumstances(model, args, start), **tables}, args.out)
+    print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
+    if args.plot:
+        plot_accuracy(tables["accuracy"], Path(args.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

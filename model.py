@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import (
-    fingerprint, load_weights, pick_device, read_json, save_weights, write_json)
+    fingerprint, load_weights, pick_device, plan_weights, read_config, save_weights, weight_files)
+from data.disk import write_json
 from data.families import ACTIVATIONS, ModelConfig
 from data.hub import resolve
 from data.kv_cache import KVCache
@@ -480,12 +481,15 @@ class LM(nn.Module):
         """
         directory = resolve(str(name_or_dir), cache_dir)
         device, dtype = pick_device(device, dtype)
-        config = ModelConfig.from_hf(read_json(directory / "config.json"))
+        config = ModelConfig.from_hf(read_config(directory))
+        files = weight_files(directory)
+        config.check_depth(files)
         with torch.device("meta"):      # no memory yet: the weights are read straight into place
             model = cls(config)
+        plan = plan_weights(model, files, directory)
         model = model.to(dtype).to_empty(device=device)
         model.tie()                     # to_empty gave head and embedding a memory of their own
-        load_weights(model, directory)
+        load_weights(model, plan, files)
         # absolute, or the path would lose its base as soon as one works elsewhere
         model.directory = str(name_or_dir)
         if Path(name_or_dir).is_dir():

@@ -12,10 +12,11 @@ diffusion.py before and train.py next.
 
 import argparse
 import math
-import sys
 import time
 import zlib
 from dataclasses import dataclass, fields
+
+from data.command import command, given_flags      # first: from here on Ctrl-C is one line
 
 import torch
 
@@ -27,15 +28,17 @@ from data.families import choices
 from data.figures import trace_text
 from data.hub import resolve
 from data.kv_cache import KVCache
-from data.path import read_path
-from data.prompts import encode_prompt, read_prompts
+from data.path import check_tokenizer, check_trained, read_path
+from data.positions import check_length
+from data.prompts import encode_prompt, note_style, read_prompts
+from data.sample_flags import check_flags, sample_flags
 from data.tasks import TASKS
 from data.tokenizer import load_tokenizer
 from diffusion import ESTIMATES, L2D, VelocityField
 from model import LM
 from solvers import ADAPTIVE, SOLVERS, odeint
 
-LARGEST_SEED = (1 << 32) - 1
+COLDEST = 1e-5          # temperature: less would overflow, and is greedy in all but name
 
 
 # --- what is asked for ----------------------------------------------------------------------------
@@ -64,17 +67,24 @@ class Settings:
         # checked here, so that a script that skips the command line is refused too
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            # infinity itself is no number of anything
+            if value is not None and not (low <= value <= high and value < math.inf):
                 allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise ValueError(f"{name} = {value} is out of range; allowed: {allowed}")
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature = {self.temperature} is out of range; "
+                             f"allowed: 0 (greedy), or {COLDEST} or more")
+        if self.solver in ADAPTIVE and self.estimate == "sample":
+            raise ValueError(f"estimate = sample makes a random field, to which {self.solver} "
+                             "cannot adapt; allowed: argmax, average, or a fixed solver")
         # negative weights push away from the class, which is allowed
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance = {self.guidance} is out of range; "
                              "allowed: any finite number")
         temperature = self.estimate_temperature
-        if temperature != "1-t" and not temperature > 0:
+        if temperature != "1-t" and not COLDEST <= temperature < math.inf:
             raise ValueError(f"estimate_temperature = {temperature} is out of range; "
-                             "allowed: more than 0, or 1-t")
+                             f"allowed: {COLDEST} or more, or 1-t (argmax is its limit at 0)")
 
 
 RANGES = {
@@ -138,7 +148,8 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
     class_ids, seeds: one integer per prompt. A seed fixes everything about its sequence, whatever
     else is in the batch, up to the rounding of batched matrix products. on_token(sequence number,
     token id) is called as tokens come. Raises ValueError for an empty prompt, for unknown classes,
-    or for steps > 0 with a model that has no diffusion path.
+    for steps > 0 with a model that has no diffusion path, for prompts and answers longer than the
+    model's positions, or where the logits are not finite.
     """
     model = check_request(model, prompts, settings, class_ids)
     stop = stop or Stop()
@@ -151,6 +162,7 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
         if n == settings.trace_token and batch.numbers[0] == 0:
             watch = keep_guesses(answers[0].guesses)
         logits, nfe, finished = next_logits(model, batch, settings, watch)
+        check_logits(logits, batch, answers)
         # 3. The token is chosen from the logits, as from any language model's.
         tokens = choose(logits, settings, batch.generators).tolist()
         # 4. It is written down, and may be the last of its answer.
@@ -183,9 +195,31 @@ def check_request(model, prompts, settings, class_ids):
                          "make one with train.py")
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token")
+    check_lengths(lm, prompts, settings)
     if class_ids is not None and settings.steps:
         check_classes(torch.tensor(class_ids), model.config.classes)
     return model if settings.steps else lm
+
+
+def check_lengths(lm, prompts: list, settings: Settings):
+    """Compare the longest prompt and its answer with the model's positions, before any work."""
+    longest = max(map(len, prompts))
+    # the last token of an answer is not read
+    end = longest + settings.max_new_tokens - 1
+    room = lm.config.max_positions - longest + 1
+    remedy = f"shorten the prompt of {longest}"
+    if room > 0:
+        remedy += f", or take --max_new_tokens {room} or less"
+    check_length(lm.config, end, remedy)
+
+
+def check_logits(logits, batch: Batch, answers: list):
+    """Raise ValueError where there is nothing to choose from."""
+    if logits.isfinite().all():
+        return
+    number = batch.numbers[0]
+    raise ValueError(f"the logits of token {len(answers[number].nfe)} are not finite: are the "
+                     "weights damaged, or --guidance too large?")
 
 
 def next_logits(model, batch: Batch, settings: Settings, watch=None):
@@ -279,11 +313,16 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
     dtype = dtype and getattr(torch, dtype)
     # a path's directory holds the path alone; path.json says beside which model it belongs
     if (directory / "path.json").exists():
-        base = base or read_path(directory)["base"]
+        meta = read_path(directory)
+        check_trained(meta, directory)
+        base = base or meta["base"]
         model = L2D.load(directory, LM.from_pretrained(base, dtype, device, cache_dir))
         model.fold_lora(fold)
-        vocab_size = model.lm.config.vocab_size
-        return model, load_tokenizer(resolve(base, cache_dir), vocab_size)
+        tokenizer = load_tokenizer(resolve(base, cache_dir), model.lm.config.vocab_size)
+        check_tokenizer(meta, tokenizer, directory)
+        return model, tokenizer
+    if base:
+        raise ValueError(f"--base would do nothing: {directory} holds no diffusion path")
     model = LM.from_pretrained(init_from, dtype, device, cache_dir)
     return model, load_tokenizer(directory, model.config.vocab_size)
 
@@ -318,8 +357,12 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
         label = TASKS["tiny"].class_number(args.label, classes)
     stop = Stop.of(tokenizer, args.stop)
     given = read_prompts(args.prompt, args.prompt_file)
+    if args.chat:
+        note_style(tokenizer, args.chat)
     texts = [text for text in given for _ in range(args.num_samples)]
     prompts = [encode_prompt(text, tokenizer, args.chat) for text in texts]
+    # all of them, and not batch by batch
+    check_lengths(getattr(model, "lm", model), prompts, settings)
     answers = []
     seconds = 0.0
     # one answer alone is shown as it comes, unless its end may have to be taken back
@@ -371,89 +414,8 @@ def show_answer(answer: Answer, frozen: Answer | None):
 # --- the command line -----------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
-    # one home for every default: the Settings themselves
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
-    # model and prompts
-    add("--init_from", default="tiny",
-        help="model name, or directory of a model or of a trained path (default: tiny)")
-    add("--base", help="the frozen model, if it is no longer where the path was trained")
-    add("--prompt", action="append", default=[],
-        help="text to continue, `-` for standard input; may be repeated (default: test problems)")
-    add("--prompt_file", help="file with one prompt a line")
-    add("--chat", action=switch, default=False, help="put the prompt in the model's chat format")
-    add("--class", dest="label", help="class for guidance, by name or number")
-    add("--stop", action="append", default=[],
-        help="further text that ends an answer and is left out of it; may be repeated")
-    add("--num_samples", type=int, default=1, help="answers per prompt (default: 1)")
-    add("--batch_size", type=int, default=32, help="sequences at a time (default: 32)")
-    add("--frozen", action=switch, default=True, help="show the frozen model's greedy answer too")
-    add("--seed", type=int, default=0, help="of noise and samples (default: 0)")
-    # how a token is found
-    add("--steps", type=int, default=default.steps,
-        help="intervals of a fixed solver; 0: the frozen model (default: %(default)s)")
-    add("--solver", default=default.solver, choices=list(SOLVERS),
-        help=f"{', '.join(ADAPTIVE)} is adaptive (default: %(default)s)")
-    add("--rtol", type=float, default=default.rtol,
-        help="relative tolerance of dopri5 (default: %(default)s)")
-    add("--atol", type=float, default=default.atol,
-        help="absolute tolerance of dopri5 (default: %(default)s)")
-    add("--stop_unchanged", type=int,
-        help="a guess that has stood for so many evaluations is final (default: never)")
-    add("--max_nfe", type=int, help="most evaluations in one token's ODE (default: no limit)")
-    add("--estimate", default=default.estimate, choices=ESTIMATES,
-        help="of the clean point (default: %(default)s)")
-    add("--estimate_temperature", default=1.0, type=estimate_temperature,
-        help="a number or 1-t (default: 1)")
-    add("--temperature", type=float, default=default.temperature,
-        help="of the token; 0 is greedy (default: 0)")
-    add("--top_k", type=int, help="sample among the k likeliest tokens")
-    add("--top_p", type=float, help="sample among the likeliest that reach this probability")
-    add("--guidance", type=float, default=default.guidance,
-        help="w of paper Eq. 7; 1 is conditional (default: 1)")
-    add("--max_new_tokens", type=int, default=default.max_new_tokens,
-        help="longest answer, in tokens (default: %(default)s)")
-    # display and machine
-    add("--trace", action=switch, default=False,
-        help="show the NFE of every token and the guesses of one")
-    add("--trace_token", type=int, default=0, help="which token's guesses to show (default: 0)")
-    add("--fold_lora", action=switch, default=True,
-        help="add the path's LoRA into copies of its matrices: faster, more memory")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
-    add("--cache_dir", help="where downloaded models are kept")
-    return parser
-
-
-def estimate_temperature(text: str):
-    """A number or 1-t."""
-    if text == "1-t":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 1-t") from None
-
-
-def check(args):
-    """Refuse what would otherwise be ignored or fail later. Raises ValueError with one line."""
-    for name in ("num_samples", "batch_size"):
-        value = getattr(args, name)
-        if value < 1:
-            raise ValueError(f"--{name} {value} is out of range; allowed: 1 or more")
-    if not 0 <= args.seed <= LARGEST_SEED:
-        raise ValueError(f"--seed {args.seed} is out of range; allowed: 0 to {LARGEST_SEED}")
-    # a flag that would do nothing is a misunderstanding
-    prompted = args.prompt or args.prompt_file
-    if not prompted and (args.label or args.trace or args.num_samples > 1):
-        raise ValueError("--class, --trace and --num_samples go with a prompt; "
-                         "add --prompt or --prompt_file")
-    if prompted and args.guidance != 1 and args.label is None:
-        raise ValueError(f"--guidance {args.guidance:g} has nothing to push towards; add --class")
+    """See data/sample_flags.py."""
+    return sample_flags(__doc__, Settings(), SOLVERS, ADAPTIVE, ESTIMATES)
 
 
 def read_settings(args) -> Settings:
@@ -464,24 +426,21 @@ def read_settings(args) -> Settings:
     return settings
 
 
+@command("sample.py")
 def main(argv=None):
-    try:
-        args = build_parser().parse_args(argv)
-        check(args)
-        settings = read_settings(args)
-        model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
-                                      args.base, args.fold_lora)
-        if args.prompt or args.prompt_file:
-            answers, seconds = prompted_answers(model, tokenizer, settings, args)
-        else:
-            answers, seconds = worked_answers(model, tokenizer, settings, args.seed)
-        tokens = sum(len(answer.nfe) for answer in answers)
-        nfe = sum(sum(answer.nfe) for answer in answers)
-        print(f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token), "
-              f"{tokens / seconds:.0f} tokens/s, {settings.solver}, steps {settings.steps}")
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        raise SystemExit(2)
+    args = build_parser().parse_args(argv)
+    check_flags(args, given_flags(build_parser(), argv), ADAPTIVE)
+    settings = read_settings(args)
+    model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
+                                  args.base, args.fold_lora)
+    if args.prompt or args.prompt_file:
+        answers, seconds = prompted_answers(model, tokenizer, settings, args)
+    else:
+        answers, seconds = worked_answers(model, tokenizer, settings, args.seed)
+    tokens = sum(len(answer.nfe) for answer in answers)
+    nfe = sum(sum(answer.nfe) for answer in answers)
+    print(f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token), "
+          f"{tokens / seconds:.0f} tokens/s, {settings.solver}, steps {settings.steps}")
 
 
 if __name__ == "__main__":

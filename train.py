@@ -11,136 +11,38 @@
 
 import argparse
 import functools
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from data.command import command      # first: from here on Ctrl-C is one line
 
 import torch
 import torch.nn as nn
 
 from data.average import Average
 from data.batches import IGNORE, Losses, collate, draw_rows
-from data.checkpoint import copy_tokenizer, pick_device, read_json
+from data.checkpoint import copy_tokenizer, pick_device
+from data.disk import claimed, read_json
 from data.curriculum import Curriculum, growing_unroll
 from data.families import ModelConfig
 from data.hub import resolve
 from data.interrupt import Interrupt
 from data.log import Log, by_tenth
-from data.path import TIME_DISTRIBUTIONS, L2DConfig
-from data.presets import OBJECTIVES, PRESETS, fitting_preset
-from data.state import read_state_meta, restore_state, write_state
+from data.path import L2DConfig
+from data.positions import check_length
+from data.state import check_out_dir, clear, restore_state, write_state
 from data.tasks import TASKS
 from data.tiny.start import init_weights
 from data.tiny.topics import LEVELS, Documents, Problems
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFiles
+from data.train_flags import build_parser, parse      # noqa: F401
 from diffusion import L2D
 from model import LM, LoRA
 from sample import Settings, answer_problems
 
-METHODS = ("l2d", "pretrain", "lora", "full")
 BETAS = (0.9, 0.95)        # of AdamW, as in the paper
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-def build_parser() -> argparse.ArgumentParser:
-    # the docstring above is the first page of --help, so it is printed as it stands
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
-    # what
-    add("--method", default="l2d", choices=METHODS, help="what to train (default: l2d)")
-    add("--init_from", default="tiny",
-        help="model name, directory, `scratch` or `resume` (default: tiny)")
-    add("--data", default="tiny", help="`tiny` or a directory made by data/chat.py (default: tiny)")
-    add("--out_dir", default="out", help="where everything is written (default: out)")
-    add("--cache_dir", help="where downloaded models are kept")
-    add("--preset", choices=list(PRESETS),
-        help="of all values without a default here (default: the one for this model and data)")
-    # diffusion path
-    add("--width", type=int, help="Z, width of the diffusion space")
-    add("--cond_dim", type=int, help="S, width of the time embedding")
-    add("--rank", type=int, default=32,
-        help="of the LoRA, in the path and in --method=lora (default: 32)")
-    add("--full_copies", action=switch, default=False,
-        help="copy the path's matrices instead of LoRA")
-    add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
-        help="of the training times (default: uniform)")
-    add("--own_reading", action=switch, help="the path has keys and values of its own")
-    # objective
-    add("--objective", choices=OBJECTIVES,
-        help="paper: random times; refine: through its own steps; both: by turns")
-    add("--unroll", type=int, help="most evaluations in a refined update")
-    add("--backprop", type=int, help="how many of them, the last, have a gradient")
-    add("--ema", type=float, help="of the weights that are saved; 0: the last ones")
-    # optimisation
-    add("--updates", type=int, help="optimizer updates in all")
-    add("--batch_size", type=int, help="rows per forward pass")
-    add("--accumulate", type=int, help="forward passes per update")
-    add("--lr", type=float, help="highest learning rate")
-    add("--min_lr", type=float, help="last learning rate")
-    add("--warmup", type=int, help="updates of linear warm-up, before the linear decay")
-    add("--weight_decay", type=float, help="on matrices only")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
-    add("--seed", type=int, default=42,
-        help="of weights, data order, times and noise (default: 42)")
-    # reports
-    add("--eval_every", type=int, help="updates between validation and saving")
-    add("--val_rows", type=int, help="rows of validation data")
-    add("--report", type=int, default=64,
-        help="problems of each kind to answer at the end (default: 64)")
-    # machine
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the frozen weights (default: bfloat16 on CUDA)")
-    add("--compile", action=switch, default=False,
-        help="torch.compile the objective; slower on a CPU, where it breaks into pieces")
-    return parser
-
-
-def parse(argv=None) -> argparse.Namespace:
-    """Flags over the checkpoint's (where resuming) over the preset's. Raises ValueError."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    # a resumed run has the flags it was started with, but for those given anew: so the command
-    # line is read once for the place of the state, and again over the flags found there
-    resume = args.init_from == "resume"
-    if resume:
-        saved = read_state_meta(args.out_dir)["args"]
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        args.init_from = saved["init_from"]
-    args.resume = resume
-    args.preset = args.preset or fitting_preset(args.init_from, args.data, args.objective)
-    for name, value in PRESETS[args.preset].items():
-        # None says that nobody chose: 0 is a choice
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    check(args)
-    return args
-
-
-def check(args):
-    """Refuse numbers out of range and methods that cannot work. Raises ValueError with one line."""
-    at_least = {
-        1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows",
-            "unroll", "backprop"),
-        0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema"),
-    }
-    # not `value < least`, or a number that is none would pass
-    for least, names in at_least.items():
-        for name in names:
-            value = getattr(args, name)
-            if not value >= least:
-                raise ValueError(f"--{name} {value} is out of range; allowed: {least} or more")
-    if not args.ema < 1:
-        raise ValueError(f"--ema {args.ema} is out of range; allowed: 0 to 1, without 1")
-    if args.init_from == "scratch" and args.method != "pretrain":
-        raise ValueError(f"--method {args.method} needs a pretrained model; "
-                         "allowed with --init_from=scratch: pretrain")
 
 
 # --- what is trained, on what ---------------------------------------------------------------------
@@ -269,6 +171,9 @@ def update_once(model, optimizer, batches: list, generator, clip: float, objecti
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
     # counted before the first backward pass, because every batch is divided by all of them
     tokens = sum(int((batch["targets"] != IGNORE).sum()) for batch in batches)
+    if not tokens:
+        raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
+                         "prepare the data again")
     total = 0.0
     for batch in batches:
         losses = objective(model, batch, generator)
@@ -280,11 +185,16 @@ def update_once(model, optimizer, batches: list, generator, clip: float, objecti
         if curriculum:
             curriculum.note(batch["needs"][losses.rows], losses.last)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, clip)
+    # 0 switches it off, as everywhere
+    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+    total, norm = float(total), float(norm)
+    # before the step: what the weights are now can still be saved
+    if not math.isfinite(total + norm):
+        raise FloatingPointError(f"the loss is {total:g}, the norm of its gradient {norm:g}")
     optimizer.step()
     # dropped and not zeroed: the next backward pass writes them anew
     optimizer.zero_grad(set_to_none=True)
-    return float(total), float(norm), tokens
+    return total, norm, tokens
 
 
 @torch.no_grad()
@@ -305,6 +215,8 @@ def validate(model, data, args, device) -> dict:
     # of tokens, not of batches: the last batch may be short
     losses = torch.cat(losses)
     result = {"val_loss": round(float(losses.mean()), 4)}
+    if not math.isfinite(result["val_loss"]):
+        raise FloatingPointError(f"the validation loss is {result['val_loss']:g}")
     if times[0] is not None:
         result["by_tenth"] = by_tenth(losses, torch.cat(times))
     return result
@@ -334,6 +246,17 @@ class Run:
         return self.update * self.args.batch_size * self.args.accumulate
 
     @property
+    def lm(self) -> LM:
+        return self.model.lm if isinstance(self.model, L2D) else self.model
+
+    @property
+    def facts(self) -> dict:
+        """What must be the same where the run goes on, beside the frozen weights."""
+        data = "tiny" if self.args.data == "tiny" else self.data.fingerprint
+        return {"data": data, "config": self.lm.config.numbers,
+                "tokenizer": self.tokenizer.fingerprint}
+
+    @property
     def device(self):
         return next(iter(self.trainable.values())).device
 
@@ -349,16 +272,22 @@ def set_up(args) -> Run:
     if not len(val):
         raise ValueError(f"--data {args.data} has no validation rows; "
                          "prepare it again with a larger --val_fraction")
+    if args.data != "tiny":
+        longest = max(data.longest, val.longest)
+        check_length(lm.config, longest, "prepare the data with a smaller --block_size")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = build_optimizer(trainable, args)
     run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer, generator,
               Curriculum(max(LEVELS["chains"])), Average(trainable, args.ema))
     if args.resume:
-        meta = restore_state(
-            args.out_dir, trainable, optimizer, generator, frozen, run.average.tensors)
+        meta = restore_state(run, run.facts)
         run.update = meta["update"]
         run.curriculum.restore(meta["curriculum"])
+        if run.position != meta["position"]:
+            raise ValueError(f"--batch_size {args.batch_size} times --accumulate "
+                             f"{args.accumulate} are not the rows per update that this run had; "
+                             "their product must stay")
     return run
 
 
@@ -372,9 +301,9 @@ def save_state(run: Run):
     """All that the next update depends on, so that what follows is the same to the bit."""
     # where the state lies and that it is resumed are not the run's own
     args = {name: value for name, value in vars(run.args).items()
-            if name not in ("resume", "out_dir")}
+            if name not in ("resume", "out_dir", "overwrite")}
     meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen,
-            "curriculum": run.curriculum.state}
+            "curriculum": run.curriculum.state, "facts": run.facts}
     write_state(run.args.out_dir, run.trainable, run.optimizer, run.generator, meta,
                 run.average.tensors)
 
@@ -383,7 +312,7 @@ def save_model(run: Run):
     """What sample.py and eval.py read: the path alone, or a model directory."""
     out_dir = Path(run.args.out_dir)
     if isinstance(run.model, L2D):
-        run.model.save(out_dir)
+        run.model.save(out_dir, tokenizer=run.tokenizer.fingerprint, updates=run.update)
         return
     if run.args.method == "lora":
         # merged, so that the directory is an ordinary model
@@ -395,12 +324,31 @@ def save_model(run: Run):
 # --- the loop -------------------------------------------------------------------------------------
 
 def train(args) -> dict:
-    """Run the training that `args` describes; returns the last validation and this run's losses."""
-    run = set_up(args)
+    """Run the training that `args` describes; returns the last validation and this run's losses.
+
+    Raises ValueError, after the last good state was saved, where a loss is not finite.
+    """
+    if not args.resume:
+        check_out_dir(args.out_dir, source_directory(args), args.overwrite)
+    with claimed(Path(args.out_dir)):
+        run = set_up(args)
+        if args.overwrite:
+            clear(Path(args.out_dir))
+        try:
+            return train_on(run)
+        except FloatingPointError as error:
+            lr = learning_rate(run.update, args)
+            raise ValueError(f"update {run.update}, learning rate {lr:g}: {error}; the last good "
+                             f"state stays in {args.out_dir}: try a lower --lr, from there "
+                             "(--init_from=resume) or anew") from None
+
+
+def train_on(run: Run) -> dict:
+    """The loop: updates, and between them validation and saving."""
+    args = run.args
     announce(run)
     # dynamic: rows differ in length from batch to batch
     objective = torch.compile(token_losses, dynamic=True) if args.compile else token_losses
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     log = Log(args.out_dir, run.update, args.updates)
     log.write({"args": vars(args), "torch": torch.__version__})
     # only from here on is there anything worth saving
@@ -411,15 +359,16 @@ def train(args) -> dict:
         # validation stands before the update, so that the first line is the untrained path's
         last = run.update >= args.updates or interrupt.asked
         if last or run.update % args.eval_every == 0:
-            # a state that was just read need not be written again
-            if last or run.update > log.first:
-                save_state(run)
             with run.average.in_place():
                 # who pressed Ctrl-C does not want to wait for it
                 if not interrupt.asked:
                     result = {"update": run.update,
                               **validate(run.model, run.val, args, run.device)}
                     log.show(result)
+            # only what could be validated; a state that was just read need not be written again
+            if last or run.update > log.first:
+                save_state(run)
+            with run.average.in_place():
                 # small, so it can be tried while the training goes on
                 if args.method == "l2d":
                     save_model(run)
@@ -459,9 +408,8 @@ def announce(run: Run):
     """What is about to happen, so that a mistake is seen before it has cost an hour."""
     args = run.args
     count = sum(p.numel() for p in run.trainable.values())
-    lm = run.model.lm if isinstance(run.model, L2D) else run.model
     print(f"{args.method} on {args.data}, from {args.init_from}: {count:,} trainable parameters, "
-          f"{run.device}, {lm.embed.weight.dtype}")
+          f"{run.device}, {run.lm.embed.weight.dtype}")
     rows = args.batch_size * args.accumulate
     print(f"preset {args.preset}: {args.updates - run.update:,} updates of {rows} rows, "
           f"lr {args.lr:g}, validation every {args.eval_every}")
@@ -483,15 +431,12 @@ def report(model, tokenizer, problems: int):
         print(f"  {task.title(group)}  {scores[0]:6.1%}  {scores[1]:6.1%}")
 
 
+@command("train.py")
 def main(argv=None):
-    try:
-        args = parse(argv)
-        result = train(args)
-        if args.method == "l2d" and args.data == "tiny" and args.report:
-            report(result["model"], result["tokenizer"], args.report)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2)
+    args = parse(argv, __doc__)
+    result = train(args)
+    if args.method == "l2d" and args.data == "tiny" and args.report:
+        report(result["model"], result["tokenizer"], args.report)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-import tempfile
 from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -23,9 +21,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.formats import RENDER, check_messages, encode_pieces, render_text, resolve_style
+from data.command import command
+from data.disk import MARKS, PART, claimed, parse_json, read_json, remove
+from data.draws import check_seed
+from data.families import ModelConfig
+from data.formats import (
+    RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
 from data.tokenizer import load_tokenizer
-from data.tokens import SPLITS, VERSION, RawSplit, install, token_dtype, write_split
+from data.tokens import (
+    SPLITS, VERSION, RawSplit, TokenFiles, install, token_dtype, write_split)
+
+# what is about conversations, from one place
+__all__ = ["TokenFiles", "encode_chat", "encode_examples", "main", "prepare"]
+LONGEST_BLOCK = 2048        # unless the model has fewer positions
 
 # The paper trains on reasoning and code: these categories of smol-magpie-ultra are left out.
 PAPER_DROPPED_CATEGORIES = (
@@ -45,11 +53,7 @@ def parse_row(line):
 
     A conversation is a list of messages, or a text; ValueError if the row is neither.
     """
-    try:
-        row = json.loads(line)
-    # a line of brackets, nested deeper than Python can follow, is no reason to stop either
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    row = parse_json(line, "the line")
     if not isinstance(row, dict):
         row = {}
     return row_conversation(row), row.get("category")
@@ -57,6 +61,8 @@ def parse_row(line):
 
 def row_conversation(row: dict):
     """The messages or the text of a row, whichever way it tells them."""
+    # tables of several sources have all columns, and null where a source had none
+    row = {name: value for name, value in row.items() if value is not None}
     if "messages" in row:
         return check_messages(row["messages"])
     for question, answer in (("prompt", "response"), ("question", "answer")):
@@ -81,7 +87,8 @@ def encode_examples(conversation, tokenizer, style):
     if isinstance(conversation, str):
         pieces = render_text(conversation)
     else:
-        pieces = RENDER[style](conversation)
+        _, render = resolve_style(style, tokenizer)
+        pieces = render(conversation)
     ids, mask = encode_pieces(pieces, tokenizer)
     # A response is a run of ones; its borders are where the mask changes.
     borders = np.flatnonzero(np.diff(mask, prepend=0, append=0))
@@ -116,6 +123,8 @@ def read_lines(paths, digests):
             digest = hashlib.sha256()
             # bytes: what is not UTF-8 should cost its own line and not the whole file
             with open(path, "rb") as file:
+                check_coding(path, file.read(4))
+                file.seek(0)
                 for number, line in enumerate(file, start=1):
                     # blank lines too: the digest is that of the file, as sha256sum prints it
                     digest.update(line)
@@ -123,6 +132,13 @@ def read_lines(paths, digests):
                     if line.strip():
                         yield f"{path}, line {number}", line
             digests.append({"name": Path(path).name, "sha256": digest.hexdigest()})
+
+
+def check_coding(path, start: bytes):
+    """Raise ValueError for a file whose first bytes announce another coding than UTF-8."""
+    coding = next((coding for mark, coding in MARKS if start.startswith(mark)), "utf-8")
+    if not coding.startswith("utf-8"):
+        raise ValueError(f"{path} is in {coding.upper()}; save it as UTF-8")
 
 
 class Encoder:
@@ -189,23 +205,28 @@ def prepare(args, tokenizer) -> dict:
     Raises ValueError if more than a tenth of the rows is malformed or no example is left, OSError
     from the disk. Until everything is written, the directory stays as it was.
     """
-    style = resolve_style(args.style, tokenizer)
+    style, _ = resolve_style(args.style, tokenizer)
     out_dir = Path(args.out_dir)
-    new = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        # inside out_dir, and so on the same disk: to move the files there is only to rename them
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix="unfinished-") as folder:
-            folder = Path(folder)
+    # inside out_dir, and so on the same disk: to move the files there is only to rename them
+    folder = out_dir / f"unfinished{PART}"
+    with claimed(out_dir):
+        folder.mkdir()
+        try:
             meta = write_files(args, tokenizer, style, folder)
+            if (out_dir / "meta.json").exists():
+                print(f"replacing the data that was prepared in {out_dir} before")
             install(folder, out_dir)
-    except BaseException:
-        # what was there before us is not ours to remove
-        if new:
-            with suppress(OSError):
-                out_dir.rmdir()
-        raise
+        finally:
+            remove(folder)
     return meta
+
+
+def default_block(directory: str) -> int:
+    """The longest row that the model has positions for, if a model is there at all."""
+    with suppress(ValueError, OSError):
+        config = ModelConfig.from_hf(read_json(Path(directory) / "config.json"))
+        return min(LONGEST_BLOCK, config.max_positions)
+    return LONGEST_BLOCK
 
 
 def write_files(args, tokenizer, style, folder: Path) -> dict:
@@ -247,6 +268,7 @@ def report(meta) -> str:
     counts = Counter(meta["counts"])
     splits = [meta["splits"][split] for split in SPLITS]
     table = [
+        ("chat format", meta["style"]),
         ("conversations read", f"{counts['conversations']:,}"),
         ("malformed", f"{counts['malformed']:,}"),
         ("dropped by category", f"{counts['dropped_category']:,}"),
@@ -283,21 +305,25 @@ def parse_args(argv):
     add("inputs", nargs="+", metavar="INPUT.jsonl", help="one JSON row a line")
     add("--tokenizer", required=True, help="tokenizer, as data/tokenizer.py loads it")
     add("--out_dir", required=True, help="directory of the token files")
-    add("--block_size", type=int, default=2048,
-        help="longest row, in tokens (drops what is longer)")
+    add("--block_size", type=int,
+        help=f"longest row, in tokens; what is longer is dropped (default: {LONGEST_BLOCK}, "
+             "or the model's positions where they are fewer)")
     add("--val_fraction", type=float, default=0.01,
         help="share of conversations held out, below 1")
     add("--style", default="auto", choices=["auto", *RENDER],
-        help="auto: what the tokenizer has special tokens for")
+        help="auto: what the model's own chat template says")
     add("--drop_categories", default="", help="names joined by commas, or paper for the paper's")
     add("--seed", type=int, default=0,
         help="order of the examples (the split does not depend on it)")
     args = parser.parse_args(argv)
 
+    if args.block_size is None:
+        args.block_size = default_block(args.tokenizer)
+    check_seed(args.seed)
     # "not ... <" also catches nan, which compares as False with everything
-    if args.block_size < 2 or not 0 <= args.val_fraction < 1 or args.seed < 0:
-        parser.error("need block_size >= 2, 0 <= val_fraction < 1 and seed >= 0, "
-                     f"got {args.block_size}, {args.val_fraction} and {args.seed}")
+    if args.block_size < 2 or not 0 <= args.val_fraction < 1:
+        raise ValueError("need block_size >= 2 and 0 <= val_fraction < 1, "
+                         f"got {args.block_size} and {args.val_fraction}")
     args.drop_categories = parse_categories(args.drop_categories)
     return args
 
@@ -310,17 +336,12 @@ def parse_categories(text) -> tuple:
     return tuple(names)
 
 
-def main(argv=None) -> int:
+@command("data.chat")
+def main(argv=None):
     args = parse_args(argv)
-    try:
-        meta = prepare(args, load_tokenizer(args.tokenizer))
-    # what a user can mend is told in one line; anything else is a mistake of ours, and shows where
-    except (OSError, ValueError) as error:
-        print(f"data.chat: {error}", file=sys.stderr)
-        return 2
+    meta = prepare(args, load_tokenizer(args.tokenizer))
     print(report(meta))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

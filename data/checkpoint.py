@@ -1,4 +1,4 @@
-"""Checkpoints on disk: JSON and safetensors, written then renamed, mapped, never unpickled.
+"""A model's weights on disk: every tensor accounted for, mapped into memory, never unpickled.
 
 `load_weights` fills a model of any family by its weight map (data/families.py), from a single file
 or from shards. Everything here is plumbing; read model.py for what the tensors mean.
@@ -7,87 +7,57 @@ or from shards. Everything here is plumbing; read model.py for what the tensors 
 """
 
 import hashlib
-import json
 import math
-import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from data.disk import open_safetensors, read_json, write_safetensors
 from data.families import choices, weight_map
 
+HEAD = "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# How the tensors end that only quantised checkpoints have.
+QUANTISED = (
+    ".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".weight_packed",
+    ".SCB", ".absmax", ".quant_map")
 # Weights are copied out of the memory map in pieces of this size, so that pages can be let go.
 CHUNK_BYTES = 1 << 26
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer*", "chat_template*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "encoder.json", "generation_config.json")
-
-
-# --- JSON and tensors, each appearing whole -------------------------------------------------------
-
-def read_json(path: str | Path) -> dict:
-    """Parse a JSON object. Raises ValueError with one line for a missing or damaged file."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a model directory holds config.json, "
-                         "model.safetensors and a tokenizer") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; copy or download it again")
-    return content
-
-
-def write_json(content: dict, path: str | Path):
-    """Write-then-rename: a reader sees the old file or the new one, never half of it."""
-    part = Path(f"{path}.part")
-    text = json.dumps(content, indent=1) + "\n"
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        # gone already, unless the disk was full
-        part.unlink(missing_ok=True)
-
-
-def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = None):
-    """The same for tensors. Raises OSError with one line where they cannot be written."""
-    part = Path(f"{path}.part")
-    try:
-        save_file(tensors, part, metadata)
-        os.replace(part, path)
-    except SafetensorError as error:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise OSError(f"cannot write {path} ({error}); it needs {size:,} bytes: "
-                      "make room or choose another directory") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # --- a model's weights ----------------------------------------------------------------------------
 
-def open_safetensors(path: Path):
-    """The file, mapped into memory. Raises ValueError where it is none."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); "
-                         "download it again") from None
+def read_config(directory: Path) -> dict:
+    """config.json of a model's directory. Raises ValueError for another kind of directory."""
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory} holds a PEFT adapter (adapter_config.json); "
+                         "merge it into its base first")
+    if (directory / "config.json").exists():
+        return read_json(directory / "config.json")
+    if (directory / "path.json").exists():
+        raise ValueError(f"{directory} holds a diffusion path and no model; give its base, or train "
+                         f"on with --init_from=resume --out_dir={directory}")
+    raise ValueError(f"{directory}/config.json does not exist; a model directory holds "
+                     "config.json, model.safetensors and a tokenizer")
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, single or sharded."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
+    if single.exists():
+        # as everywhere: the whole file wins, but shards beside it may be what was meant
+        if index.exists():
+            print(f"note: {directory} holds model.safetensors and {index.name}: "
+                  "the former is loaded, the shards are not", file=sys.stderr)
+        return {name: single for name in open_safetensors(single).keys()}
     if index.exists():
         return sharded_files(index)
-    if single.exists():
-        return {name: single for name in open_safetensors(single).keys()}
     if list(directory.glob("pytorch_model*.bin")):
         raise ValueError(f"{directory} has only pytorch_model.bin, a pickle that can run code "
                          "when it is read; convert it to model.safetensors first")
@@ -96,15 +66,21 @@ def weight_files(directory: Path) -> dict[str, Path]:
 
 
 def sharded_files(index: Path) -> dict[str, Path]:
-    names = read_json(index).get("weight_map", {})
-    if not names:
-        raise ValueError(f"{index} has no weight_map; download it again")
+    names = read_json(index).get("weight_map")
+    known = isinstance(names, dict) and all(isinstance(file, str) for file in names.values())
+    if not names or not known:
+        raise ValueError(f"{index} has no weight_map of file names; download it again")
     # the name alone: an index must not point out of its directory
     files = {name: index.parent / Path(file).name for name, file in names.items()}
     for path in sorted(set(files.values())):
         if not path.exists():
             raise ValueError(f"{path} is missing although {index.name} names it; "
                              "download this shard again")
+        stated = {name for name, file in files.items() if file == path}
+        wrong = stated ^ set(open_safetensors(path).keys())
+        if wrong:
+            raise ValueError(f"{path} does not hold what {index.name} says: {count_names(wrong)}; "
+                             "download this shard and the index again")
     return files
 
 
@@ -120,29 +96,46 @@ def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
         here.insert(0, "cuda")
     device = device or here[0]
     choices(device.split(":")[0], here, "--device")
+    # the number of a card, where there are several
+    count = torch.cuda.device_count() if device.startswith("cuda") else 1
+    allowed = here + [f"{device.split(':')[0]}:{n}" for n in range(count)]
+    choices(device, allowed, "--device")
     if dtype is None:
         half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if half else torch.float32
     return device, dtype
 
 
-def load_weights(model, directory: Path):
-    """Fill the model from `directory`: names counted, shapes compared, values checked."""
+def plan_weights(model, files: dict, directory: Path) -> dict:
+    """Name in the files -> (names of our parameters, stored transposed?), every tensor checked.
+
+    The model may be on the meta device: nothing is read yet, names, shapes and types are compared.
+    """
     config = model.config
     family = config.family
-    files = weight_files(directory)
     ours = dict(model.named_parameters())
     prefix = ""
     if family.prefix and any(name.startswith(family.prefix) for name in files):
         prefix = family.prefix
-    wanted = {}
+    plan = {}
     for theirs, names, transposed in weight_map(family, config.layers, ours):
         # the head stands outside of what the prefix names
         name = theirs if theirs.startswith("lm_head") else prefix + theirs
-        wanted[name] = ([ours[n].data for n in names], transposed)
-    check_names(wanted, files, config, directory)
-    for name, (targets, transposed) in wanted.items():
-        copy_tensor(files[name], name, targets, transposed)
+        plan[name] = (names, transposed)
+    check_names(plan, files, config, directory)
+    if config.tied and HEAD in files:
+        embedding = next(name for name, (names, _) in plan.items() if names == ["embed.weight"])
+        check_tied_head(files, embedding)
+    for name, (names, transposed) in plan.items():
+        check_tensor(files[name], name, [ours[n].shape for n in names], transposed)
+    return plan
+
+
+def load_weights(model, plan: dict, files: dict):
+    """Fill the model, whose memory is there by now; values are checked on their way."""
+    ours = dict(model.named_parameters())
+    for name, (names, transposed) in plan.items():
+        copy_tensor(files[name], name, [ours[n].data for n in names], transposed)
 
 
 def save_weights(model, directory: Path):
@@ -172,14 +165,32 @@ def check_names(wanted, files, config, directory):
     """Raise ValueError unless the files hold every tensor of the model, and no other one."""
     ignored = config.family.ignored
     if config.tied:
-        ignored += ("lm_head.weight",)
+        ignored += (HEAD,)
     missing = sorted(wanted.keys() - files.keys())
     left_over = [name for name in files.keys() - wanted.keys() if not name.endswith(ignored)]
+    quantised = [name for name in left_over if name.endswith(QUANTISED)]
+    if quantised:
+        raise ValueError(f"the weights in {directory} are quantised ({quantised[0]}); "
+                         "use the checkpoint in bfloat16 or float32")
     if missing or left_over:
         raise ValueError(
             f"the weights in {directory} are not those of its config.json "
             f"(model_type {config.model_type}, {config.layers} layers): "
-            f"{count_names(missing)} missing, {count_names(sorted(left_over))} left over")
+            f"{count_names(missing)} missing, {count_names(left_over)} left over")
+
+
+def check_tied_head(files: dict, embedding: str):
+    """Raise ValueError where a model that should have no head of its own has another one."""
+    head = open_safetensors(files[HEAD]).get_slice(HEAD)
+    embed = open_safetensors(files[embedding]).get_slice(embedding)
+    same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
+    rows = 1 + CHUNK_BYTES // (4 * math.prod(embed.get_shape()[1:]))
+    for row in range(0, embed.get_shape()[0], rows):
+        # a file may well hold the embedding twice
+        same = same and torch.equal(head[row:row + rows], embed[row:row + rows])
+    if not same:
+        raise ValueError(f"{files[HEAD]} holds a {HEAD} that is not the embedding, but config.json "
+                         'says "tie_word_embeddings": true; set it to false to use this head')
 
 
 def count_names(names) -> str:
@@ -187,7 +198,22 @@ def count_names(names) -> str:
     if not names:
         return "0"
     more = ", ..." if len(names) > 1 else ""
-    return f"{len(names)} ({names[0]}{more})"
+    return f"{len(names)} ({min(names)}{more})"
+
+
+def check_tensor(path, name, shapes: list, transposed):
+    """Raise ValueError unless a tensor is the floating-point concatenation of these shapes."""
+    stored = open_safetensors(path).get_slice(name)
+    if stored.get_dtype() not in FLOATS:
+        raise ValueError(f"{name} in {path} is of type {stored.get_dtype()}: is it quantised? "
+                         f"allowed: {', '.join(FLOATS)}")
+    expected = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+    if transposed:
+        expected.reverse()
+    shape = stored.get_shape()
+    if shape != expected:
+        raise ValueError(f"{name} in {path} has shape {shape}, but config.json asks for {expected};"
+                         " use the config.json that came with the weights")
 
 
 def copy_tensor(path: Path, name: str, targets: list, transposed: bool):
@@ -195,35 +221,23 @@ def copy_tensor(path: Path, name: str, targets: list, transposed: bool):
 
     The file is mapped anew for every piece: pages of a map count as resident until it is closed.
     """
-    shape = check_shape(path, name, targets, transposed)
+    shape = open_safetensors(path).get_slice(name).get_shape()
     step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
     for row in range(0, shape[0], step):
         piece = open_safetensors(path).get_slice(name)[row:row + step]
-        # the extremes are not finite if any value is not; 14 times as fast as isfinite().all()
-        if not all(math.isfinite(extreme) for extreme in piece.aminmax()):
-            raise ValueError(
-                f"{name} in {path} holds values that are not finite; download it again")
+        check_finite(name, piece, path)
         if transposed:
             copy_columns(targets, piece, row)
         else:
             copy_rows(targets, piece, row)
 
 
-def check_shape(path, name, targets, transposed):
-    """The tensor's shape. Raises ValueError unless it is the concatenation of `targets`."""
-    file = open_safetensors(path)
-    if name not in file.keys():
-        raise ValueError(f"{path} lacks {name}, which model.safetensors.index.json says is there; "
-                         "download this shard again")
-    expected = list(targets[0].shape)
-    expected[0] = sum(target.shape[0] for target in targets)
-    if transposed:
-        expected.reverse()
-    shape = file.get_slice(name).get_shape()
-    if shape != expected:
-        raise ValueError(f"{name} in {path} has shape {shape}, but config.json asks for {expected};"
-                         " use the config.json that came with the weights")
-    return shape
+def check_finite(name: str, tensor, path):
+    """Raise ValueError for a value that is not a number, or none that is finite."""
+    # the extremes are not finite if any value is not; 14 times as fast as isfinite().all()
+    if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+        raise ValueError(f"{name} in {path} holds values that are not finite; "
+                         "download it again")
 
 
 def copy_rows(targets: list, piece, row: int):

@@ -24,6 +24,11 @@ class Curriculum:
         return [self.hardest, self.recent]
 
     def restore(self, state: list):
+        """Raises ValueError for what `state` never was."""
+        types = [type(value) for value in state]
+        if types != [int, float] or not 1 <= state[0] <= self.top or not 0 <= state[1] <= 1:
+            raise ValueError(f"the state's curriculum {str(state)[:60]} is damaged; "
+                             "start anew with another --out_dir")
         self.hardest, self.recent = state
 
     def note(self, needs, last):

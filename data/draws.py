@@ -8,6 +8,14 @@ import math
 
 import torch
 
+LARGEST_SEED = (1 << 32) - 1        # of every generator that is used here, numpy's too
+
+
+def check_seed(seed: int):
+    """Raise ValueError for a seed that some generator would not take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed {seed} is out of range; allowed: 0 to {LARGEST_SEED}")
+
 
 def draw_times(shape, distribution: str, generator) -> torch.Tensor:
     """Training times t in [0, 1): uniform, or "cosmap", more near 1 (the paper's appendix)."""

@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from data.checkpoint import read_json
+from data.command import command
+from data.disk import appearing, check_absent, check_writable, read_json
 from data.statistics import mean, unique
 
 WIDTH = 81      # columns of a text picture
@@ -168,31 +169,42 @@ def draw_curve(axis, line, label: str, colour):
 
 def save(figure, path: Path):
     """The picture appears whole, or the old one stays."""
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=150)
-    os.replace(part, path)
+    with appearing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
 
 
+def read_accuracy(path: Path) -> list:
+    """The accuracies in what eval.py wrote. Raises ValueError for another file."""
+    records = read_json(path).get("accuracy")
+    wanted = {"group", "topic", "level", "far", "temperature", "column", "kind", "settings",
+              "accuracy", "low", "high", "nfe_per_token", "nfe_first"}
+    whole = isinstance(records, list) and all(
+        isinstance(r, dict) and wanted <= r.keys() for r in records)
+    if not records or not whole:
+        raise ValueError(f"{path} was not written by eval.py: it lacks the accuracies")
+    return records
+
+
+@command("data.figures")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", help="what eval.py wrote; of several, one picture")
     parser.add_argument("--topic", default="chains",
                         help="of a picture of several files (default: chains)")
     parser.add_argument("--out", help="the picture (default: beside the first file)")
+    parser.add_argument("--overwrite", action="store_true", help="of an earlier picture")
     args = parser.parse_args(argv)
-    path = Path(args.results[0])
-    out = Path(args.out) if args.out else path.with_suffix(".png")
+    out = Path(args.out or Path(args.results[0]).with_suffix(".png"))
+    check_absent(out, args.overwrite)
+    check_writable(out)
+    results = {Path(name).stem: read_accuracy(Path(name)) for name in args.results}
     try:
-        results = {}
-        for path in map(Path, args.results):
-            results[path.stem] = read_json(path)["accuracy"]
         if len(results) == 1:
-            plot_accuracy(results[path.stem], out)
+            plot_accuracy(*results.values(), out)
         else:
             plot_ways(results, args.topic, out)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"data.figures: {path}: {error}", file=sys.stderr)
-        raise SystemExit(2)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{', '.join(args.results)}: a record has an unexpected form: {error!r}")
     print(out)
 
 

@@ -1,13 +1,17 @@
 """The chat formats: how each model family writes a conversation down, and its ids.
 
-A conversation becomes a list of pieces (`render_*`), the pieces become ids (`encode_pieces`), and
-sample.py takes both steps at once (`encode_chat`). The same pieces say which words the assistant
+Which format a model speaks stands in its own directory, as a chat template: it is recognised word by
+word (`recognise`), or the model is not asked in any. A conversation becomes a list of pieces
+(`render_*`), the pieces become ids (`encode_pieces`), and sample.py takes all steps at once
+(`encode_chat`). The same pieces say which words the assistant
 has to produce itself, the only ones that count in training (L2D paper, Section 4).
 
 Read data/tokenizer.py before, data/chat.py next: there whole files of conversations become
 training examples.
 """
 
+import hashlib
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -22,12 +26,35 @@ class Piece(NamedTuple):
 # What each format needs; the last one ends a turn.
 SPECIAL_TOKENS = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama3.0": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "qwen": ("<|im_start|>", "<|im_end|>"),
+    "deepseek": ("<｜User｜>", "<｜Assistant｜>"),
+    "deepseek-think": ("<｜User｜>", "<｜Assistant｜>"),
     "plain": (),
 }
 # The official Llama template prints the day it is run; a fixed day makes runs repeatable.
 LLAMA3_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# System prompts that a template takes where a conversation has none; one that holds another, first.
+SYSTEM_PROMPTS = (
+    QWEN_SYSTEM,
+    "You are a helpful assistant.",                                             # Qwen2
+    "Please reason step by step, and put your final answer within \\boxed{}.",   # Qwen2.5-Math
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",     # SmolLM2
+)
+# sha256, its first half, of the templates that we can write, each without its system prompt.
+TEMPLATES = {
+    "93c0e9aa3629bbd7": "llama3",            # Llama 3.1 and 3.3
+    "d82792f95932f1c9": "llama3",            # Llama 3.2
+    "ba03a121d097859c": "llama3.0",
+    "b48c47f644389271": "llama3.0",          # its first version: always ready for an answer
+    "6c14865bcd87b706": "qwen",              # Qwen2.5, Qwen2.5-Math
+    "bf0c34b1af07f37d": "qwen",              # Qwen2, SmolLM2
+    "8abe492707968059": "qwen",              # Qwen2, as an older library saves it
+    "153280e3ff55d19d": "qwen",              # SmolLM: no system prompt unless there is one
+    "b6835114b7303ddd": "deepseek",          # DeepSeek-R1-Distill, its first version
+    "56a1447ad31926fd": "deepseek-think",    # the one that opens the thought itself
+}
 
 
 # --- from a conversation to pieces ----------------------------------------------------------------
@@ -37,6 +64,16 @@ def split_system(messages, default):
     if messages and messages[0]["role"] == "system":
         return messages[0]["content"], messages[1:]
     return default, messages
+
+
+def render_llama30(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
+    """The format of Llama 3.0 Instruct: a system turn only where there is one."""
+    return llama3_turns(trimmed(messages), add_generation_prompt)
+
+
+def trimmed(messages: list[dict]) -> list[tuple]:
+    """(role, content) of each, trimmed as in the official templates."""
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def llama3_header(role) -> list[Piece]:
@@ -53,10 +90,10 @@ def render_llama3(messages: list[dict], add_generation_prompt: bool = False) -> 
     system, messages = split_system(messages, default="")
     # there is always a system turn, if only for the dates
     turns = [("system", LLAMA3_DATES + system.strip())]
-    for message in messages:
-        # like the official template, which trims every content
-        turns.append((message["role"], message["content"].strip()))
+    return llama3_turns(turns + trimmed(messages), add_generation_prompt)
 
+
+def llama3_turns(turns, add_generation_prompt: bool) -> list[Piece]:
     pieces = [Piece("<|begin_of_text|>", special=True)]
     for role, content in turns:
         answer = role == "assistant"
@@ -69,11 +106,15 @@ def render_llama3(messages: list[dict], add_generation_prompt: bool = False) -> 
     return pieces
 
 
-def render_qwen(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
-    """The format of Qwen 2.5 Instruct; the contents stay exactly as they are."""
-    system, messages = split_system(messages, default=QWEN_SYSTEM)
-    turns = [("system", system)]
-    turns += [(message["role"], message["content"]) for message in messages]
+def render_qwen(messages: list[dict], add_generation_prompt: bool = False,
+                system: str = QWEN_SYSTEM) -> list[Piece]:
+    """ChatML, the format of Qwen and SmolLM; the contents stay exactly as they are.
+
+    system  the prompt where a conversation has none; "": no turn for it
+    """
+    turns = [(message["role"], message["content"]) for message in messages]
+    if system and turns[0][0] != "system":
+        turns.insert(0, ("system", system))
 
     pieces = []
     for role, content in turns:
@@ -88,6 +129,30 @@ def render_qwen(messages: list[dict], add_generation_prompt: bool = False) -> li
         ]
     if add_generation_prompt:
         pieces += [Piece("<|im_start|>", special=True), Piece("assistant\n")]
+    return pieces
+
+
+def render_deepseek(messages: list[dict], add_generation_prompt: bool = False,
+                    think: bool = False) -> list[Piece]:
+    """The format of DeepSeek-R1-Distill; think: the answer begins with an opened thought."""
+    systems = [message["content"] for message in messages if message["role"] == "system"]
+    pieces = [Piece("bos", special=True), Piece(systems[-1] if systems else "")]
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "user":
+            pieces += [Piece("<｜User｜>", special=True), Piece(content)]
+        if message["role"] == "assistant":
+            # of an answer that was given the thought is not told again
+            content = content.split("</think>")[-1]
+            pieces += [
+                Piece("<｜Assistant｜>", special=True),
+                Piece(content, response=True),
+                Piece("eos", special=True, response=True),
+            ]
+    if add_generation_prompt:
+        pieces.append(Piece("<｜Assistant｜>", special=True))
+        if think:
+            pieces.append(Piece("<think>\n"))
     return pieces
 
 
@@ -124,15 +189,39 @@ def render_text(text) -> list[Piece]:
     ]
 
 
-RENDER = {"llama3": render_llama3, "qwen": render_qwen, "plain": render_plain}
+RENDER = {
+    "llama3": render_llama3,
+    "llama3.0": render_llama30,
+    "qwen": render_qwen,
+    "deepseek": render_deepseek,
+    "deepseek-think": partial(render_deepseek, think=True),
+    "plain": render_plain,
+}
 
 
 # --- which format ---------------------------------------------------------------------------------
 
+@lru_cache
+def recognise(template: str | None) -> tuple:
+    """(style, system prompt) of a chat template; (None, "") for none, or one that is not known."""
+    text = (template or "").strip()
+    for system in SYSTEM_PROMPTS:
+        # as it is written inside quotes
+        quoted = system.replace("\\", "\\\\")
+        if quoted in text:
+            text = text.replace(quoted, "")
+            break
+    else:
+        system = ""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return (TEMPLATES[digest], system) if digest in TEMPLATES else (None, "")
+
+
 def chat_style(tokenizer) -> str:
-    """"llama3", "qwen" or "plain": the format whose end of turn is the tokenizer's end of text."""
-    for style, names in SPECIAL_TOKENS.items():
-        known = names and all(name in tokenizer.special for name in names)
+    """The format of a model without a chat template: whose end of turn is its end of text."""
+    for style in ("llama3", "qwen"):
+        names = SPECIAL_TOKENS[style]
+        known = all(name in tokenizer.special for name in names)
         # Base models of both families know the chat tokens too but end a text otherwise: they were
         # not taught to chat, so they are asked plainly.
         if known and tokenizer.special[names[-1]] == tokenizer.eos_id:
@@ -140,17 +229,27 @@ def chat_style(tokenizer) -> str:
     return "plain"
 
 
-def resolve_style(style, tokenizer) -> str:
-    """The format to use; ValueError if it does not exist or the tokenizer cannot write it."""
+def resolve_style(style: str, tokenizer) -> tuple:
+    """(name, its render function) of the format to use; "auto": what the model's template says.
+
+    Raises ValueError for an unknown format or template, or one that the tokenizer cannot write.
+    """
+    template = getattr(tokenizer, "template", None)
+    theirs, system = recognise(template)
     if style == "auto":
-        return chat_style(tokenizer)
+        if template and theirs is None:
+            raise ValueError("this model's chat template is none that we can write; ask without a "
+                             f"chat format, or name one: {', '.join(RENDER)}")
+        style = theirs or chat_style(tokenizer)
     if style not in RENDER:
         raise ValueError(f"chat style {style!r} is none of auto, {', '.join(RENDER)}")
     missing = [name for name in SPECIAL_TOKENS[style] if name not in tokenizer.special]
     if missing:
         raise ValueError(f"chat style {style!r} needs the special token {missing[0]}, "
                          f"which this tokenizer lacks; use --style={chat_style(tokenizer)}")
-    return style
+    if style == theirs == "qwen":
+        return style, partial(render_qwen, system=system)
+    return style, RENDER[style]
 
 
 # --- from pieces to ids ---------------------------------------------------------------------------
@@ -202,11 +301,11 @@ def encode_chat(
 ) -> list[int]:
     """A conversation as ids, ready for the assistant's next turn if `add_generation_prompt`.
 
-    style: "llama3", "qwen", "plain", or "auto" for chat_style(tokenizer).
+    style: a key of RENDER, or "auto" for what the model's own template says.
     Raises ValueError for an unknown style, a special token that the tokenizer lacks, or malformed
     messages.
     """
-    render = RENDER[resolve_style(style, tokenizer)]
+    _, render = resolve_style(style, tokenizer)
     pieces = render(check_messages(messages), add_generation_prompt)
     ids, _ = encode_pieces(pieces, tokenizer)
     return ids

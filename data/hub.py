@@ -12,7 +12,6 @@ How a server is asked is in data/web.py. Read next: model.py, which loads the fo
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -26,12 +25,9 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from data.command import command
+from data.disk import flush, parse_json, read_json, try_lock, write_json
 from data.web import CHUNK, HubError, Temporary, body, open_url, retry
-
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
 
 MODELS: dict[str, str] = {
     "gpt2": "openai-community/gpt2",
@@ -52,6 +48,12 @@ MODELS: dict[str, str] = {
     "qwen2.5-3b-instruct": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-360m-instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "smollm2-1.7b-instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
 # No model has all of these, but what is there may be needed.
 OPTIONAL = (
@@ -61,9 +63,11 @@ OPTIONAL = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
 # Written last: a folder without it is not whole.
 MARKER = "complete.json"
+REPO = r"\w[\w.-]*/\w[\w.-]*"        # owner/name
 
 
 class RemoteFile(NamedTuple):
@@ -87,22 +91,36 @@ class RemoteFile(NamedTuple):
 def resolve(name_or_dir: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return the folder of a model.
 
-    name_or_dir: a directory as it is, "tiny" (comes with this repository), or a name in MODELS
-    (fetched).
-    Raises ValueError for another name, FileNotFoundError when data/tiny is gone, and what
-    `fetch_model` raises.
+    name_or_dir: a directory as it is, "tiny" (comes with this repository), a name in MODELS or a
+    full one of the hub, owner/name (both fetched).
+    Raises ValueError for another name, or one that could be two things; FileNotFoundError when
+    data/tiny is gone, and what `fetch_model` raises.
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name))
-    # a directory first: nobody loses a model because we add a name. "" would be the current one
+    known = name == "tiny" or name in MODELS
+    # "" would be the current one
     if name and folder.is_dir():
+        if known and not (name == "tiny" and folder.samefile(_tiny())):
+            raise ValueError(f"{name!r} is the name of a model and of a directory here: write "
+                             f"./{name} for the directory, or rename it")
         return folder
     if name == "tiny":
         return _tiny()
     if name in MODELS:
         return fetch_model(MODELS[name], cache_dir)
+    # what begins like a path on this disk was meant as one
+    if re.fullmatch(REPO, name, re.ASCII) and not folder.parent.exists():
+        return fetch_model(name, cache_dir)
     raise ValueError(f"unknown model {name!r}: give an existing directory, tiny, "
-                     f"or one of {', '.join(MODELS)}")
+                     f"or one of {', '.join(MODELS)}, or owner/name on the hub")
+
+
+def check_not_a_model(directory: str):
+    """Raise ValueError for a name that would then mean two things."""
+    if directory == "tiny" or directory in MODELS:
+        raise ValueError(f"--out_dir {directory} is the name of a model; choose another one, "
+                         f"such as ./{directory}-out")
 
 
 def _tiny() -> Path:
@@ -131,6 +149,9 @@ def fetch_model(
     folder = _cache_folder(repo, cache_dir, revision)
     if _is_complete(folder):
         return folder
+    if _offline():
+        raise HubError(f"HF_HUB_OFFLINE is set, and {repo} is not whole in {folder}; "
+                       "fetch it once without, or use --init_from=<directory>")
     files = _plan(repo, revision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +174,7 @@ def fetch_model(
 def _cache_folder(repo, cache_dir, revision) -> Path:
     """Where a model is kept; ValueError for a malformed name."""
     # both names become part of a path and of an address, so neither may lead anywhere else
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
+    if not re.fullmatch(REPO, repo, re.ASCII):
         raise ValueError(f"malformed repo {repo!r}: expected owner/name, "
                          "such as openai-community/gpt2")
     if not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII):
@@ -164,13 +185,32 @@ def _cache_folder(repo, cache_dir, revision) -> Path:
     return Path(root).expanduser() / repo / revision.replace("/", "--")
 
 
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "on", "yes", "true")
+
+
 def _is_complete(folder) -> bool:
     try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["sizes"]
+        sizes = read_json(folder / MARKER)["sizes"]
         # a file that somebody deleted or cut is noticed; to hash them all would take minutes
         return all(_size(folder / name) == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    # a marker of another form says nothing: what is there is looked at again
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
+
+
+def verify(folder: Path):
+    """Hash every file of a fetched model. Raises ValueError for the first that has changed."""
+    marker = read_json(folder / MARKER)
+    etags = marker.get("etags") or {}
+    if not isinstance(etags, dict) or etags.keys() != marker.get("sizes", {}).keys():
+        raise ValueError(f"{folder / MARKER} states no checksums; delete it and fetch again")
+    for name, etag in etags.items():
+        file = RemoteFile(name, "", "", _size(folder / name), str(etag))
+        if not _matches(folder / name, file):
+            raise ValueError(f"{folder / name} is not what the hub stated; delete it and "
+                             "fetch again")
+        print(f"{etag}  {name}")
 
 
 def _size(path) -> int:
@@ -192,27 +232,13 @@ def _lock(path):
     The processes of one run ask for the same model, and two must not write one file.
     """
     with open(path, "a", encoding="utf-8") as handle:
-        if not _try_lock(handle):
+        if not try_lock(handle):
             tqdm.write(f"waiting for another process that downloads to {path.parent}",
                        file=sys.stderr)
-            while not _try_lock(handle):
+            while not try_lock(handle):
                 sleep(1)
         # closing the file releases the lock, also when the process dies
         yield
-
-
-def _try_lock(handle) -> bool:
-    try:
-        if os.name == "nt":
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        # some network disks have no locks: one process at a time is then up to the user
-        pass
-    return True
 
 
 # --- which files there are ------------------------------------------------------------------------
@@ -241,9 +267,10 @@ def _plan(repo, revision) -> list[RemoteFile]:
 
 
 def _endpoint() -> str:
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    # a blank from copying is no part of it, and an address with one inside is none
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
     endpoint = endpoint.rstrip("/")
-    if not endpoint.startswith(("https://", "http://")):
+    if not re.fullmatch("https?://[!-~]+", endpoint):
         raise ValueError(f"malformed HF_ENDPOINT {endpoint!r}: expected https://host")
     return endpoint
 
@@ -281,7 +308,7 @@ def _plan_shards(index, page, base) -> list[RemoteFile]:
 def _shard_names(index) -> list[str]:
     """Read the shards' names from the index."""
     try:
-        content = json.loads(retry(partial(_read_index, index)))
+        content = parse_json(retry(partial(_read_index, index)), index.name)
         names = sorted(set(content["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise HubError(f"{index.url} is not an index of shards: "
@@ -304,10 +331,19 @@ def _read_index(index) -> bytes:
 
 def _look(url) -> RemoteFile | None:
     """Return the file at `url`, or None where the hub has no such file."""
-    with retry(partial(open_url, url, method="HEAD", accept=(404,))) as answer:
+    with retry(partial(open_url, url, method="HEAD", accept=(404,), enough=_states)) as answer:
         if answer.status == 404:
             return None
-        headers = answer.headers
+        facts = _facts(answer.headers)
+    # nothing is taken unchecked, so a server that says less is of no use
+    if facts is None:
+        raise HubError(f"{url} comes without size, checksum or commit: "
+                       "HF_ENDPOINT must be the hub or a full mirror of it")
+    return RemoteFile(url.rpartition("/")[2], url, *facts)
+
+
+def _facts(headers):
+    """(commit, size, etag) of a file, or None where the headers do not state them all."""
     # A large file lies elsewhere: then X-Linked-* describe the file, and the plain headers only the
     # redirect to it.
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
@@ -319,11 +355,12 @@ def _look(url) -> RemoteFile | None:
         and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", etag)
         and re.fullmatch("[0-9a-f]{40}", commit)
     )
-    # nothing is taken unchecked, so a server that says less is of no use
-    if not known:
-        raise HubError(f"{url} comes without size, checksum or commit: "
-                       "HF_ENDPOINT must be the hub or a full mirror of it")
-    return RemoteFile(url.rpartition("/")[2], url, commit, int(size), etag)
+    return (commit, int(size), etag) if known else None
+
+
+def _states(headers) -> bool:
+    """Is a redirect the answer itself? A mirror's to the hub carries no facts of the file."""
+    return _facts(headers) is not None
 
 
 # --- download -------------------------------------------------------------------------------------
@@ -358,14 +395,11 @@ def _clean(files, folder):
 
 
 def _declare_whole(files, folder):
-    marker = {
+    write_json({
         "commit": files[0].commit,
         "sizes": {file.name: file.size for file in files},
-    }
-    # renamed into place: a marker is there in full or not at all
-    part = folder / "marker.part"
-    part.write_text(json.dumps(marker, indent=1), encoding="utf-8")
-    os.replace(part, folder / MARKER)
+        "etags": {file.name: file.etag for file in files},
+    }, folder / MARKER)
 
 
 def _fetch_file(file, folder, bar):
@@ -386,6 +420,7 @@ def _fetch_file(file, folder, bar):
                             "its checksum is not the one that the hub states")
 
     retry(attempt, progress=partial(_size, part))
+    flush(part)
     os.replace(part, folder / file.name)
 
 
@@ -437,25 +472,22 @@ def _checksum(blocks, file) -> str:
 
 # --- command line ---------------------------------------------------------------------------------
 
-def main(argv: list[str] | None = None) -> int:
+@command("data.hub")
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Download a model from the Hugging Face hub and print its folder.")
-    parser.add_argument("model", help="short name: " + ", ".join(MODELS))
+    parser.add_argument("model", help="owner/name, or a short name: " + ", ".join(MODELS))
     parser.add_argument(
         "--cache_dir",
         help="where models are kept (default: NANOL2D_CACHE, then ~/.cache/nanol2d)")
+    parser.add_argument("--verify", action="store_true",
+                        help="hash the files and compare with what the hub stated")
     args = parser.parse_args(argv)
-    try:
-        print(resolve(args.model, args.cache_dir))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(stop, file=sys.stderr)
-        # what a shell says of a program that was interrupted
-        return 130
-    return 0
+    folder = resolve(args.model, args.cache_dir)
+    if args.verify:
+        verify(folder)
+    print(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

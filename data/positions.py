@@ -5,12 +5,34 @@ and packed rows, with a worked example. model.py uses all of it; read that next.
 """
 
 import math
+import sys
+from functools import lru_cache
 
 import torch
 
 from data.families import ModelConfig
 
 FREQUENCIES = 128          # of the sinusoid of a time, as the official code has it
+
+
+def check_length(config: ModelConfig, longest: int, remedy: str):
+    """Raise ValueError for tokens past the last learned position.
+
+    Past what a rotary model was trained on, one warning: it goes on, but nobody knows how well.
+    """
+    most = config.max_positions
+    if longest <= most:
+        return
+    line = f"{longest} tokens are too long for this model; allowed: {most}"
+    if config.family.positions == "learned":
+        raise ValueError(f"{line}; {remedy}")
+    warn(f"warning: {line} (max_position_embeddings); expect nonsense beyond")
+
+
+@lru_cache
+def warn(line: str):
+    """Once, however many texts are too long."""
+    print(line, file=sys.stderr)
 
 
 def rope_inv_freq(config: ModelConfig) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """A training's state on disk, all that the next update depends on: out_dir/state.safetensors.
 
 Flags and progress stand in the file's metadata; the tensors are named weights/NAME, the moments of
-AdamW beside them (step/NAME, exp_avg/NAME, exp_avg_sq/NAME), and the generator. One file, so that a
-kill at any moment leaves a state that is whole. train.py says when.
+AdamW beside them (step/NAME, exp_avg/NAME, exp_avg_sq/NAME; none before the first update), and the
+generator. One file, so that a kill at any moment leaves a state that is whole. train.py says when.
 """
 
 import json
@@ -11,21 +11,56 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data.checkpoint import open_safetensors, write_safetensors
+from data.checkpoint import check_finite
+from data.disk import check_absent, open_safetensors, parse_json, remove, write_safetensors
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
+# What a training leaves in its directory; any of them means that there was one.
+RESULTS = ("state.safetensors", "path.json", "path.safetensors", "config.json",
+           "model.safetensors", "model.safetensors.index.json")
+# What the metadata of a state holds, beside the flags.
+FACTS = {"args": dict, "update": int, "position": int, "frozen": (str, type(None)),
+         "curriculum": list, "facts": dict}
 
+
+# --- a directory of one run -----------------------------------------------------------------------
+
+def check_out_dir(out_dir, source: Path, overwrite: bool):
+    """Raise ValueError where a new run would replace what an earlier one or a model has left."""
+    out_dir = Path(out_dir)
+    if out_dir.exists() and source.exists() and out_dir.samefile(source):
+        raise ValueError(f"--out_dir {out_dir} is the directory of the model that is trained from; "
+                         "choose another one")
+    if (out_dir / "state.safetensors").exists() and not overwrite:
+        raise ValueError(f"{out_dir} holds an earlier run; go on with: python train.py "
+                         f"--init_from=resume --out_dir={out_dir}, choose another --out_dir, "
+                         "or say --overwrite")
+    for name in RESULTS:
+        check_absent(out_dir / name, overwrite)
+
+
+def clear(out_dir: Path):
+    """Remove an earlier run, so that no file of it is taken for one of the next."""
+    for name in (*RESULTS, "log.jsonl"):
+        remove(out_dir / name)
+
+
+# --- the state ------------------------------------------------------------------------------------
 
 def write_state(out_dir, trainable: dict, optimizer, generator, meta: dict, average: dict):
-    """trainable, average: name -> tensor; meta: flags and progress, anything that JSON can hold."""
+    """trainable, average: name -> tensor; meta: flags and progress, anything that JSON can hold.
+
+    Raises ValueError for weights that are not finite: the last good state stays.
+    """
+    path = Path(out_dir) / "state.safetensors"
     tensors = {"generator": generator.get_state()}
     for name, p in trainable.items():
+        check_finite(name, p.detach(), "this run")
         tensors[f"weights/{name}"] = p.detach().cpu().contiguous()
         for moment, value in optimizer.state[p].items():
             tensors[f"{moment}/{name}"] = value.detach().cpu().contiguous()
     for name, value in average.items():
         tensors[f"average/{name}"] = value.cpu()
-    path = Path(out_dir) / "state.safetensors"
     write_safetensors(tensors, path, {"state": json.dumps(meta)})
 
 
@@ -35,11 +70,15 @@ def read_state_meta(out_dir) -> dict:
     if not path.exists():
         raise ValueError(f"{path} does not exist, so there is nothing to resume; "
                          f"start one with train.py --out_dir={out_dir}")
-    meta = open_safetensors(path).metadata()
-    if not meta or "state" not in meta:
-        raise ValueError(f"{path} is not a training state of this project; "
-                         "start anew with another --out_dir")
-    return json.loads(meta["state"])
+    found = open_safetensors(path).metadata() or {}
+    meta = parse_json(found.get("state", "null"), f"the metadata of {path}")
+    if not isinstance(meta, dict):
+        meta = {}
+    for name, kind in FACTS.items():
+        if name not in meta or not isinstance(meta[name], kind):
+            raise ValueError(f"{path} is not a training state of this project and version "
+                             f"(no {name}); start anew with another --out_dir")
+    return meta
 
 
 def read_state(out_dir):
@@ -49,29 +88,66 @@ def read_state(out_dir):
 
 
 @torch.no_grad()
-def restore_state(out_dir, trainable: dict, optimizer, generator, frozen, average: dict) -> dict:
-    """Put a saved state back and return its meta.
+def restore_state(run, facts: dict) -> dict:
+    """Put a saved state back into a Run of train.py and return its meta.
 
-    Raises ValueError where its tensors are others, or where it was trained beside other frozen
-    weights than those of the fingerprint `frozen`.
+    Raises ValueError where its tensors are others, or where it was trained beside something else
+    than what `facts` and the fingerprint of the frozen weights say.
     """
-    tensors, meta = read_state(out_dir)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = [name for name, p in trainable.items() if shapes.get(f"weights/{name}") != p.shape]
-    if wrong:
-        raise ValueError(f"{out_dir}/state.safetensors does not fit: {len(wrong)} tensors, "
-                         f"first {wrong[0]}; resume with the flags it was made with")
-    if meta["frozen"] != frozen:
-        raise ValueError(
-            f"{out_dir}/state.safetensors was trained beside other frozen weights than "
-            f"{meta['args']['init_from']} now holds; put those back, "
-            "or start anew with another --out_dir")
-    for name, p in trainable.items():
+    path = Path(run.args.out_dir) / "state.safetensors"
+    tensors, meta = read_state(run.args.out_dir)
+    check_facts(path, {**meta["facts"], "weights": meta["frozen"]},
+                {**facts, "weights": run.frozen})
+    begun = meta["update"] > 0
+    check_tensors(path, tensors, expected_tensors(run, begun))
+    for name, p in run.trainable.items():
         p.copy_(tensors[f"weights/{name}"])
-        # copies: load_file maps the file, which the next save replaces
-        optimizer.state[p] = {
-            moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
-    for name, value in average.items():
+        if begun:
+            # copies: load_file maps the file, which the next save replaces
+            run.optimizer.state[p] = {
+                moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
+    for name, value in run.average.tensors.items():
         value.copy_(tensors[f"average/{name}"])
-    generator.set_state(tensors["generator"])
+    try:
+        run.generator.set_state(tensors["generator"])
+    except RuntimeError:
+        raise ValueError(f"{path}: the generator's state is damaged; "
+                         "start anew with another --out_dir") from None
     return meta
+
+
+def check_facts(path: Path, stated: dict, found: dict):
+    """Raise ValueError where what a state was trained beside has changed since."""
+    for name, value in found.items():
+        if stated.get(name) != value:
+            raise ValueError(f"{path} was trained beside other {name} than there are now; "
+                             "put the right ones back, or start anew with another --out_dir")
+
+
+def expected_tensors(run, begun: bool) -> dict:
+    """Name -> shape of all that a state holds, its moments only after the first update."""
+    expected = {"generator": tuple(run.generator.get_state().shape)}
+    for name, p in run.trainable.items():
+        expected[f"weights/{name}"] = tuple(p.shape)
+        if begun:
+            for moment in MOMENTS:
+                expected[f"{moment}/{name}"] = () if moment == "step" else tuple(p.shape)
+    for name, value in run.average.tensors.items():
+        expected[f"average/{name}"] = tuple(value.shape)
+    return expected
+
+
+def check_tensors(path: Path, tensors: dict, expected: dict):
+    """Raise ValueError unless these are the tensors, and all their values finite."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
+    if wrong:
+        raise ValueError(f"{path} does not fit: {len(wrong)} tensors, "
+                         f"first {wrong[0]}; resume with the flags it was made with")
+    for name, tensor in tensors.items():
+        kind = torch.uint8 if name == "generator" else torch.float32
+        if tensor.dtype != kind:
+            raise ValueError(f"{path} does not fit: {name} is of type {tensor.dtype}; "
+                             "start anew with another --out_dir")
+        if name != "generator":
+            check_finite(name, tensor, path)

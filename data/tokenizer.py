@@ -16,18 +16,23 @@ import functools
 import hashlib
 import json
 import re
-import sys
 import unicodedata
 from pathlib import Path
 
 import tiktoken
 
-from data.vocab import READERS, beginning_id, end_ids, read_files, special_tokens
+from data.command import command
+from data.vocab import (
+    READERS, beginning_id, chat_template, end_ids, read_files, special_tokens, words_of_text)
 
 # The splitting regex overflows its stack on runs of some hundred thousand spaces, so such runs are
 # cut first.
 LONGEST_RUN = 25_000
 LONG_RUN = re.compile(r"(?<!\s)\s{%d,}" % LONGEST_RUN)
+
+# Bytes that texts have hardly ever: control characters, and what begins a character beyond U+3FFFF
+# or none. SmolLM's vocabulary lacks some of them; they are dropped, as its own tokenizer does.
+RARE = {*range(9), 11, 12, *range(14, 32), 127, 0xC0, 0xC1, *range(0xF1, 0x100)}
 
 # One character of each kind a split pattern may forget (all of it unchanged by NFC).
 PROBE = "Aa 7\u00bd_'s!+\t\r\n\x00 \u00e9\u4f60\u0301\u200b\U0001f600\ue000  "
@@ -43,34 +48,37 @@ class Tokenizer:
     bos_id      id to put before a text, None where the model expects none
     eos_id      end of a text
     stop_ids    every id that ends an answer
+    template    of conversations, as the model's directory has it, or None
     """
 
-    def __init__(self, ranks, special, pattern, nfc=False):
+    def __init__(self, ranks, special, pattern, nfc=False, words=()):
         self.special = dict(special)
+        # those that are one id in any text, as they were in the model's training
+        self.words = sorted(set(words) & set(special))
         self.pattern = pattern
         self.nfc = nfc
         # what the vocabulary does not tell: load_tokenizer finds it in other files
         self.bos_id = None
         self.eos_id = None
         self.stop_ids = set()
+        self.template = None
         self._ranks = ranks
         self._bytes = self._bytes_of_ids()
         self.vocab_size = max(self._bytes) + 1
         # tiktoken knows no special tokens here: text of a user must never become one by itself
+        self._dropped = self._ids_of_missing_bytes()
+        complete = {**ranks, **{bytes([byte]): id for id, byte in self._dropped.items()}}
         self._bpe = tiktoken.Encoding(
-            "local", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self._special_pattern = self._pattern_of_names()
+            "local", pat_str=pattern, mergeable_ranks=complete, special_tokens={})
+        self._special_pattern = pattern_of_names(self.special)
+        self._words_pattern = pattern_of_names(self.words)
         # tiktoken silently drops what the pattern does not match.
-        if self.decode(self.encode(PROBE)) != PROBE:
+        probe = "".join(c for c in PROBE if ord(c) not in self._dropped.values())
+        if self.decode(self.encode(probe)) != probe:
             raise ValueError(f"the split pattern {pattern!r} does not cover every text")
 
     def _bytes_of_ids(self) -> dict:
         """id -> bytes, special tokens included; ValueError if the vocabulary contradicts itself."""
-        missing = [byte for byte in range(256) if bytes([byte]) not in self._ranks]
-        # without them there would be text that no ids stand for
-        if missing:
-            raise ValueError(f"the vocabulary has no token for byte {missing[0]} "
-                             f"({len(missing)} of 256 bytes missing)")
         table = {id: token for token, id in self._ranks.items()}
         if len(table) < len(self._ranks):
             raise ValueError("two tokens of the vocabulary share one id")
@@ -80,21 +88,25 @@ class Tokenizer:
                 raise ValueError(f"id {id} is both {table[id]!r} and the special token {text!r}")
         return table
 
-    def _pattern_of_names(self):
-        """What finds special tokens in a text, or None where there are none."""
-        if not self.special:
-            return None
-        # Longest first, so that a special token is never read as a shorter one that it begins with.
-        names = sorted(map(re.escape, self.special), key=len, reverse=True)
-        # a group, so that `split` keeps what it splits at
-        return re.compile("(" + "|".join(names) + ")")
+    def _ids_of_missing_bytes(self) -> dict:
+        """id beyond the vocabulary -> byte, for every byte that the vocabulary lacks.
+
+        Raises ValueError for one that texts have: there would be text that no ids stand for.
+        """
+        missing = [byte for byte in range(256) if bytes([byte]) not in self._ranks]
+        needed = [byte for byte in missing if byte not in RARE]
+        if needed:
+            raise ValueError(f"the vocabulary has no token for byte {needed[0]} "
+                             f"({len(missing)} of 256 bytes missing)")
+        # merged last, if it came to that
+        return {self.vocab_size + place: byte for place, byte in enumerate(missing)}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, without a beginning-of-text token.
 
         special: True turns the text of special tokens into their ids; only for text the program
         wrote itself. With False (anything a user or a data set wrote) "<|eot_id|>" is spelled in
-        ordinary tokens.
+        ordinary tokens. Added tokens that control nothing, `words`, are one id either way.
         Raises ValueError if `text` holds half of a surrogate pair, which has no UTF-8 form.
         """
         try:
@@ -103,11 +115,12 @@ class Tokenizer:
             code = ord(text[error.start])
             raise ValueError(f"text has a lone surrogate U+{code:04X} at character {error.start}; "
                              "read the file with encoding='utf-8'") from None
-        if not special or self._special_pattern is None:
+        names = self._special_pattern if special else self._words_pattern
+        if names is None:
             return self._encode_ordinary(text)
         ids = []
         # Splitting on a group alternates ordinary text (even places) and special tokens (odd ones).
-        for place, part in enumerate(self._special_pattern.split(text)):
+        for place, part in enumerate(names.split(text)):
             if place % 2:
                 ids.append(self.special[part])
             else:
@@ -128,6 +141,8 @@ class Tokenizer:
         ids = []
         for chunk in _chunks(text):
             ids += self._bpe.encode_ordinary(chunk)
+        if self._dropped:
+            ids = [id for id in ids if id not in self._dropped]
         return ids
 
     def token_bytes(self, id: int) -> bytes:
@@ -150,8 +165,20 @@ class Tokenizer:
         """16 hex digits that change with any token, special token, pattern or normalisation."""
         # sorted, since two files may list one vocabulary in two orders
         tokens = sorted((id, token.hex()) for token, id in self._ranks.items())
-        content = json.dumps([tokens, sorted(self.special.items()), self.pattern, self.nfc])
+        content = [tokens, sorted(self.special.items()), self.pattern, self.nfc]
+        # nothing is added where there are none, so that older fingerprints stay
+        content = json.dumps(content + [self.words] if self.words else content)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def pattern_of_names(names):
+    """What finds special tokens in a text, or None where there are none."""
+    if not names:
+        return None
+    # Longest first, so that a special token is never read as a shorter one that it begins with.
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    # a group, so that `split` keeps what it splits at
+    return re.compile("(" + "|".join(longest_first) + ")")
 
 
 def _chunks(text):
@@ -203,7 +230,8 @@ def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
                              f"embedding has {vocab_rows} rows; use the tokenizer that came with "
                              "the weights")
     # The readers take the files to be what their names promise; where one is not, it shows here.
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError,
+            RecursionError) as error:
         raise ValueError(f"{source}: this file or one beside it has an unexpected form: "
                          f"{error!r}") from error
     except ValueError as error:
@@ -228,7 +256,8 @@ def _build(source: Path) -> Tokenizer:
     ranks, pattern, nfc = read(source, files, special)
     # a config that spells the pattern out knows better than the reader's guess by the form
     pattern = files["tokenizer_config"].get("pat_str", pattern)
-    tokenizer = Tokenizer(ranks, special, pattern, nfc)
+    tokenizer = Tokenizer(ranks, special, pattern, nfc, words_of_text(files))
+    tokenizer.template = chat_template(source, files)
     # Llama 3, whose form this is, always begins a text
     used = source.name == "tokenizer.model"
     tokenizer.bos_id = beginning_id(files, special, used)
@@ -248,22 +277,18 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+@command("data.tokenizer")
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        tokenizer = load_tokenizer(args.directory)
-        ids = tokenizer.encode(args.text, special=args.special)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    tokenizer = load_tokenizer(args.directory)
+    ids = tokenizer.encode(args.text, special=args.special)
     print(f"ids {tokenizer.vocab_size}  special {len(tokenizer.special)}  "
           f"bos {tokenizer.bos_id}  eos {tokenizer.eos_id}  stop {sorted(tokenizer.stop_ids)}  "
           f"fingerprint {tokenizer.fingerprint}")
     for id in ids:
         # as bytes: a token may be half a character
         print(f"{id:>8}  {tokenizer.token_bytes(id)!r}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,13 +12,15 @@ the examples in, `write_split` shuffles and packs them, `TokenFiles` reads the r
 makes the examples, read it before; read data/batches.py next.
 """
 
-import json
+import hashlib
 import os
 from array import array
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from data.disk import flush, parse_json
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -136,7 +138,9 @@ def install(folder: Path, out_dir: Path):
     # looks complete.
     (out_dir / "meta.json").unlink(missing_ok=True)
     for name in [*names, "meta.json"]:
+        flush(folder / name)
         os.replace(folder / name, out_dir / name)
+    flush(out_dir)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -156,10 +160,15 @@ class TokenFiles:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         self.directory = Path(directory)
         arrays = self.load(split)
-        self.check_origin(tokenizer)
-        self.ids, self.mask, self.examples, self.rows = arrays
-        self.block_size = self.meta["block_size"]
-        self.check_lengths(split, [len(part) for part in arrays])
+        try:
+            self.check_origin(tokenizer)
+            self.block_size = self.meta["block_size"]
+            self.check_lengths(split, arrays)
+            self.ids, self.mask, self.examples, self.rows = arrays
+            self.check_values(tokenizer)
+        # meta.json of another program, or by another hand
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self.damaged(f"meta.json has an unexpected form: {error!r}") from None
 
     @property
     def repair(self) -> str:
@@ -167,18 +176,22 @@ class TokenFiles:
         return ("prepare it with: python -m data.chat INPUT.jsonl --tokenizer=TOKENIZER "
                 f"--out_dir={self.directory}")
 
+    def damaged(self, reason) -> ValueError:
+        return ValueError(f"damaged token files in {self.directory} ({reason}); {self.repair}")
+
     def load(self, split) -> list:
         try:
-            text = (self.directory / "meta.json").read_text(encoding="utf-8")
-            self.meta = json.loads(text)
+            content = (self.directory / "meta.json").read_bytes()
+            self.meta = parse_json(content, "meta.json")
+            # changes with the inputs, which it lists, and with every flag
+            self.fingerprint = hashlib.sha256(content).hexdigest()
             paths = [self.directory / f"{split}.{kind}.npy" for kind in ARRAYS]
             # mapped: the system reads what is asked for, when it is asked for
             return [np.load(path, mmap_mode="r") for path in paths]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {self.repair}") from None
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"damaged token files in {self.directory} ({error}); "
-                             f"{self.repair}") from None
+        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+            raise self.damaged(str(error).partition("\n")[0]) from None
 
     def check_origin(self, tokenizer):
         version = self.meta.get("version")
@@ -190,7 +203,11 @@ class TokenFiles:
             raise ValueError(f"token files in {self.directory} are of another tokenizer, "
                              f"{self.meta['tokenizer']}; {self.repair}")
 
-    def check_lengths(self, split, lengths):
+    def check_lengths(self, split, arrays):
+        """The arrays are of the stated lengths, and of whole numbers."""
+        for kind, part in zip(ARRAYS, arrays):
+            if part.ndim != 1 or part.dtype.kind not in "ui":
+                raise self.damaged(f"{split}.{kind}.npy holds no list of whole numbers")
         counts = self.meta["splits"][split]
         expected = [
             counts["tokens"],
@@ -198,10 +215,34 @@ class TokenFiles:
             counts["examples"] + 1,
             counts["rows"] + 1,
         ]
+        lengths = [len(part) for part in arrays]
         # files of two preparations, mixed up by hand, can still be read as arrays
         if lengths != expected:
-            raise ValueError(f"damaged token files in {self.directory} "
-                             f"(lengths {lengths}, not {expected}); {self.repair}")
+            raise self.damaged(f"lengths {lengths}, not {expected}")
+
+    def check_values(self, tokenizer):
+        """Borders rise from the first to the last token, and every token is one.
+
+        All of the files is read once: an index out of range would be an error far from its cause.
+        """
+        for borders, end in ((self.examples, len(self.ids)), (self.rows, len(self.examples) - 1)):
+            borders = borders.astype(np.int64)
+            if borders[0] != 0 or borders[-1] != end or (np.diff(borders) < 1).any():
+                raise self.damaged("borders that do not rise")
+        if not len(self):
+            return
+        if np.diff(self.examples[self.rows]).max() > self.block_size:
+            raise self.damaged(f"a row longer than {self.block_size} tokens")
+        if self.mask.min() < 0 or self.mask.max() != 1:
+            raise self.damaged("a mask without a counted token, or not of zeros and ones")
+        largest = int(self.ids.max())
+        if self.ids.min() < 0 or (tokenizer is not None and largest >= tokenizer.vocab_size):
+            raise self.damaged(f"token id {largest} is beyond the vocabulary")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return int(np.diff(self.examples).max()) if len(self) else 0
 
     def __len__(self) -> int:
         return len(self.rows) - 1

@@ -13,6 +13,8 @@ import base64
 import json
 from pathlib import Path
 
+from data.disk import decode, parse_json
+
 # GPT-2: English contractions, words and digit runs of any length, each taking one leading space;
 # then the rest.
 GPT2_PATTERN = (
@@ -27,6 +29,12 @@ LLAMA3_PATTERN = (
 )
 # Qwen 2 and 2.5: as Llama 3, but every digit stands alone.
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+# SmolLM: as GPT-2 between the digits, each of which stands alone. To what precedes it a digit is
+# the end of the text, so it takes no space and the last of several spaces is not kept for it.
+SMOLLM_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+)
 
 # Which pattern belongs to a `vocab.json`, which holds none itself.
 PATTERNS = {
@@ -68,45 +76,82 @@ def read_files(source: Path) -> dict:
         "generation_config",
         "config",
     ]
-    files = {name: read_json(source.with_name(f"{name}.json")) for name in names}
+    files = {name: read_beside(source, f"{name}.json") for name in names}
     # tokenizer.json is large: beside a tokenizer.model it is read only if nothing else names the
     # special tokens.
     named = files["tokenizer_config"].get("added_tokens_decoder")
     if source.name == "tokenizer.model" and named:
         files["tokenizer"] = {}
     else:
-        files["tokenizer"] = read_json(source.with_name("tokenizer.json"))
+        files["tokenizer"] = read_beside(source, "tokenizer.json")
     return files
 
 
-def read_json(path: Path) -> dict:
+def read_beside(source: Path, name: str) -> dict:
     """The object in a JSON file; {} if there is no such file."""
+    path = source.with_name(name)
     if not path.exists():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path.name} does not hold a JSON object: {error}") from None
+    content = parse_json(path.read_bytes(), name)
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} does not hold a JSON object")
+    return content
+
+
+def chat_template(source: Path, files) -> str | None:
+    """The template of conversations, in one of the three places where files have kept it."""
+    path = source.with_name("chat_template.jinja")
+    if path.exists():
+        return decode(path.read_bytes(), path.name)
+    stated = read_beside(source, "chat_template.json") or files["tokenizer_config"]
+    template = stated.get("chat_template")
+    # several of them, by name: the first question is put in the default one
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("chat_template is not a text")
+    return template
 
 
 # --- special tokens -------------------------------------------------------------------------------
 
 def special_tokens(files) -> dict:
-    """Special token text -> id, from every file that gives both."""
-    pairs = []
-    for id, token in files["tokenizer_config"].get("added_tokens_decoder", {}).items():
-        # JSON knows no numbers as keys
-        pairs.append((token["content"], int(id)))
-    for token in files["tokenizer"].get("added_tokens", []):
-        pairs.append((token["content"], token["id"]))
-    pairs += files["added_tokens"].items()
-
+    """Text -> id of every added token, from every file that gives both."""
     special = {}
-    for text, id in pairs:
+    for token, id in added_tokens(files):
+        text = token["content"]
         # no file is more right than another: that they disagree shows that one of them is foreign
         if special.setdefault(text, id) != id:
             raise ValueError(f"two files give {text!r} different ids: {special[text]} and {id}")
     return special
+
+
+def added_tokens(files):
+    """(what a file says of an added token, its id) for every one of every file."""
+    for id, token in files["tokenizer_config"].get("added_tokens_decoder", {}).items():
+        # JSON knows no numbers as keys
+        yield token, int(id)
+    for token in files["tokenizer"].get("added_tokens", []):
+        yield token, token["id"]
+    for text, id in files["added_tokens"].items():
+        yield {"content": text}, id
+
+
+def words_of_text(files) -> set:
+    """The added tokens that are no control tokens: they are read in any text, whoever wrote it.
+
+    Qwen2.5's <tool_call> is one. Raises ValueError for one that also takes in what surrounds it.
+    """
+    words = set()
+    for token, _ in added_tokens(files):
+        if token.get("special", True):
+            continue
+        for option in ("lstrip", "rstrip", "single_word"):
+            if token.get(option):
+                raise ValueError(f"added token {token['content']!r} with {option} "
+                                 "is not supported")
+        words.add(token["content"])
+    return words
 
 
 def llama3_special_tokens() -> dict:
@@ -220,8 +265,8 @@ def read_vocab_and_merges(source, files, special):
     if not merges_path.exists():
         raise FileNotFoundError(f"no {merges_path.name} in {source.parent}: {source.name} "
                                 "cannot be used without it")
-    vocab = read_json(source)
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    vocab = read_beside(source, source.name)
+    lines = decode(merges_path.read_bytes(), merges_path.name).replace("\r\n", "\n").split("\n")
     if lines[0].startswith("#version"):
         lines = lines[1:]
     merges = [line for line in lines if line]
@@ -269,11 +314,12 @@ def pattern_of_steps(pre_tokenizer) -> str:
     """The one pattern that a pre-tokenizer splits by."""
     patterns = []
     steps = flat_steps(pre_tokenizer, "pretokenizers")
-    for step in steps:
+    digits = bool(steps) and steps[0]["type"] == "Digits" and steps[0].get("individual_digits")
+    for step in steps[1:] if digits else steps:
         if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
             # ByteLevel turns bytes into characters, and splits too unless it is told not to
             if step.get("use_regex", True):
-                patterns.append(GPT2_PATTERN)
+                patterns.append(SMOLLM_PATTERN if digits else GPT2_PATTERN)
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             patterns.append(step["pattern"]["Regex"])
         else:
@@ -281,6 +327,8 @@ def pattern_of_steps(pre_tokenizer) -> str:
     if len(patterns) != 1 or steps[-1]["type"] != "ByteLevel":
         raise ValueError("text must be split by one pattern and then by ByteLevel, not by "
                          f"{[step['type'] for step in steps]}")
+    if digits and patterns != [SMOLLM_PATTERN]:
+        raise ValueError("Digits before another pattern than ByteLevel's is not supported")
     return patterns[0]
 
 

@@ -47,11 +47,11 @@ class NoRedirect(HTTPRedirectHandler):
         return None
 
 
-def open_url(url, method="GET", start=0, accept=()):
+def open_url(url, method="GET", start=0, accept=(), enough=None):
     """Return the open answer of `url` from byte `start` on.
 
     A status in `accept` is an answer too, any other but success is raised. A HEAD ends at the hub's
-    redirect to another host, because the facts about the file are in that redirect's headers.
+    redirect to another host if its headers are `enough`: they state the facts about the file.
     """
     here = url
     for _ in range(10):
@@ -62,7 +62,7 @@ def open_url(url, method="GET", start=0, accept=()):
             with answer:
                 raise failure_of(answer, url, here)
         target = urljoin(here, answer.headers.get("Location", ""))
-        if method == "HEAD" and origin(target) != origin(url):
+        if method == "HEAD" and origin(target) != origin(url) and enough(answer.headers):
             return answer
         answer.close()
         # urllib would open file:// as well, so a server could have us read our own disk

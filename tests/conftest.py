@@ -66,6 +66,15 @@ def make_ids(batch=3, length=10, seed=0, vocab=258):
     return torch.randint(vocab, (batch, length), generator=generator)
 
 
+def exit_status(main, argv) -> int:
+    """What the shell would see of a command."""
+    try:
+        main(argv)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     return FAMILIES[request.param]

@@ -11,6 +11,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import exit_status
 
 from data import chat, formats, tokens
 from data.formats import encode_chat
@@ -69,7 +70,8 @@ def run(monkeypatch):
         """Write the rows, prepare them through the command line, return the exit status."""
         monkeypatch.setattr(chat, "load_tokenizer", lambda directory: tokenizer or ByteTokenizer())
         path = write_rows(out_dir.parent / f"{out_dir.name}.jsonl", rows)
-        return chat.main([str(path), "--tokenizer=some/name", f"--out_dir={out_dir}", *flags])
+        argv = [str(path), "--tokenizer=some/name", f"--out_dir={out_dir}", *flags]
+        return exit_status(chat.main, argv)
     return run
 
 
@@ -78,7 +80,8 @@ def prepare(monkeypatch):
     def prepare(path, out_dir, *flags):
         """Prepare the file as it is; return the exit status."""
         monkeypatch.setattr(chat, "load_tokenizer", lambda directory: ByteTokenizer())
-        return chat.main([str(path), "--tokenizer=x", f"--out_dir={out_dir}", *flags])
+        argv = [str(path), "--tokenizer=x", f"--out_dir={out_dir}", *flags]
+        return exit_status(chat.main, argv)
     return prepare
 
 

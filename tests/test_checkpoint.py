@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
 from data import checkpoint
-from data.checkpoint import read_json, write_json
+from data import disk
+from data.disk import read_json, write_json
 from data.families import ModelConfig, weight_map
 from data.kv_cache import KVCache
 from model import LM
@@ -206,12 +207,12 @@ def test_fingerprint_is_of_the_weights_not_of_their_precision(family, tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise disk.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(disk, "save_file", full)
     message = r"cannot write .*w.safetensors \(I/O error: No space.*\); it needs 16 bytes: make"
     with pytest.raises(OSError, match=message):
-        checkpoint.write_safetensors({"a": torch.zeros(4)}, tmp_path / "w.safetensors")
+        disk.write_safetensors({"a": torch.zeros(4)}, tmp_path / "w.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -365,11 +366,11 @@ FACTOR_ONLY = {"rope_type": "llama3", "factor": 8.0}
 
 @pytest.mark.parametrize("config, change, message", [
     (LLAMA, {"model_type": "mamba"},
-     "model_type 'mamba' is not supported; allowed: llama, qwen2, gpt2"),
+     "model_type 'mamba' is not supported; allowed: llama, qwen2, mistral, gpt2"),
     (LLAMA, {"model_type": None},
-     "model_type None is not supported; allowed: llama, qwen2, gpt2"),
+     "model_type None is not supported; allowed: llama, qwen2, mistral, gpt2"),
     (LLAMA, {"hidden_act": "relu6"},
-     "activation 'relu6' is not supported; allowed: silu, gelu"),
+     "activation 'relu6' is not supported; allowed: silu, swish"),
     (GPT2, {"activation_function": "tanh"},
      "activation 'tanh' is not supported"),
     (LLAMA, {"rope_scaling": YARN},
@@ -420,7 +421,7 @@ def test_weights_of_another_family_are_refused(tmp_path):
     (None, "config.json does not exist; a model directory holds config.json, "
            "model.safetensors and a tokenizer"),
     (b"{", "config.json is not valid JSON"),
-    (b"\xff\xfe{", "config.json is not valid JSON"),
+    (b"\xff\xfe{", "config.json is not text in UTF-8"),
     (b"[1, 2]", "config.json holds no JSON object"),
 ])
 def test_a_damaged_config_is_refused(content, message, tmp_path):

@@ -20,6 +20,7 @@ from time import time
 from types import SimpleNamespace
 
 import pytest
+from conftest import exit_status
 
 from data import hub, web
 
@@ -375,7 +376,7 @@ def test_interrupt_keeps_the_part_and_says_so(fake, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(hub, "body", watched)
     fake.faults["model.safetensors"] = ["interrupt"]
-    assert hub.main(["gpt2", "--cache_dir", str(tmp_path)]) == 130
+    assert exit_status(hub.main, ["gpt2", "--cache_dir", str(tmp_path)]) == 130
     assert "same command resumes" in capsys.readouterr().err.splitlines()[-1]
     assert_not_loadable(tmp_path)
     succeeds(tmp_path)
@@ -575,9 +576,19 @@ def test_resolve(fake, tmp_path, monkeypatch):
     assert hub.resolve(tmp_path) == tmp_path
     assert hub.resolve(str(tmp_path)) == tmp_path
     assert hub.resolve("gpt2", tmp_path / "cache").parent.parent.name == "openai-community"
+    full = hub.resolve("openai-community/gpt2", tmp_path / "cache")
+    assert full == hub.resolve("gpt2", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["gpt3", "", "openai-community/gpt2", "no/such/folder"])
+def test_a_name_that_means_two_things_is_refused(fake, tmp_path, monkeypatch):
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="write ./gpt2 for the directory"):
+        hub.resolve("gpt2")
+    assert hub.resolve("./gpt2").samefile(tmp_path / "gpt2")
+
+
+@pytest.mark.parametrize("name", ["gpt3", "", "data/gpt2", "no/such/folder"])
 def test_unknown_names_are_told_the_known_ones(fake, name):
     with pytest.raises(ValueError, match="existing directory, tiny, or one of gpt2, ") as error:
         hub.resolve(name)
@@ -607,10 +618,10 @@ def test_malformed_names_are_refused_unsent(fake, arguments):
 
 
 def test_command(fake, tmp_path, capsys):
-    assert hub.main(["gpt2", "--cache_dir", str(tmp_path)]) == 0
+    assert exit_status(hub.main, ["gpt2", "--cache_dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / REPO / "main")
-    assert hub.main(["gpt3"]) == 2
+    assert exit_status(hub.main, ["gpt3"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("error: unknown model 'gpt3'")
+    assert shown.err.startswith("data.hub: unknown model 'gpt3'")
     assert shown.err.count("\n") == 1

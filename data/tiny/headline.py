@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.checkpoint import read_json
+from data.disk import read_json
 from data.statistics import mean, unique
 
 ROOT = Path(__file__).resolve().parent.parent.parent
