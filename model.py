@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from data.checkpoint import (
     fingerprint, load_weights, pick_device, plan_weights, read_config, save_weights, weight_files)
-from data.disk import write_json
 from data.families import ACTIVATIONS, ModelConfig
 from data.hub import resolve
 from data.kv_cache import KVCache
@@ -476,8 +475,8 @@ class LM(nn.Module):
                         device: str | None = None, cache_dir: str | None = None) -> "LM":
         """Load a model by name or from a directory in Hugging Face layout.
 
-        dtype and device are chosen by `pick_device` where None. Raises ValueError with one line
-        that says what is missing, left over, misshapen, truncated or not a number.
+        `pick_device` chooses where dtype and device are None. Raises ValueError with one line:
+        what is missing, left over, misshapen, truncated or not a number.
         """
         directory = resolve(str(name_or_dir), cache_dir)
         device, dtype = pick_device(device, dtype)
@@ -491,12 +490,10 @@ class LM(nn.Module):
         model.tie()                     # to_empty gave head and embedding a memory of their own
         load_weights(model, plan, files)
         # absolute, or the path would lose its base as soon as one works elsewhere
-        model.directory = str(name_or_dir)
-        if Path(name_or_dir).is_dir():
-            model.directory = str(Path(name_or_dir).resolve())
+        source = Path(name_or_dir)
+        model.directory = str(source.resolve() if source.is_dir() else name_or_dir)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path):
         """Write config.json and model.safetensors in Hugging Face layout, each appearing whole."""
         save_weights(self, Path(directory))
-        write_json(self.config.raw, Path(directory) / "config.json")

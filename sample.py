@@ -429,8 +429,8 @@ def read_settings(args) -> Settings:
 @command("sample.py")
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    check_flags(args, given_flags(build_parser(), argv), ADAPTIVE)
     settings = read_settings(args)
+    check_flags(args, given_flags(build_parser(), argv), ADAPTIVE)
     model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
                                   args.base, args.fold_lora)
     if args.prompt or args.prompt_file:

@@ -37,7 +37,7 @@ from data.tiny.start import init_weights
 from data.tiny.topics import LEVELS, Documents, Problems
 from data.tokenizer import load_tokenizer
 from data.tokens import TokenFiles
-from data.train_flags import build_parser, parse      # noqa: F401
+from data.train_flags import parse
 from diffusion import L2D
 from model import LM, LoRA
 from sample import Settings, answer_problems

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.disk import open_safetensors, read_json, write_safetensors
+from data.disk import open_safetensors, read_json, write_json, write_safetensors
 from data.families import choices, weight_map
 
 HEAD = "lm_head.weight"
@@ -26,8 +26,8 @@ QUANTISED = (
 # Weights are copied out of the memory map in pieces of this size, so that pages can be let go.
 CHUNK_BYTES = 1 << 26
 TOKENIZER_FILES = (
-    "tokenizer*", "chat_template*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "encoder.json", "generation_config.json")
+    "tokenizer*", "chat_template*", "vocab*", "merges.txt", "encoder.json", "added_tokens.json",
+    "special_tokens_map.json", "generation_config.json")
 
 
 # --- a model's weights ----------------------------------------------------------------------------
@@ -40,8 +40,8 @@ def read_config(directory: Path) -> dict:
     if (directory / "config.json").exists():
         return read_json(directory / "config.json")
     if (directory / "path.json").exists():
-        raise ValueError(f"{directory} holds a diffusion path and no model; give its base, or train "
-                         f"on with --init_from=resume --out_dir={directory}")
+        raise ValueError(f"{directory} holds a diffusion path and no model; give its base, or "
+                         f"train on with --init_from=resume --out_dir={directory}")
     raise ValueError(f"{directory}/config.json does not exist; a model directory holds "
                      "config.json, model.safetensors and a tokenizer")
 
@@ -139,7 +139,7 @@ def load_weights(model, plan: dict, files: dict):
 
 
 def save_weights(model, directory: Path):
-    """The other way: write model.safetensors with the names and forms of the model's family."""
+    """The other way: model.safetensors with the family's names and forms, then config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config
     ours = dict(model.named_parameters())
@@ -148,6 +148,7 @@ def save_weights(model, directory: Path):
         weight = torch.cat([ours[name].detach().cpu() for name in names])
         tensors[theirs] = (weight.T if transposed else weight).contiguous()
     write_safetensors(tensors, directory / "model.safetensors", {"format": "pt"})
+    write_json(config.raw, directory / "config.json")
 
 
 def fingerprint(model) -> str:

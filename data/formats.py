@@ -1,10 +1,10 @@
 """The chat formats: how each model family writes a conversation down, and its ids.
 
-Which format a model speaks stands in its own directory, as a chat template: it is recognised word by
-word (`recognise`), or the model is not asked in any. A conversation becomes a list of pieces
+Which format a model speaks stands in its own directory, as a chat template: it is recognised word
+by word (`recognise`), or the model is not asked in any. A conversation becomes a list of pieces
 (`render_*`), the pieces become ids (`encode_pieces`), and sample.py takes all steps at once
-(`encode_chat`). The same pieces say which words the assistant
-has to produce itself, the only ones that count in training (L2D paper, Section 4).
+(`encode_chat`). The same pieces say which words the assistant has to produce itself, the only ones
+that count in training (L2D paper, Section 4).
 
 Read data/tokenizer.py before, data/chat.py next: there whole files of conversations become
 training examples.

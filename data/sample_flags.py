@@ -22,7 +22,7 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
         help="text to continue, `-` for standard input; may be repeated (default: test problems)")
     add("--prompt_file", help="file with one prompt a line")
     add("--chat", nargs="?", const="auto", choices=["auto", *RENDER],
-        help="put the prompt in the model's own chat format (or another: " + ", ".join(RENDER) + ")")
+        help="ask in the model's own chat format, or in another: " + ", ".join(RENDER))
     add("--class", dest="label", help="class for guidance, by name or number")
     add("--stop", action="append", default=[],
         help="further text that ends an answer and is left out of it; may be repeated")

@@ -96,7 +96,7 @@ def restore_state(run, facts: dict) -> dict:
     """
     path = Path(run.args.out_dir) / "state.safetensors"
     tensors, meta = read_state(run.args.out_dir)
-    check_facts(path, {**meta["facts"], "weights": meta["frozen"]},
+    check_facts(run.args, {**meta["facts"], "weights": meta["frozen"]},
                 {**facts, "weights": run.frozen})
     begun = meta["update"] > 0
     check_tensors(path, tensors, expected_tensors(run, begun))
@@ -116,12 +116,13 @@ def restore_state(run, facts: dict) -> dict:
     return meta
 
 
-def check_facts(path: Path, stated: dict, found: dict):
+def check_facts(args, stated: dict, found: dict):
     """Raise ValueError where what a state was trained beside has changed since."""
     for name, value in found.items():
         if stated.get(name) != value:
-            raise ValueError(f"{path} was trained beside other {name} than there are now; "
-                             "put the right ones back, or start anew with another --out_dir")
+            raise ValueError(f"{args.out_dir} was trained beside other {name} than there are now "
+                             f"(model {args.init_from}, data {args.data}); put the right ones "
+                             "back, or start anew with another --out_dir")
 
 
 def expected_tensors(run, begun: bool) -> dict:

@@ -61,7 +61,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--min_lr", type=float, help="last learning rate")
     add("--warmup", type=int, help="updates of linear warm-up, before the linear decay")
     add("--weight_decay", type=float, help="on matrices only")
-    add("--clip", type=float, default=1.0, 
+    add("--clip", type=float, default=1.0,
         help="largest norm of the gradient; 0: any (default: 1)")
     add("--seed", type=int, default=42,
         help="of weights, data order, times and noise (default: 42)")
@@ -79,7 +79,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv, description: str) -> argparse.Namespace:
+def parse(argv=None, description: str | None = None) -> argparse.Namespace:
     """Flags over the checkpoint's (where resuming) over the preset's. Raises ValueError."""
     parser = build_parser(description)
     args = parser.parse_args(argv)

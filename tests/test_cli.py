@@ -166,7 +166,7 @@ BAD = {
     "class without classes": (
         ["--prompt", "ab", "--class", "0", "--steps", "0"],
         "base",
-        "this model has no classes",
+        "--class would do nothing: it needs a diffusion path",
     ),
     "guidance without class": (["--prompt", "ab", "--guidance", "2"], "path", "--class"),
     "stop": (

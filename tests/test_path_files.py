@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data.hub import resolve
+from data.presets import PRESETS
+from data.train_flags import build_parser
 from diffusion import L2D, L2DConfig
 from model import LM
 from sample import Settings
@@ -185,10 +187,10 @@ def test_damaged_path_is_refused_in_one_line(saved, act, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(width=0), "width = 0 is out of range; allowed: 1 or more"),
-    (dict(rank=0), "rank = 0 is out of range; allowed: 1 or more"),
-    (dict(classes=-1), "classes = -1 is out of range; allowed: 0 or more"),
-    (dict(cond_dim=0), "cond_dim = 0 is out of range; allowed: 1 or more"),
+    (dict(width=0), "width = 0 is out of range; allowed: 1 to 65536"),
+    (dict(rank=0), "rank = 0 is out of range; allowed: 1 to 65536"),
+    (dict(classes=-1), "classes = -1 is out of range; allowed: 0 to 65536"),
+    (dict(cond_dim=0), "cond_dim = 0 is out of range; allowed: 1 to 65536"),
     (dict(time_distribution="late"), "allowed: uniform, cosmap"),
 ])
 def test_bad_options_are_refused(options, message):
@@ -209,8 +211,8 @@ def test_noise_scale_follows_the_width():
 def test_defaults_are_the_papers_values():
     """One table: what somebody gets who says nothing, on data of their own."""
     config = L2DConfig()
-    paper = train.PRESETS["paper"]
-    flags = train.build_parser().parse_args([])
+    paper = PRESETS["paper"]
+    flags = build_parser().parse_args([])
     settings = Settings()
     table = [
         # the path
@@ -249,5 +251,5 @@ def test_defaults_are_the_papers_values():
 def test_a_model_and_data_of_ones_own_get_the_papers_preset(tmp_path):
     args = train.parse(["--init_from=gpt2", f"--data={tmp_path}"])
     assert args.preset == "paper"
-    for name, value in train.PRESETS["paper"].items():
+    for name, value in PRESETS["paper"].items():
         assert getattr(args, name) == value, name
