@@ -4,12 +4,13 @@
 the path of it; read that next.
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.checkpoint import check_finite
-from data.disk import open_safetensors, read_json, write_json, write_safetensors
+from data.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 from data.families import choices
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
@@ -64,7 +65,9 @@ def save_path(ours: dict, config: L2DConfig, facts: dict, directory: Path):
     """Write path.safetensors, then path.json; ours: name -> trained tensor."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in ours.items()}
-    write_safetensors(tensors, directory / "path.safetensors")
+    # in both files, so that two of different trainings are noticed
+    stated = {"config": json.dumps(asdict(config))}
+    write_safetensors(tensors, directory / "path.safetensors", stated)
     write_json({"config": asdict(config), **facts}, directory / "path.json")
 
 
@@ -131,7 +134,7 @@ def check_trained(meta: dict, directory: Path):
                          f"go on with train.py --init_from=resume --out_dir={directory}")
 
 
-def fill(ours: dict, path: Path):
+def fill(ours: dict, path: Path, config: L2DConfig):
     """Copy a file into the tensors of a path. Raises ValueError unless all fit and are finite."""
     file = open_safetensors(path)      # says in one line what is wrong with the file
     theirs = {(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
@@ -140,6 +143,11 @@ def fill(ours: dict, path: Path):
         names = sorted({name for name, _ in wrong})
         raise ValueError(f"{path} does not fit path.json: {len(names)} tensors differ, "
                          f"first {names[0]}; copy both files of the same training")
+    # older files do not repeat it
+    stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
+    if stated not in (None, asdict(config)):
+        raise ValueError(f"{path} was trained with another config than path.json says; "
+                         "copy both files of the same training")
     for name, p in ours.items():
         tensor = file.get_tensor(name)
         if not tensor.is_floating_point():

@@ -162,13 +162,12 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any token, special token, pattern or normalisation."""
+        """16 hex digits that change with any token, special token, pattern, first or last id."""
         # sorted, since two files may list one vocabulary in two orders
         tokens = sorted((id, token.hex()) for token, id in self._ranks.items())
-        content = [tokens, sorted(self.special.items()), self.pattern, self.nfc]
-        # nothing is added where there are none, so that older fingerprints stay
-        content = json.dumps(content + [self.words] if self.words else content)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        content = [tokens, sorted(self.special.items()), self.words, self.pattern, self.nfc,
+                   self.bos_id, self.eos_id]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def pattern_of_names(names):

@@ -229,9 +229,11 @@ LOOSE = dict(solver="dopri5", rtol=0.5, atol=0.5)
 WAYS = [
     dict(steps=5),
     dict(solver="midpoint", steps=3),
-    LOOSE,
+    # the most likely token jumps, and a step across a jump is judged by its last bits, which the
+    # size of a batch may change: the adaptive solver is compared on the estimate without jumps
+    dict(LOOSE, estimate="average"),
     dict(steps=8, stop_unchanged=1),
-    dict(LOOSE, stop_unchanged=2),
+    dict(LOOSE, estimate="average", stop_unchanged=2),
     dict(steps=5, temperature=1.0, estimate="sample"),
     dict(steps=6, stop_unchanged=2, guidance=2.0),
 ]
