@@ -23,6 +23,7 @@ import torch
 from data.answer import Answer, Stop
 from data.batches import left_pad
 from data.classes import check_classes
+from data.disk import present
 from data.draws import draw_noise_each, draw_tokens
 from data.families import choices
 from data.figures import trace_text
@@ -312,7 +313,7 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
     directory = resolve(init_from, cache_dir)
     dtype = dtype and getattr(torch, dtype)
     # a path's directory holds the path alone; path.json says beside which model it belongs
-    if (directory / "path.json").exists():
+    if present(directory / "path.json"):
         meta = read_path(directory)
         check_trained(meta, directory)
         base = base or meta["base"]

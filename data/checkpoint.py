@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.disk import open_safetensors, read_json, write_json, write_safetensors
+from data.disk import open_safetensors, present, read_json, write_json, write_safetensors
 from data.families import choices, weight_map
 
 HEAD = "lm_head.weight"
@@ -34,12 +34,12 @@ TOKENIZER_FILES = (
 
 def read_config(directory: Path) -> dict:
     """config.json of a model's directory. Raises ValueError for another kind of directory."""
-    if (directory / "adapter_config.json").exists():
+    if present(directory / "adapter_config.json"):
         raise ValueError(f"{directory} holds a PEFT adapter (adapter_config.json); "
                          "merge it into its base first")
-    if (directory / "config.json").exists():
+    if present(directory / "config.json"):
         return read_json(directory / "config.json")
-    if (directory / "path.json").exists():
+    if present(directory / "path.json"):
         raise ValueError(f"{directory} holds a diffusion path and no model; give its base, or "
                          f"train on with --init_from=resume --out_dir={directory}")
     raise ValueError(f"{directory}/config.json does not exist; a model directory holds "
@@ -50,13 +50,13 @@ def weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, single or sharded."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
-    if single.exists():
+    if present(single):
         # as everywhere: the whole file wins, but shards beside it may be what was meant
-        if index.exists():
+        if present(index):
             print(f"note: {directory} holds model.safetensors and {index.name}: "
                   "the former is loaded, the shards are not", file=sys.stderr)
         return {name: single for name in open_safetensors(single).keys()}
-    if index.exists():
+    if present(index):
         return sharded_files(index)
     if list(directory.glob("pytorch_model*.bin")):
         raise ValueError(f"{directory} has only pytorch_model.bin, a pickle that can run code "
@@ -73,7 +73,7 @@ def sharded_files(index: Path) -> dict[str, Path]:
     # the name alone: an index must not point out of its directory
     files = {name: index.parent / Path(file).name for name, file in names.items()}
     for path in sorted(set(files.values())):
-        if not path.exists():
+        if not present(path):
             raise ValueError(f"{path} is missing although {index.name} names it; "
                              "download this shard again")
         stated = {name for name, file in files.items() if file == path}

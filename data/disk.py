@@ -128,6 +128,13 @@ def check_absent(path: str | Path, overwrite: bool):
 
 # --- read without trust ---------------------------------------------------------------------------
 
+def present(path: Path) -> bool:
+    """Is this file there? Raises ValueError for a link to nothing: a file was meant to be."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to nothing; copy or download the file itself")
+    return path.exists()
+
+
 def decode(content: bytes, where) -> str:
     """Text in UTF-8, or in what its first bytes announce. Raises ValueError for anything else."""
     coding = next((coding for mark, coding in MARKS if content.startswith(mark)), "utf-8")
@@ -154,8 +161,6 @@ def read_json(path: str | Path) -> dict:
         content = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; copy or download it") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply; copy or download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; copy or download it again")
     return content

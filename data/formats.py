@@ -237,7 +237,7 @@ def resolve_style(style: str, tokenizer) -> tuple:
     template = getattr(tokenizer, "template", None)
     theirs, system = recognise(template)
     if style == "auto":
-        if template and theirs is None:
+        if template is not None and theirs is None:
             raise ValueError("this model's chat template is none that we can write; ask without a "
                              f"chat format, or name one: {', '.join(RENDER)}")
         style = theirs or chat_style(tokenizer)

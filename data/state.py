@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.checkpoint import check_finite
-from data.disk import check_absent, open_safetensors, parse_json, remove, write_safetensors
+from data.disk import check_absent, open_safetensors, parse_json, present, remove, write_safetensors
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
 # What a training leaves in its directory; any of them means that there was one.
@@ -31,7 +31,7 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
     if out_dir.exists() and source.exists() and out_dir.samefile(source):
         raise ValueError(f"--out_dir {out_dir} is the directory of the model that is trained from; "
                          "choose another one")
-    if (out_dir / "state.safetensors").exists() and not overwrite:
+    if present(out_dir / "state.safetensors") and not overwrite:
         raise ValueError(f"{out_dir} holds an earlier run; go on with: python train.py "
                          f"--init_from=resume --out_dir={out_dir}, choose another --out_dir, "
                          "or say --overwrite")
@@ -67,7 +67,7 @@ def write_state(out_dir, trainable: dict, optimizer, generator, meta: dict, aver
 def read_state_meta(out_dir) -> dict:
     """Flags and progress of the last saved state. Raises ValueError where there is none."""
     path = Path(out_dir) / "state.safetensors"
-    if not path.exists():
+    if not present(path):
         raise ValueError(f"{path} does not exist, so there is nothing to resume; "
                          f"start one with train.py --out_dir={out_dir}")
     found = open_safetensors(path).metadata() or {}

@@ -22,6 +22,7 @@ from pathlib import Path
 import tiktoken
 
 from data.command import command
+from data.disk import present
 from data.vocab import (
     READERS, beginning_id, chat_template, end_ids, read_files, special_tokens, words_of_text)
 
@@ -242,7 +243,7 @@ def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
 
 def _find(directory: Path) -> Path:
     for name in READERS:
-        if (directory / name).exists():
+        if present(directory / name):
             return directory / name
     raise FileNotFoundError(f"no tokenizer in {directory}: looked for tokenizer.model, "
                             "tokenizer.json, vocab.json + merges.txt, encoder.json + vocab.bpe")

@@ -145,6 +145,18 @@ def install(folder: Path, out_dir: Path):
 
 # --- reading --------------------------------------------------------------------------------------
 
+def map_array(path: Path):
+    """An array in a file, which the system reads where it is looked at. Raises ValueError."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError:
+        raise
+    # the header is a piece of Python, and a damaged one fails in every way in which Python can
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path.name}: {reason}") from None
+
+
 class TokenFiles:
     """The rows of one prepared split, memory-mapped.
 
@@ -186,12 +198,11 @@ class TokenFiles:
             # changes with the inputs, which it lists, and with every flag
             self.fingerprint = hashlib.sha256(content).hexdigest()
             paths = [self.directory / f"{split}.{kind}.npy" for kind in ARRAYS]
-            # mapped: the system reads what is asked for, when it is asked for
-            return [np.load(path, mmap_mode="r") for path in paths]
+            return [map_array(path) for path in paths]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {self.repair}") from None
-        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
-            raise self.damaged(str(error).partition("\n")[0]) from None
+        except ValueError as error:
+            raise self.damaged(error) from None
 
     def check_origin(self, tokenizer):
         version = self.meta.get("version")

@@ -13,7 +13,7 @@ import base64
 import json
 from pathlib import Path
 
-from data.disk import decode, parse_json
+from data.disk import decode, parse_json, present
 
 # GPT-2: English contractions, words and digit runs of any length, each taking one leading space;
 # then the rest.
@@ -90,7 +90,7 @@ def read_files(source: Path) -> dict:
 def read_beside(source: Path, name: str) -> dict:
     """The object in a JSON file; {} if there is no such file."""
     path = source.with_name(name)
-    if not path.exists():
+    if not present(path):
         return {}
     content = parse_json(path.read_bytes(), name)
     if not isinstance(content, dict):
@@ -101,7 +101,7 @@ def read_beside(source: Path, name: str) -> dict:
 def chat_template(source: Path, files) -> str | None:
     """The template of conversations, in one of the three places where files have kept it."""
     path = source.with_name("chat_template.jinja")
-    if path.exists():
+    if present(path):
         return decode(path.read_bytes(), path.name)
     stated = read_beside(source, "chat_template.json") or files["tokenizer_config"]
     template = stated.get("chat_template")
@@ -262,7 +262,7 @@ def read_vocab_and_merges(source, files, special):
     merges_path = source.with_name("merges.txt")
     if source.name == "encoder.json":
         merges_path = source.with_name("vocab.bpe")
-    if not merges_path.exists():
+    if not present(merges_path):
         raise FileNotFoundError(f"no {merges_path.name} in {source.parent}: {source.name} "
                                 "cannot be used without it")
     vocab = read_beside(source, source.name)

@@ -1,12 +1,15 @@
 """What several tests need: the repository on the path, and small random models of every family."""
 
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from data.families import ModelConfig  # noqa: E402
 from diffusion import L2D, L2DConfig  # noqa: E402
@@ -78,3 +81,20 @@ def exit_status(main, argv) -> int:
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A small random model with the embedded tokenizer."""
+    make_lm().save_pretrained(tmp_path / "base")
+    for path in (ROOT / "data" / "tiny").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture(autouse=True)
+def own_ctrl_c():
+    """Training takes the signal over; the next test gets it back."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)

@@ -625,3 +625,87 @@ def test_command(fake, tmp_path, capsys):
     assert shown.out == ""
     assert shown.err.startswith("data.hub: unknown model 'gpt3'")
     assert shown.err.count("\n") == 1
+
+
+# --- the environment and the cache are not trusted ------------------------------------------------
+
+class Mirror(BaseHTTPRequestHandler):
+    """Knows nothing itself: sends everybody to the hub, under another host's name."""
+    status = 308
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.server.tokens.append(self.headers.get("Authorization"))
+        self.send_response(self.status)
+        self.send_header("Location", f"http://localhost:{self.server.behind}{self.path}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_mirror_may_send_to_another_host_which_never_sees_the_token(
+        status, fake, tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("M", (Mirror,), {"status": status}))
+    server.behind = fake.hub.server_port
+    server.tokens = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    succeeds(tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert set(server.tokens) == {"Bearer hf_secret"}
+    assert all(entry["token"] is None for entry in fake.log)
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\n", "/ "])
+def test_a_blank_behind_the_endpoint_is_no_part_of_it(blank, fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", f" {fake.url}{blank}")
+    succeeds(tmp_path)
+
+
+def test_a_blank_inside_the_endpoint_is_refused_unsent(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1 :1")
+    with pytest.raises(ValueError, match="malformed HF_ENDPOINT .* expected https://host"):
+        hub.fetch_model(REPO, tmp_path)
+    assert fake.waits == [] and fake.log == []
+
+
+def test_offline_takes_what_is_there_and_never_asks(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE") as error:
+        hub.fetch_model(REPO, tmp_path)
+    assert one_line(error) and fake.log == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    folder = succeeds(tmp_path)
+    asked = len(fake.log)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.fetch_model(REPO, tmp_path) == folder and len(fake.log) == asked
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"{}", b'{"sizes": []}', b'{"sizes": {"config.json": "9"}}', b'{"sizes": 3}',
+    b"\xff", b'{"sizes": {"config.json": null}}', b"[" * 100_000,
+])
+def test_a_marker_of_another_form_says_nothing(content, fake, tmp_path):
+    folder = succeeds(tmp_path)
+    (folder / "complete.json").write_bytes(content)
+    asked = len(fake.log)
+    assert succeeds(tmp_path) == folder
+    assert len(fake.log) > asked
+
+
+def test_verify_hashes_what_is_in_the_cache(fake, tmp_path, capsys):
+    flags = [REPO, f"--cache_dir={tmp_path}", "--verify"]
+    assert exit_status(hub.main, flags) == 0
+    assert hashlib.sha256(WEIGHTS).hexdigest() in capsys.readouterr().out
+    weights = next(tmp_path.rglob("model.safetensors"))
+    # of the same length, so that only its hash tells
+    weights.write_bytes(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
+    assert exit_status(hub.main, flags) == 2
+    assert "is not what the hub stated" in capsys.readouterr().err

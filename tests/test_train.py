@@ -5,7 +5,6 @@ python -m pytest tests/test_train.py
 
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,23 +42,6 @@ FLAGS = {
     "device": "cpu",
     "dtype": "float32",
 }
-
-
-@pytest.fixture(autouse=True)
-def own_ctrl_c():
-    """Training takes the signal over; the next test gets it back."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.fixture
-def base(tmp_path):
-    """A small random model with the embedded tokenizer."""
-    make_lm().save_pretrained(tmp_path / "base")
-    for path in (ROOT / "data" / "tiny").glob("tokenizer*"):
-        shutil.copy(path, tmp_path / "base")
-    return tmp_path / "base"
 
 
 def flags(**changes):

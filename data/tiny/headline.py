@@ -38,7 +38,11 @@ def make(way: str, seed: int, out_dir: Path, more: list):
     trained = out_dir / f"{way}-{seed}"
     found = out_dir / f"{way}-{seed}.json"
     if not (trained / "done").exists():
-        run("train.py", *WAYS[way], f"--seed={seed}", f"--out_dir={trained}", "--report=0", *more)
+        words = [*WAYS[way], f"--seed={seed}", "--report=0", *more]
+        # of a run that was stopped
+        if (trained / "state.safetensors").exists():
+            words = ["--init_from=resume"]
+        run("train.py", *words, f"--out_dir={trained}")
         # path.json is written at every validation, so it does not say that all is done
         (trained / "done").touch()
     if not found.exists():

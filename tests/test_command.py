@@ -1,0 +1,153 @@
+"""data/command.py, and flags that cannot act: how commands end.
+
+    python -m pytest tests/test_command.py
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import sample
+import train
+from conftest import exit_status
+from data.command import command, visible
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# --- how a command ends ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, status, line", [
+    (ValueError("this is wrong"), 2, "it: this is wrong"),
+    (OSError("no room"), 2, "it: no room"),
+    (KeyboardInterrupt(), 130, "it: stopped"),
+    (KeyboardInterrupt("half is kept"), 130, "it: half is kept"),
+    (BrokenPipeError(), 0, ""),
+])
+def test_every_end_has_its_status_and_at_most_one_line(error, status, line, capsys, monkeypatch):
+    # what it would do to the stream of all further tests
+    monkeypatch.setattr("data.command.silence", lambda: None)
+
+    @command("it")
+    def main(argv):
+        raise error
+    assert exit_status(main, []) == status
+    assert capsys.readouterr().err.strip() == line
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback():
+    @command("it")
+    def main(argv):
+        raise TypeError("a mistake of ours")
+    with pytest.raises(TypeError):
+        main([])
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\x1b[31mb", "a\\x1b[31mb"), ("a\nb", "a\\nb"), ("é你", "é你"), ("\u202e", "\\u202e"),
+])
+def test_a_name_cannot_command_the_terminal(text, shown):
+    assert visible(text) == shown
+
+
+def python(*words, **more):
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **more)
+
+
+def test_a_reader_that_goes_away_is_no_mistake():
+    process = python("sample.py", "--prompt=(7*8)+15?", "--steps=2", "--device=cpu")
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == ""
+
+
+def test_characters_that_the_terminal_lacks_are_written_as_escapes():
+    process = python("sample.py", "--prompt=2² – 你?", "--steps=0", "--device=cpu",
+                     "--max_new_tokens=1", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    assert "2\\xb2 \\u2013 \\u4f60?" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process alone")
+@pytest.mark.parametrize("wait_for", ["import", "work"])
+def test_ctrl_c_in_eval_is_one_line_at_any_moment(wait_for, tmp_path):
+    # a signal to itself: while torch is imported, or while problems are answered
+    lines = {
+        "import": "import sys, os, signal, data.command\n"
+                  "sys.modules['torch'] = None\n"
+                  "os.kill(os.getpid(), signal.SIGINT)",
+        "work": "import os, signal, sample, eval\n"
+                "sample.choose = lambda *a: os.kill(os.getpid(), signal.SIGINT) or choose(*a)\n"
+                f"eval.main(['--problems=2', '--device=cpu', '--out={tmp_path / 'eval.json'}'])",
+    }
+    process = python("-c", lines[wait_for])
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1 and "stopped" in err
+
+
+# --- flags that cannot act ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, idle", [
+    (["--chat", "--steps=0"], "chat"),
+    (["--stop=x"], "stop"),
+    (["--class=sums"], "class"),
+    (["--trace"], "trace"),
+    (["--prompt=x", "--steps=0", "--max_nfe=3"], "max_nfe"),
+    (["--prompt=x", "--steps=0", "--solver=midpoint"], "solver"),
+    (["--prompt=x", "--steps=0", "--guidance=2"], "guidance"),
+    (["--prompt=x", "--guidance=2"], "guidance"),
+    (["--prompt=x", "--solver=dopri5", "--steps=3"], "steps"),
+    (["--prompt=x", "--solver=euler", "--rtol=0.1"], "rtol"),
+    (["--prompt=x", "--estimate_temperature=2"], "estimate_temperature"),
+    (["--prompt=x", "--top_k=5"], "top_k"),
+    (["--prompt=x", "--top_p=0.5"], "top_p"),
+    (["--prompt=x", "--steps=0", "--num_samples=2"], "num_samples"),
+    (["--prompt=x", "--trace_token=1"], "trace_token"),
+])
+def test_sample_refuses_flags_that_would_do_nothing(words, idle, capsys):
+    assert exit_status(sample.main, [*words, "--device=cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"sample.py: --{idle} would do nothing: it needs ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words, idle", [
+    (["--method=lora", "--width=8"], "width"),
+    (["--method=full", "--rank=8"], "rank"),
+    (["--full_copies", "--rank=8"], "rank"),
+    (["--objective=paper", "--unroll=2"], "unroll"),
+    (["--objective=refine", "--time_distribution=cosmap"], "time_distribution"),
+    (["--method=pretrain", "--report=5"], "report"),
+    (["--init_from=resume", "--overwrite"], "overwrite"),
+])
+def test_train_refuses_flags_that_would_do_nothing(words, idle, capsys, tmp_path):
+    # a run to resume must be there first
+    out = tmp_path / "out"
+    if words[0] == "--init_from=resume":
+        small = ["--updates=1", "--width=8", "--cond_dim=8", "--rank=2", "--batch_size=2",
+                 "--val_rows=2", "--report=0"]
+        train.main([*small, f"--out_dir={out}", "--device=cpu"])
+    assert exit_status(train.main, [*words, f"--out_dir={out}"]) == 2
+    assert f"--{idle} would do nothing: it needs " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--seed=-1"], "seed"),
+    (["--seed=99999999999999999999"], "seed"),
+    (["--device=cpu:x"], "--device 'cpu:x' is not supported; allowed: "),
+    (["--device=cuda:99"], "--device 'cuda"),
+    (["--temperature=1e-40"], "temperature"),
+    (["--temperature=nan"], "temperature"),
+    (["--guidance=1e38", "--class=0"], "guidance"),
+    (["--estimate=sample", "--estimate_temperature=1e-40"], "temperature"),
+    (["--solver=dopri5", "--estimate=sample"], "cannot adapt"),
+])
+def test_numbers_that_overflow_and_devices_that_are_not_there_are_refused(words, message, capsys):
+    assert exit_status(sample.main, ["--prompt=x", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1

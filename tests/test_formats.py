@@ -1,0 +1,142 @@
+"""Chat templates are recognised word by word or refused (data/formats.py), words are one token.
+
+    python -m pytest tests/test_formats.py
+
+With NANOL2D_SHARED set to a folder that holds data/tokenizers/{llama3,qwen2}, their own templates
+are recognised too; with jinja2 installed, what we write is compared with what they write.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import sample
+from conftest import LLAMA, exit_status, make_lm
+from data import formats
+from data.formats import RENDER, SYSTEM_PROMPTS, recognise, resolve_style
+from data.tokenizer import load_tokenizer
+from test_tokenizer import DECODER, NAMES, SPECIAL, save, save_form, tokenizer_json
+
+# In the words of SmolLM and of Qwen2, the second with any system prompt.
+SMOLLM = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' "
+          "+ message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+         "{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}"
+         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CONVERSATIONS = [
+    [{"role": "user", "content": " 2+2? \n"}],
+    [{"role": "system", "content": "Short."}, {"role": "user", "content": "2+2?"}],
+    [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"},
+     {"role": "user", "content": "And 3+3?"}],
+]
+
+
+class Chatter:
+    """A tokenizer as far as the formats look at it."""
+    special = {"<|im_start|>": 1, "<|im_end|>": 2}
+    bos_id = None
+    eos_id = 2
+
+    def __init__(self, template):
+        self.template = template
+
+
+@pytest.mark.parametrize("system", SYSTEM_PROMPTS)
+def test_a_template_brings_its_own_system_prompt(system):
+    template = QWEN2.replace("SYSTEM", system.replace("\\", "\\\\"))
+    name, render = resolve_style("auto", Chatter(template))
+    text = "".join(piece.text for piece in render(CONVERSATIONS[0], True))
+    assert name == "qwen"
+    assert text == (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n 2+2? \n<|im_end|>"
+                    "\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("template", [SMOLLM, QWEN2.replace("SYSTEM", SYSTEM_PROMPTS[-1])])
+def test_what_is_written_is_what_the_template_writes(template, conversation):
+    jinja2 = pytest.importorskip("jinja2")
+    expected = jinja2.Template(template).render(messages=conversation, add_generation_prompt=True)
+    _, render = resolve_style("auto", Chatter(template))
+    assert "".join(piece.text for piece in render(conversation, True)) == expected
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text + "x",
+    lambda text: text.replace("im_end", "im_stop"),
+    lambda text: text.replace("assistant", "model"),
+    lambda text: "",
+    lambda text: "{{ messages }}",
+])
+def test_a_template_that_differs_in_one_word_is_none_that_we_know(change):
+    assert recognise(SMOLLM) == ("qwen", "")
+    assert recognise(change(SMOLLM)) == (None, "")
+    with pytest.raises(ValueError, match="chat template is none that we can write"):
+        resolve_style("auto", Chatter(change(SMOLLM)))
+    # asked for by name, it is the user's word
+    assert resolve_style("qwen", Chatter(change(SMOLLM)))[0] == "qwen"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "a list"])
+def test_sample_refuses_an_unknown_template_wherever_it_stands(place, tmp_path, capsys):
+    save_form(tmp_path, "json")
+    make_lm({**LLAMA, "vocab_size": 300}).save_pretrained(tmp_path)
+    config = dict(NAMES)
+    if place == "chat_template.jinja":
+        (tmp_path / place).write_text("{{ messages }}")
+    elif place == "chat_template.json":
+        (tmp_path / place).write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    else:
+        config["chat_template"] = [{"name": "default", "template": "{{ messages }}"}]
+    save(tmp_path, tokenizer_config_json=config)
+    flags = [f"--init_from={tmp_path}", "--prompt=the in", "--steps=0", "--device=cpu"]
+    assert exit_status(sample.main, [*flags, "--chat"]) == 2
+    err = capsys.readouterr().err
+    assert "chat template is none that we can write" in err and len(err.splitlines()) == 1
+    assert exit_status(sample.main, [*flags, "--chat=plain", "--max_new_tokens=1"]) == 0
+
+
+@pytest.mark.parametrize("name, style", [("llama3", "llama3"), ("qwen2", "qwen")])
+def test_published_templates_are_recognised(name, style):
+    folder = Path(os.environ.get("NANOL2D_SHARED", "none")) / "data" / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("needs NANOL2D_SHARED")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.template is None:
+        pytest.skip("this copy has no template")
+    assert recognise(tokenizer.template)[0].startswith(style)
+
+
+def test_every_known_template_is_of_a_format_that_we_write():
+    assert set(formats.TEMPLATES.values()) <= set(RENDER)
+
+
+# --- words that are one token in every text -------------------------------------------------------
+
+def test_an_added_token_that_is_not_special_is_one_id_in_every_text(tmp_path):
+    content = tokenizer_json()
+    word = len(SPECIAL) + 265
+    content["added_tokens"].append({"id": word, "content": "<tool_call>", "special": False})
+    tokenizer = load_tokenizer(save(tmp_path, tokenizer_json=content, tokenizer_config_json=NAMES))
+    text = "the <tool_call>in<|im_end|>"
+    for special in (False, True):
+        assert tokenizer.encode(text, special=special).count(word) == 1
+        assert tokenizer.decode(tokenizer.encode(text, special=special)) == text
+    # what would end a turn is one only where it is asked for
+    assert SPECIAL["<|im_end|>"] not in tokenizer.encode(text)
+    # as in training data and in a chat
+    pieces = [formats.Piece(text)]
+    assert word in formats.encode_pieces(pieces, tokenizer)[0]
+
+
+def test_another_last_id_is_another_tokenizer(tmp_path):
+    fingerprints = set()
+    for end in ("<|end_of_text|>", "<|im_end|>"):
+        config = {**NAMES, "eos_token": end, "added_tokens_decoder": DECODER}
+        folder = save(tmp_path / end[2:5], tokenizer_json=tokenizer_json(),
+                      tokenizer_config_json=config)
+        fingerprints.add(load_tokenizer(folder).fingerprint)
+    assert len(fingerprints) == 2
