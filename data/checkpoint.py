@@ -53,6 +53,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
     if present(single):
         # as everywhere: the whole file wins, but shards beside it may be what was meant
         if present(index):
+            read_index(index)
             print(f"note: {directory} holds model.safetensors and {index.name}: "
                   "the former is loaded, the shards are not", file=sys.stderr)
         return {name: single for name in open_safetensors(single).keys()}
@@ -65,11 +66,18 @@ def weight_files(directory: Path) -> dict[str, Path]:
                      "copy or download the weights")
 
 
-def sharded_files(index: Path) -> dict[str, Path]:
+def read_index(index: Path) -> dict:
+    """Tensor name -> file name. Raises ValueError for an index of another form."""
     names = read_json(index).get("weight_map")
     known = isinstance(names, dict) and all(isinstance(file, str) for file in names.values())
     if not names or not known:
-        raise ValueError(f"{index} has no weight_map of file names; download it again")
+        raise ValueError(f"{index} has no weight_map of file names; download it again, or delete "
+                         "it if model.safetensors is whole")
+    return names
+
+
+def sharded_files(index: Path) -> dict[str, Path]:
+    names = read_index(index)
     # the name alone: an index must not point out of its directory
     files = {name: index.parent / Path(file).name for name, file in names.items()}
     for path in sorted(set(files.values())):

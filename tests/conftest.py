@@ -95,6 +95,8 @@ def base(tmp_path):
 @pytest.fixture(autouse=True)
 def own_ctrl_c():
     """Training takes the signal over; the next test gets it back."""
-    handler = signal.getsignal(signal.SIGINT)
+    # a shell that starts the tests in the background has it ignored, and they inherit that
+    handler = signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -81,6 +81,7 @@ def test_ctrl_c_in_eval_is_one_line_at_any_moment(wait_for, tmp_path):
                   "sys.modules['torch'] = None\n"
                   "os.kill(os.getpid(), signal.SIGINT)",
         "work": "import os, signal, sample, eval\n"
+                "choose = sample.choose\n"
                 "sample.choose = lambda *a: os.kill(os.getpid(), signal.SIGINT) or choose(*a)\n"
                 f"eval.main(['--problems=2', '--device=cpu', '--out={tmp_path / 'eval.json'}'])",
     }
