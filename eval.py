@@ -2,113 +2,52 @@
 
     python eval.py                          the table, printed and written to eval.json
     python eval.py --problems 400 --steps 1 2 4 8 16 32 --solvers euler midpoint dopri5 --plot
+    python eval.py --task gsm8k --init_from=DIR --data_dir=DIR --steps 8 --solvers midpoint
+    python eval.py --regrade out-gsm8k/records.jsonl --out again.jsonl
 
-For every kind of problem of a task: accuracy with its 95 % Wilson interval for the frozen model,
-for each number of steps of the fixed solvers and for the adaptive one, greedy and at temperature 1;
-network evaluations (NFE), seconds and arithmetic per token; what adaptive ways spend on each level;
-what extra steps fixed and broke, and how sure they are; what guidance changed. No task is known
-here: they are in data/tasks/. Read sample.py first.
+For every kind of problem of the embedded task: accuracy with its 95 % Wilson interval for the
+frozen model, for each number of steps of the fixed solvers and for the adaptive one, greedy and at
+temperature 1; network evaluations (NFE), seconds and arithmetic per token; what adaptive ways spend
+on each level; what extra steps fixed and broke, and how sure they are; what guidance changed. For a
+benchmark: every answer on a line as it comes, and their table. No task is known here: they are in
+data/tasks/. Read sample.py first.
 """
 
 import argparse
-import platform
-import subprocess
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # first: from here on Ctrl-C is one line
-from data.command import command, given_flags, refuse_idle
+from data.command import command, given_flags
 
 import torch
 from tqdm import tqdm
 
+from data.answer import Stop
 from data.batches import IGNORE, collate
-from data.disk import check_absent, check_writable, write_json
-from data.draws import check_seed, draw_noise_each
+from data.checkpoint import fingerprint
+from data.circumstances import circumstances
+from data.disk import check_absent, check_writable, claimed, write_json
+from data.draws import draw_noise_each
+from data.eval_flags import check_idle, check_numbers, eval_flags, fill_defaults
 from data.figures import import_pyplot, plot_accuracy
-from data.statistics import calibration, mean, wilson
+from data.flops import flops_per_token
+from data.records import Records, regrade
+from data.scores import parse_search, print_scores, read_letters, rows
+from data.statistics import calibration, changes, mean, wilson
 from data.tables import (
     effort, print_accuracy, print_calibration, print_changes, print_effort, print_guidance)
 from data.tasks import TASKS
+from data.tasks.asking import Asked, ask_all, letter_tokens
+from data.tasks.grading import Grader
+from data.tasks.sandbox import NOTICE
 from diffusion import ESTIMATES, L2D, VelocityField
-from model import LoRA
-from sample import Settings, answer_problems, load_model
+from sample import Batch, Settings, answer_problems, generate, load_model, next_logits
 from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
 
-
 BATCH = 128        # problems at a time, where tokens are forced
-
-
-# --- arithmetic -----------------------------------------------------------------------------------
-
-def matrix_flops(*modules) -> int:
-    """Multiply-adds, counted twice, of one vector through every matrix of these modules."""
-    # by identity: a head that is tied to the embedding is one matrix
-    matrices = {id(p): p for module in modules for p in module.parameters() if p.dim() == 2}
-    return 2 * sum(p.numel() for p in matrices.values())
-
-
-def frozen_flops(lm, length: int) -> int:
-    """One token through the frozen model after `length` others, without the head."""
-    return matrix_flops(*lm.blocks) + attention_flops(lm.config, length)
-
-
-def attention_flops(config, length: int) -> int:
-    # q·kᵀ and p·v: each a product and a sum for every token, head and channel
-    return 4 * config.layers * length * config.heads * config.head_dim
-
-
-def evaluation_flops(model: L2D, length: int, settings: Settings) -> int:
-    """One evaluation of the diffusion path after `length` tokens, the head included."""
-    lm = model.lm
-    config = lm.config
-    total = attention_flops(config, length) + matrix_flops(model.from_z, lm.head)
-    for block in model.blocks:
-        # keys and values are there already: the path multiplies neither K nor V
-        total += used_flops(block.q, block.o, block.mlp)
-    if model.config.self_conditioning:
-        # the guess is read: p @ E touches all of the vocabulary
-        total += 2 * config.vocab_size * config.hidden_size + matrix_flops(model.from_guess)
-    # p @ V as well, argmax a single row
-    if settings.estimate == "average":
-        total += 2 * config.vocab_size * model.config.width
-    return total
-
-
-def used_flops(*modules) -> int:
-    """Of matrices of the path: one product with the sum W + BA where it is folded, else three."""
-    total = matrix_flops(*modules)
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, LoRA) and part.folded is not None:
-                total -= 2 * (part.A.numel() + part.B.numel())
-    return total
-
-
-def reading_flops(model: L2D, length: int) -> int:
-    """One token through the path's own layers, where it keeps keys and values of its own."""
-    if not model.config.own_reading:
-        return 0
-    products = sum(used_flops(*block.children()) for block in model.blocks)
-    # the modulation is looked up
-    products -= sum(matrix_flops(block.modulation) for block in model.blocks)
-    return products + attention_flops(model.lm.config, length)
-
-
-def flops_per_token(model, nfe: float, length: int, settings: Settings) -> float:
-    """To draw one token after `length` others: the tokens read, and `nfe` evaluations.
-
-    What depends on the time alone is looked up, V is made once: neither is counted. The evaluation
-    at t = 0 needs the head alone; with guidance there are two of them.
-    """
-    lm = model.lm if isinstance(model, L2D) else model
-    frozen = frozen_flops(lm, length)
-    if not settings.steps:
-        return frozen + matrix_flops(lm.head)
-    read = frozen + reading_flops(model, length)
-    at_zero = matrix_flops(lm.head)
-    return read + at_zero + (nfe - 1) * evaluation_flops(model, length, settings)
 
 
 # --- the parts of the table -----------------------------------------------------------------------
@@ -131,7 +70,8 @@ def columns_to_compare(args, temperature: float) -> list:
         if solver in ADAPTIVE:
             columns.append(Column(solver, "adaptive", Settings(**common)))
             continue
-        for steps in args.steps:
+        # the frozen model stands there already
+        for steps in filter(None, args.steps):
             columns.append(Column(f"{solver} {steps}", "fixed", Settings(steps=steps, **common)))
     return columns + stopped_column(args, columns)
 
@@ -295,15 +235,6 @@ def token_tables(model, tokenizer, task, problems: dict, args) -> tuple:
     return broken, calibrated
 
 
-def changes(before, after) -> dict:
-    """Counts of the tokens that changed sides."""
-    return {
-        "tokens": len(before),
-        "fixed": int((~before & after).sum()),
-        "broken": int((before & ~after).sum()),
-    }
-
-
 def guidance_table(model, tokenizer, task, problems: dict, args) -> list:
     """Accuracy for several weights, on the problems where only the class says what to do."""
     records = []
@@ -319,113 +250,162 @@ def guidance_table(model, tokenizer, task, problems: dict, args) -> list:
     return records
 
 
-# --- output ---------------------------------------------------------------------------------------
+# --- benchmarks -----------------------------------------------------------------------------------
 
-def commit() -> str | None:
-    """The commit that is checked out, + where files differ from it; None outside a checkout."""
-    # a number without the code that made it cannot be repeated
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                              text=True, check=True).stdout.strip()
+@dataclass
+class Bench:
+    """A benchmark under way: its questions, what was answered, and who grades it."""
+    model: L2D
+    tokenizer: object
+    task: object
+    args: argparse.Namespace
+    asked: Asked
+    records: Records
+    grader: Grader
+
+    @property
+    def samples(self) -> int:
+        """Answers to each problem."""
+        return max([self.args.samples, *(k for _, k in map(parse_search, self.args.search))])
+
+
+def benchmark(model, tokenizer, task, args):
+    """Every problem in every column, a line each as they come; then the table."""
+    config = getattr(model, "lm", model).config
+    asked = ask_all(task, tokenizer, args, config.max_positions)
+    about = {**asked.about, "model": fingerprint(model), "tokenizer": tokenizer.fingerprint,
+             "draws": args.draws, "choices": args.choices, "seed": args.seed,
+             "estimate": args.estimate, "rtol": args.rtol}
+    grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
+    grader.problems[task.name] = {one["id"]: one for one in asked.problems}
+    if task.kind == "code":
+        grader.check_references(task, [question.problem for question in asked.questions])
+    out = Path(args.out)
+    with claimed(out):
+        start = time.time()
+        records = Records(out / "records.jsonl", about, args.overwrite)
+        bench = Bench(model, tokenizer, task, args, asked, records, grader)
+        answer_all(bench)
+        searches = [parse_search(how) for how in args.search]
+        table = rows(task, grader.problems[task.name], records.found.values(), searches)
+        print_scores(table, about)
+        write_json({**circumstances(model, args, start), "about": about, "rows": table},
+                   out / "summary.json")
+    print(f"\nrecords and summary are in {out}")
+
+
+def answer_all(bench: Bench):
+    """Whatever is not in the records yet. Raises KeyboardInterrupt that says what is kept."""
+    columns = [column for temperature in bench.args.temperatures
+               for column in columns_to_compare(bench.args, temperature)]
+    jobs = [(column, bench.records.missing(column.name, column.settings.temperature,
+                                           bench.asked.questions, bench.samples))
+            for column in columns]
+    left = sum(len(mine) for _, mine in jobs)
+    total = len(columns) * len(bench.asked.questions) * bench.samples
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    # an archive without git, or a machine without it
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        with tqdm(total=total, initial=total - left, disable=None, desc=bench.task.name) as bar:
+            for column, mine in jobs:
+                fill_column(bench, column, mine, bar)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {len(bench.records.found)} answers are in "
+                                f"{bench.records.path}, the same command goes on") from None
 
 
-def circumstances(model, args, start: float) -> dict:
-    """All that one needs to repeat a result or to doubt it."""
-    return {
-        "args": vars(args),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "device": str(next(model.parameters()).device),
-        "seconds": round(time.time() - start, 1),
-        "base_sha256": getattr(model, "lm", model).fingerprint(),
-    }
+def fill_column(bench: Bench, column: Column, jobs: list, bar):
+    """Answer (question, sample) pairs, grade and write down each."""
+    settings = replace(column.settings, max_new_tokens=bench.asked.max_new_tokens, score=True)
+    by_letters = bench.task.kind == "letters" and bench.args.choices == "letters"
+    answer = choose_letters if by_letters else write_answers
+    for at in range(0, len(jobs), bench.args.batch_size):
+        batch = jobs[at:at + bench.args.batch_size]
+        # from the problem itself: neither its place nor its neighbours change its noise
+        seeds = [zlib.crc32(question.problem["id"].encode()) + bench.args.seed + sample
+                 for question, sample in batch]
+        start = time.perf_counter()
+        found = answer(bench, settings, [question for question, _ in batch], seeds)
+        seconds = (time.perf_counter() - start) / len(batch)
+        for (question, sample), some in zip(batch, found):
+            record = {"benchmark": bench.task.name, "column": column.name,
+                      "temperature": settings.temperature, "sample": sample,
+                      **question.facts, **some, "seconds": seconds}
+            bench.records.add({**record, **bench.grader(record)})
+        bar.update(len(batch))
+
+
+def write_answers(bench: Bench, settings: Settings, questions: list, seeds: list) -> list:
+    """An answer in words to every question, and what it cost."""
+    stop = Stop.of(bench.tokenizer, bench.task.stops[bench.asked.style])
+    prompts = [question.ids for question in questions]
+    answers = generate(bench.model, prompts, settings, stop, seeds=seeds)
+    return [{"output": answer.text, "tokens": len(answer.nfe), "nfe": sum(answer.nfe),
+             "cut": not answer.stopped, "score": answer.score} for answer in answers]
+
+
+def choose_letters(bench: Bench, settings: Settings, questions: list, seeds: list) -> list:
+    """The likeliest letter of each question, its probability a mean over draws of the noise."""
+    prompts = [question.ids for question in questions]
+    p, nfe = next_p(bench.model, prompts, settings, seeds, bench.args.draws)
+    found = []
+    for row, question in enumerate(questions):
+        names = bench.task.options(question.problem)
+        ids = letter_tokens(names, bench.tokenizer, bench.asked.style)
+        found.append({**read_letters(names, p[:, row, ids]), "nfe": nfe[row]})
+    return found
+
+
+@torch.no_grad()
+def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int) -> tuple:
+    """(p (n, B, V) of the next token for every draw of the noise, the NFE of each prompt)."""
+    model = model if settings.steps else getattr(model, "lm", model)
+    batch = Batch(model, prompts, seeds, None)
+    found, costs = [], []
+    # without noise every draw is the same
+    for _ in range(draws if settings.steps else 1):
+        logits, nfe, _ = next_logits(model, batch, settings)
+        found.append(logits.softmax(-1))
+        costs.append(nfe)
+    return torch.stack(found), [sum(cost) for cost in zip(*costs)]
 
 
 # --- the command line -----------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
-    # what is measured
-    add("--init_from", default="tiny",
-        help="directory of a trained path or of a model, or tiny (default)")
-    add("--base", help="the frozen model, if it is no longer where the path was trained")
-    add("--task", default="tiny", choices=list(TASKS), help="default: tiny")
-    add("--topics", nargs="+", help="some kinds of problems only (default: all)")
-    add("--problems", type=int, default=200, help="test problems of each kind (default: 200)")
-    # how tokens are found
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
-        help="intervals of the fixed solvers (default: 1 2 4 8 16)")
-    add("--solvers", nargs="+", default=["euler", "dopri5"], choices=list(SOLVERS),
-        help="default: euler dopri5")
-    add("--rtol", type=float, default=Settings().rtol,
-        help="rtol and atol of dopri5 (default: %(default)s)")
-    add("--estimate", default="argmax", choices=ESTIMATES,
-        help="of the clean point (default: argmax)")
-    add("--stop_unchanged", type=int, default=2,
-        help="evaluations after which a guess that stood is final, in a column of its own; "
-             "0: no such column (default: 2)")
-    add("--draws", type=int, default=4,
-        help="noises whose probabilities are averaged for the calibration (default: 4)")
-    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0],
-        help="of the token; 0 is greedy (default: 0 1)")
-    add("--guidance", type=float, nargs="*", default=[0, 1, 1.5, 2, 3],
-        help="weights to compare where the class matters (default: 0 1 1.5 2 3)")
-    add("--seed", type=int, default=0, help="of problems and noise (default: 0)")
-    # output and machine
-    add("--out", default="eval.json", help="where the results are written (default: eval.json)")
-    add("--plot", action=switch, default=False, help="draw them too, as a PNG beside the JSON")
-    add("--overwrite", action=switch, default=False, help="of an earlier --out")
-    add("--fold_lora", action=switch, default=True,
-        help="add the path's LoRA into copies of its matrices: faster, more memory")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
-    add("--cache_dir", help="where downloaded models are kept")
-    return parser
+    """See data/eval_flags.py."""
+    return eval_flags(__doc__, TASKS, Settings(), SOLVERS, ESTIMATES)
 
 
 def check(args, task, given: dict):
     """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
+    check_numbers(args)
+    asked = {"adaptive": set(args.solvers) & set(ADAPTIVE), "fixed": set(args.solvers) & set(FIXED)}
+    check_idle(args, given, task, asked)
+    # every setting is refused or taken now, not when its turn comes
+    for temperature in args.temperatures:
+        columns_to_compare(args, temperature)
+    for how in args.search:
+        parse_search(how)
+    if args.task == "tiny":
+        check_tiny(args, task)
+    elif task.kind == "code" and not args.allow_code_execution:
+        raise ValueError(f"--task {args.task} runs what the model writes, which needs "
+                         f"--allow_code_execution; {NOTICE}")
+
+
+def check_tiny(args, task):
     # hours of work must not end with a missing package, or at a disk that takes nothing
     if args.plot:
         import_pyplot()
     for path in outputs(args):
         check_absent(path, args.overwrite)
         check_writable(path)
-    for name in ("problems", "steps", "draws"):
-        value = getattr(args, name)
-        values = value if isinstance(value, list) else [value]
-        if min(values) < 1:
-            raise ValueError(f"--{name} {min(values)} is out of range; allowed: 1 or more "
-                             "(the frozen model is always shown)")
-    if args.stop_unchanged < 0:
-        raise ValueError(f"--stop_unchanged {args.stop_unchanged} is out of range; "
-                         "allowed: 0 or more")
-    check_seed(args.seed)
+    if not all(args.steps):
+        raise ValueError("--steps 0 is out of range; allowed: 1 or more "
+                         "(the frozen model is always shown)")
     known = list(dict.fromkeys(group[0] for group in task.groups))
     for topic in args.topics or []:
         if topic not in known:
             raise ValueError(f"--topics {topic!r} is unknown; allowed: {', '.join(known)}")
-    refuse_idle(given, [
-        (("rtol",), set(args.solvers) & set(ADAPTIVE), "--solvers dopri5"),
-        (("stop_unchanged",), set(args.solvers) & set(FIXED) or not args.stop_unchanged,
-         "a fixed solver"),
-    ])
-    # every setting is refused or taken now, not when its turn comes
-    for temperature in args.temperatures:
-        columns_to_compare(args, temperature)
     for weight in args.guidance:
         Settings(guidance=weight)
 
@@ -469,17 +449,8 @@ def keep(accuracy: list, args) -> str:
     return f"stopped; the {len(accuracy)} finished cells are in {part}"
 
 
-@command("eval.py")
-def main(argv=None):
-    args = build_parser().parse_args(argv)
-    task = TASKS[args.task]
-    check(args, task, given_flags(build_parser(), argv))
-    model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
-                                  args.base, args.fold_lora)
-    if not isinstance(model, L2D):      # a base, or one that --method=lora or full has finetuned
-        print(f"{args.init_from} has no diffusion path: "
-              "only the model itself is scored, as `frozen`")
-        args.solvers = []
+def tiny(model, tokenizer, task, args):
+    """The tables of the embedded topics, and their file."""
     # loading is not counted
     start = time.time()
     problems = make_problems(task, args)
@@ -489,6 +460,35 @@ def main(argv=None):
     print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
     if args.plot:
         plot_accuracy(tables["accuracy"], Path(args.out).with_suffix(".png"))
+
+
+def grade_again(args):
+    """The verdicts of records once more; no model is needed."""
+    if not args.out:
+        raise ValueError("--regrade needs --out, the file to write")
+    grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
+    regrade(Path(args.regrade), Path(args.out), grader, args.overwrite)
+
+
+@command("eval.py")
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if args.regrade:
+        return grade_again(args)
+    task = TASKS[args.task]
+    given = given_flags(build_parser(), argv)
+    fill_defaults(args, given)
+    check(args, task, given)
+    model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
+                                  args.base, args.fold_lora)
+    if not isinstance(model, L2D):      # a base, or one that --method=lora or full has finetuned
+        print(f"{args.init_from} has no diffusion path: "
+              "only the model itself is scored, as `frozen`")
+        args.solvers = []
+    if args.task == "tiny":
+        tiny(model, tokenizer, task, args)
+    else:
+        benchmark(model, tokenizer, task, args)
 
 
 if __name__ == "__main__":

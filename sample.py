@@ -61,6 +61,7 @@ class Settings:
     guidance: float = 1.0
     max_new_tokens: int = 64
     trace_token: int | None = None       # keep this token's guesses (of the first sequence)
+    score: bool = False                  # keep every token's log p under the frozen model
 
     def __post_init__(self):
         choices(self.solver, SOLVERS, "solver")
@@ -168,8 +169,10 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
         tokens = choose(logits, settings, batch.generators).tolist()
         # 4. It is written down, and may be the last of its answer.
         going_on = []
+        log_p = frozen_log_p(model, batch, tokens) if settings.score else []
         for row, number in enumerate(batch.numbers):
             answer = answers[number]
+            answer.log_p += log_p[row:row + 1]
             answer.add(tokens[row], nfe[row], finished[row], stop)
             # the end of an answer is no part of it
             if on_token and tokens[row] not in stop.ids:
@@ -248,6 +251,14 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
         watch(torch.arange(rows), 1.0, solution.x, logits)
     nfe = (solution.nfe + 1) * velocity.cost
     return logits[:, 0], nfe.tolist(), solution.finished.tolist()
+
+
+def frozen_log_p(model, batch: Batch, tokens: list) -> list:
+    """log p of every row's token under the frozen model, whatever way it was found."""
+    lm = model.lm if isinstance(model, L2D) else model
+    logits = lm.logits(batch.reading.hidden)[:, 0].float()              # (B, V)
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    return logits.log_softmax(-1).gather(1, index)[:, 0].tolist()
 
 
 def keep_guesses(guesses: list):
@@ -420,7 +431,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(args) -> Settings:
-    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    known = vars(args)
+    settings = Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
     # guesses are kept only for whoever looks at them
     if not args.trace:
         settings.trace_token = None

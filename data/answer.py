@@ -56,8 +56,14 @@ class Answer:
     text: str = ""
     stopped: bool = False                # it ended by itself, before max_new_tokens
     unfinished: int = 0                  # tokens whose ODE ran out of max_nfe
+    log_p: list = field(default_factory=list)     # of every token, under the frozen model
     right: bool = False                  # where it was graded
     guesses: list = field(default_factory=list)   # of the traced token: (t, token id, p)
+
+    @property
+    def score(self) -> float:
+        """Mean log p of its tokens under the frozen model, where they were kept."""
+        return sum(self.log_p) / max(1, len(self.log_p))
 
     @property
     def mark(self) -> str:

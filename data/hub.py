@@ -152,7 +152,12 @@ def fetch_model(
     if _offline():
         raise HubError(f"HF_HUB_OFFLINE is set, and {repo} is not whole in {folder}; "
                        "fetch it once without, or use --init_from=<directory>")
-    files = _plan(repo, revision)
+    fetch_files(_plan(repo, revision), folder)
+    return folder
+
+
+def fetch_files(files: list, folder: Path):
+    """Bring files whose checksums are known into a folder. Raises HubError in one line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(folder.name + ".lock")):
@@ -168,7 +173,6 @@ def fetch_model(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: what arrived is kept in {folder}, "
                                 "the same command resumes from there") from None
-    return folder
 
 
 def _cache_folder(repo, cache_dir, revision) -> Path:

@@ -65,3 +65,12 @@ def calibration(confidences, rights, bins: int = 10) -> dict:
         "confidence": mean(confidences),
         "ece": error / len(rights),
     }
+
+
+def changes(before, after) -> dict:
+    """Counts of the tokens that changed sides."""
+    return {
+        "tokens": len(before),
+        "fixed": int((~before & after).sum()),
+        "broken": int((before & ~after).sum()),
+    }

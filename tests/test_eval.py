@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 from data.batches import IGNORE, collate
-from data import figures
+from data import figures, flops
 from data.figures import mean_curve
 from data.hub import resolve
-from data.statistics import calibration, rank_correlation, wilson
+from data.statistics import calibration, changes, rank_correlation, wilson
 from data.tasks import TASKS
 from data.tiny.topics import make_problem
 from diffusion import L2D, VelocityField
@@ -68,7 +68,7 @@ def test_arithmetic_is_what_torch_counts(rank, folded, estimate, solver, refined
         with FlopCounterMode(display=False) as counter:
             field(t, x, guess)
     settings = Settings(steps=1, estimate=estimate, solver=solver)
-    one, none = (evaluation.flops_per_token(l2d, nfe, length, settings) for nfe in (2, 1))
+    one, none = (flops.flops_per_token(l2d, nfe, length, settings) for nfe in (2, 1))
     attention = 4 * 2 * length * 32  # torch does not count fused attention on every device
     assert counter.get_total_flops() in (one - none, one - none - attention)
 
@@ -83,7 +83,7 @@ def test_own_reading_costs_one_token_through_the_layers_of_the_path(rank, folded
         with FlopCounterMode(display=False) as counter:
             l2d.read(ids)
     attention = 4 * 2 * 1 * 32
-    expected = evaluation.frozen_flops(l2d.lm, 1) + evaluation.reading_flops(l2d, 1)
+    expected = flops.frozen_flops(l2d.lm, 1) + flops.reading_flops(l2d, 1)
     assert counter.get_total_flops() in (expected, expected - 2 * attention)
 
 
@@ -195,7 +195,7 @@ def test_an_answer_must_end_by_itself_to_be_right(tiny):
 def test_changes_are_counted_by_direction():
     before = torch.tensor([0, 0, 0, 1, 1, 1, 1]).bool()
     after = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()
-    assert evaluation.changes(before, after) == {"tokens": 7, "fixed": 2, "broken": 1}
+    assert changes(before, after) == {"tokens": 7, "fixed": 2, "broken": 1}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from data.tiny.topics import (
 
 class Tiny:
     """Three topics, each with its levels of difficulty."""
+    kind = "topics"
     classes = CLASSES
     # only here does the class say something that the prompt does not
     guided = ("strings",)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from data.disk import read_json
+from data.presets import PRESETS
 from data.statistics import mean, unique
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,7 +25,11 @@ WAYS = {
     "lora5": ["--method=lora", "--rank=98", "--updates=9500"],
     "full": ["--method=full"],
     "full5": ["--method=full", "--updates=9500"],
+    "lora_refine": [],
+    "full_refine": [],
 }
+# A path beside a model that another way has finetuned: that one is made first.
+BASES = {"lora_refine": "lora", "full_refine": "full"}
 MEASURE = ["--problems=100", "--steps", "1", "2", "4", "8", "16", "32", "64"]
 
 
@@ -39,6 +44,9 @@ def make(way: str, seed: int, out_dir: Path, more: list):
     found = out_dir / f"{way}-{seed}.json"
     if not (trained / "done").exists():
         words = [*WAYS[way], f"--seed={seed}", "--report=0", *more]
+        if way in BASES:
+            make(BASES[way], seed, out_dir, more)
+            words += [f"--init_from={out_dir / BASES[way]}-{seed}", *preset_flags()]
         # of a run that was stopped
         if (trained / "state.safetensors").exists():
             words = ["--init_from=resume"]
@@ -47,6 +55,14 @@ def make(way: str, seed: int, out_dir: Path, more: list):
         (trained / "done").touch()
     if not found.exists():
         run("eval.py", f"--init_from={trained}", *MEASURE, f"--out={found}")
+
+
+def preset_flags() -> list:
+    """The values that the embedded model is trained with: for another one train.py has others."""
+    words = []
+    for name, value in PRESETS["tiny"].items():
+        words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return words
 
 
 def rows(records: list) -> dict:

@@ -1,0 +1,82 @@
+"""Records graded again, without a model: `python eval.py --regrade IN.jsonl --out OUT.jsonl`.
+
+A record has benchmark, id and output. The problem comes from the published files, or, where there
+are none, from the reference that the record keeps.
+"""
+
+from data.families import choices
+from data.tasks import TASKS
+from data.tasks.code import pass_at_k
+from data.tasks.files import find_folder
+from data.tasks.sandbox import NOTICE
+
+# Other names that records have had for a task.
+NAMES = {"math": "math500"}
+
+
+class Grader:
+    """Called with a record, it returns what to add; files are read when one is first needed."""
+
+    def __init__(self, data_dir: str | None, allow_code: bool, seconds: float):
+        self.data_dir = data_dir
+        self.allow_code = allow_code
+        self.seconds = seconds
+        self.problems = {}       # task name -> id -> problem
+
+    def __call__(self, record: dict) -> dict:
+        name = record.get("benchmark")
+        if name == "pass_at_k":
+            return {"pass_at_k": pass_at_k(**check_counts(record))}
+        task = TASKS[choices(NAMES.get(name, name), [n for n in TASKS if n != "tiny"],
+                             "benchmark")]
+        for key in ("id", "output"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"a record of {name} has no {key}; allowed: lines with "
+                                 "benchmark, id and output")
+        problem = self.problem(task, record)
+        if record.get("choices") == "letters":
+            right = record["output"] == problem["answer"]
+            return {"strict": right, "flexible": right, "letter": record["output"]}
+        if task.kind != "code":
+            return task.grade(problem, record["output"])
+        if not self.allow_code:
+            raise ValueError(f"{name} runs what a model wrote, which needs "
+                             f"--allow_code_execution; {NOTICE}")
+        return task.grade(problem, record["output"], self.seconds)
+
+    def check_references(self, task, problems: list):
+        """Raise ValueError where right answers fail: too slow a machine, too low a limit."""
+        failed = task.check_references(problems, self.seconds)
+        if failed:
+            raise ValueError(f"{len(failed)} reference solutions of {task.name} fail on this "
+                             f"machine, first {failed[0]}; try --code_seconds of more than "
+                             f"{self.seconds:g}")
+
+    def problem(self, task, record: dict) -> dict:
+        known = self.load(task, record)
+        if known is None:
+            return task.restore(record)
+        if record["id"] not in known:
+            raise ValueError(f"{task.name} has no problem {record['id']!r}; "
+                             "allowed: ids such as " + next(iter(known)))
+        return known[record["id"]]
+
+    def load(self, task, record: dict) -> dict | None:
+        """The problems of a task by id; None where only the record knows the answer."""
+        if task.name not in self.problems:
+            try:
+                folder = find_folder(task.folder, self.data_dir)
+            except ValueError:
+                # asked for by name, or needed: then it is missing
+                if self.data_dir or "reference" not in record:
+                    raise
+                return None
+            self.problems[task.name] = {one["id"]: one for one in task.load(folder)}
+        return self.problems[task.name]
+
+
+def check_counts(record: dict) -> dict:
+    counts = record.get("output")
+    if not isinstance(counts, dict) or not all(isinstance(counts.get(k), int) for k in "nck"):
+        raise ValueError("a record of pass_at_k needs an output with whole numbers n, c and k")
+    return {name: counts[name] for name in "nck"}

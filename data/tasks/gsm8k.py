@@ -1,0 +1,90 @@
+"""GSM8K: 1,319 word problems of primary school, answers that end in `#### 18` (Cobbe et al. 2021).
+
+    python eval.py --task gsm8k --init_from=DIR --shots 5 --limit 200
+
+Chat: the turns of the official L2D code. Plain: the text of lm-evaluation-harness, version 3.0 of
+`gsm8k`. Both take the first rows of the training file as shots; the harness draws others for every
+problem. `strict` and `flexible` are the harness's two rules, letter for letter.
+"""
+
+import re
+from pathlib import Path
+
+from data.tasks.files import cut, read_jsonl
+from data.tasks.task import Task
+
+STRICT = re.compile(r"#### (-?[0-9.,]+)")
+FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+# What its exact match does not look at; the last is a final full stop.
+IGNORED = re.compile(r",|\$|(?s:.*#### )|\.$")
+
+
+class GSM8K(Task):
+    name = "gsm8k"
+    folder = "gsm8k"
+    kind = "text"
+    shots = {"chat": 5, "plain": 5}
+    max_new_tokens = 256
+    stops = {"chat": (), "plain": ("Question:", "</s>", "<|im_end|>")}
+
+    def load(self, folder: Path) -> list:
+        """Rows with an id, training rows last. Raises ValueError for missing or other files."""
+        problems = []
+        for split in ("test", "train"):
+            rows = read_jsonl(folder / f"{split}.jsonl", {"question": str, "answer": str})
+            problems += [{"id": f"gsm8k/{split}/{number}", **row}
+                         for number, row in enumerate(rows)]
+        return problems
+
+    def scored(self, problems: list, shots: int, style: str) -> list:
+        return [problem for problem in problems if "/test/" in problem["id"]]
+
+    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
+        """The first rows of the training file, as the official code takes them."""
+        return [one for one in problems if "/train/" in one["id"]][:count]
+
+    def prompt(self, problem: dict, shots: list, style: str):
+        """Messages for "chat", a text for "plain"."""
+        if style == "chat":
+            messages = []
+            for shot in shots:
+                messages += [{"role": "user", "content": shot["question"]},
+                             {"role": "assistant", "content": shot["answer"]}]
+            return [*messages, {"role": "user", "content": problem["question"]}]
+        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
+        return "".join(solved) + self.question(problem)
+
+    def question(self, problem: dict) -> str:
+        return f"Question: {problem['question']}\nAnswer:"
+
+    def reference(self, problem: dict) -> str:
+        return problem["answer"]
+
+    def short(self, problem: dict) -> dict:
+        return {"reference": IGNORED.sub("", problem["answer"])}
+
+    def grade(self, problem: dict, text: str) -> dict:
+        """The first number behind `####`, and the last number at all: right as a text?"""
+        return {"strict": same(strict_number(text), problem["answer"]),
+                "flexible": same(last_number(text), problem["answer"])}
+
+    def extract(self, problem: dict, text: str) -> str | None:
+        """What is voted on: the number behind `####`, else the last one; None without any."""
+        number = strict_number(text) or last_number(text)
+        return IGNORED.sub("", number) if number else None
+
+
+def strict_number(text: str) -> str | None:
+    found = STRICT.search(cut(text, GSM8K.stops["plain"]))
+    return found[1] if found else None
+
+
+def last_number(text: str) -> str | None:
+    found = FLEXIBLE.findall(cut(text, GSM8K.stops["plain"]))
+    return (found[-1][0] or found[-1][1]).strip() if found else None
+
+
+def same(number: str | None, reference: str) -> bool:
+    if number is None:
+        return False
+    return IGNORED.sub("", number) == IGNORED.sub("", reference)

@@ -1,0 +1,70 @@
+"""MATH-500: 500 problems of the MATH competition set (Hendrycks et al. 2021; Lightman et al. 2023).
+
+    python eval.py --task math500 --init_from=DIR --limit 100
+
+Never to be called MATH, which has 5,000. Shots are the four of Minerva (Lewkowycz et al. 2022): as
+turns for "chat", in the text of lm-evaluation-harness (`minerva_math500`, version 3.1) for "plain".
+When two answers are equal is a matter of its own: data/tasks/math_answer.py.
+"""
+
+from pathlib import Path
+
+from data.tasks.files import cut, read_jsonl
+from data.tasks.math_answer import equal, extract, grade
+from data.tasks.task import Task
+
+SHOTS = Path(__file__).with_name("minerva_shots.jsonl")
+ROW = {"problem": str, "solution": str, "answer": str}
+
+
+class Math500(Task):
+    name = "math500"
+    folder = "math500"
+    kind = "text"
+    shots = {"chat": 4, "plain": 4}
+    # a quarter of the reference solutions are longer than the paper's 256
+    max_new_tokens = 1024
+    stops = {"chat": (), "plain": ("Problem:",)}
+
+    def load(self, folder: Path) -> list:
+        """Rows with an id. Raises ValueError for missing or other files."""
+        rows = read_jsonl(folder / "test.jsonl", ROW)
+        return [{"id": f"math500/{number}", **row} for number, row in enumerate(rows)]
+
+    def scored(self, problems: list, shots: int, style: str) -> list:
+        return problems
+
+    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
+        """The same four for every problem."""
+        return read_jsonl(SHOTS, ROW)[:count]
+
+    def prompt(self, problem: dict, shots: list, style: str):
+        """Messages for "chat", a text for "plain"."""
+        if style == "chat":
+            messages = []
+            for shot in shots:
+                messages += [{"role": "user", "content": shot["problem"]},
+                             {"role": "assistant", "content": shot["solution"]}]
+            return [*messages, {"role": "user", "content": problem["problem"]}]
+        return "".join(map(self.solved, shots)) + self.question(problem)
+
+    def question(self, problem: dict) -> str:
+        return f"Problem:\n{problem['problem']}\n\nSolution:"
+
+    def solved(self, shot: dict) -> str:
+        return (f"{self.question(shot)} {shot['solution']}\n"
+                f"Final Answer: The final answer is ${shot['answer']}$. I hope it is correct.\n\n")
+
+    def reference(self, problem: dict) -> str:
+        return problem["solution"]
+
+    def grade(self, problem: dict, text: str) -> dict:
+        """strict: the last box, equal as a text; flexible: any form, equal in value."""
+        return grade(text, problem["answer"])
+
+    def extract(self, problem: dict, text: str) -> str | None:
+        """What is voted on."""
+        return extract(cut(text, self.stops["plain"])) or None
+
+    def equal(self, a: str, b: str) -> bool:
+        return equal(a, b)

@@ -1,0 +1,159 @@
+"""MMLU (57 subjects, four options) and MMLU-Pro (14 categories, up to ten).
+
+    python eval.py --task mmlu --init_from=DIR --data_dir=DIR --limit 200
+
+Chat: the turns of the official L2D code, answered by a letter. Plain: the text of
+lm-evaluation-harness. There MMLU-Pro is thought about step by step, which is another task,
+`mmlu_pro_cot`: its numbers and those of bare letters cannot be compared. See data/tasks/letters.py.
+"""
+
+import re
+from pathlib import Path
+
+from data.disk import present
+from data.tasks.files import cut, read_csv, read_jsonl
+from data.tasks.letters import Letters
+
+PRO_STRICT = re.compile(r"answer is \(?([A-J])\)?")
+
+
+class MMLU(Letters):
+    name = "mmlu"
+    folder = "mmlu"
+
+    def load(self, folder: Path) -> list:
+        """Test rows, then the five of every subject that are shots."""
+        problems = []
+        for split in ("test", "dev"):
+            paths = sorted((folder / split).glob(f"*_{split}.csv"))
+            if not paths:
+                raise ValueError(f"{folder / split} holds no *_{split}.csv; "
+                                 "use the folders as published")
+            for path in paths:
+                problems += self.read_subject(path, split)
+        return problems
+
+    def read_subject(self, path: Path, split: str) -> list:
+        subject = path.name.removesuffix(f"_{split}.csv")
+        return [{"id": f"mmlu/{split}/{subject}/{number}", "subject": subject, "question": row[0],
+                 "options": row[1:5], "answer": row[5]}
+                for number, row in enumerate(read_csv(path, 6))]
+
+    def scored(self, problems: list, shots: int, style: str) -> list:
+        return [problem for problem in problems if "/test/" in problem["id"]]
+
+    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
+        """The first of the same subject."""
+        prefix = f"mmlu/dev/{problem['subject']}/"
+        return [one for one in problems if one["id"].startswith(prefix)][:count]
+
+    def prompt(self, problem: dict, shots: list, style: str):
+        """Messages for "chat", a text for "plain"."""
+        if style == "chat":
+            return self.turns(problem, shots, self.chat_question)
+        subject = problem["subject"].replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
+        return head + "".join(solved) + self.question(problem)
+
+    def chat_question(self, problem: dict) -> str:
+        return (f"Question:\n{problem['question'].strip()}\nChoices:\n{self.lines(problem)}\n\n"
+                "Answer:")
+
+    def question(self, problem: dict) -> str:
+        return f"{problem['question'].strip()}\n{self.lines(problem)}\nAnswer:"
+
+
+class MMLUPro(Letters):
+    """Shots are the validation rows of the same category, or the category's last test rows."""
+    name = "mmlu_pro"
+    folder = "mmlu_pro"
+
+    def load(self, folder: Path) -> list:
+        rows = self.read_rows(folder, "test")
+        # published apart, and often not there
+        if present(folder / "validation.jsonl"):
+            rows += self.read_rows(folder, "validation")
+        return rows
+
+    def read_rows(self, folder: Path, split: str) -> list:
+        rows = read_jsonl(folder / f"{split}.jsonl",
+                          {"question_id": int, "question": str, "options": list, "answer": str,
+                           "category": str})
+        return [{"id": f"mmlu_pro/{split}/{row['question_id']}", **row,
+                 # as the harness writes them
+                 "options": [option.strip() for option in row["options"]]} for row in rows]
+
+    def validation(self, problems: list, category: str) -> list:
+        """The rows that shots come from."""
+        same = [one for one in problems if one["category"] == category]
+        return [one for one in same if "/validation/" in one["id"]] or same[-5:]
+
+    def note(self, problems: list) -> str | None:
+        """What must stand beside every number."""
+        if any("/validation/" in one["id"] for one in problems):
+            return None
+        return ("note: the validation rows are not there, so the shots are the last five test rows "
+                "of each category, which are not scored: not comparable with published numbers")
+
+    def scored(self, problems: list, shots: int, style: str) -> list:
+        test = [one for one in problems if "/test/" in one["id"]]
+        if self.note(problems) is None:
+            return test
+        categories = {one["category"] for one in test}
+        taken = {one["id"] for category in categories
+                 for one in self.validation(problems, category)}
+        return [one for one in test if one["id"] not in taken]
+
+    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
+        return self.validation(problems, problem["category"])[:count]
+
+    def prompt(self, problem: dict, shots: list, style: str):
+        """Messages for "chat", a text for "plain"; in both a letter is the answer."""
+        if style == "chat":
+            return self.turns(problem, shots, self.chat_question)
+        head = ("The following are multiple choice questions (with answers) about "
+                f"{problem['category']}.\n\n")
+        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
+        return head + "".join(solved) + self.question(problem)
+
+    def chat_question(self, problem: dict) -> str:
+        return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}"
+
+    def question(self, problem: dict) -> str:
+        return f"Question:\n{problem['question']}\nOptions:\n{self.lines(problem)}\nAnswer:"
+
+    def strict(self, problem: dict, text: str) -> bool:
+        """The first claim in the harness's form."""
+        found = PRO_STRICT.search(cut(text, ("Question:",)))
+        return bool(found) and found[1] == problem["answer"]
+
+
+class MMLUProSteps(MMLUPro):
+    """Thought about in words, as in the harness: version 3.1 of its `mmlu_pro`."""
+    name = "mmlu_pro_cot"
+    kind = "text"
+    max_new_tokens = 2048
+    stops = {"chat": ("Question:",), "plain": ("Question:",)}
+
+    def prompt(self, problem: dict, shots: list, style: str):
+        """The same words in both styles, in turns for "chat"."""
+        head = ("The following are multiple choice questions (with answers) about "
+                f"{problem['category']}. Think step by step and then finish your answer with "
+                '"the answer is (X)" where X is the correct letter choice.\n')
+        texts = [f"{self.question(shot)} {self.worked(shot)}\n\n" for shot in shots]
+        if style == "plain":
+            return head + "".join(texts) + self.question(problem)
+        messages = [{"role": "system", "content": head.strip()}]
+        for shot in shots:
+            messages += [{"role": "user", "content": self.question(shot)},
+                         {"role": "assistant", "content": self.worked(shot)}]
+        return [*messages, {"role": "user", "content": self.question(problem)}]
+
+    def question(self, problem: dict) -> str:
+        return f"{super().question(problem)} Let's think step by step."
+
+    def worked(self, shot: dict) -> str:
+        """The published text without the words that the question ends with."""
+        text = shot.get("cot_content") or f"The answer is ({shot['answer']})."
+        return text.removeprefix("A: Let's think step by step.").strip()

@@ -1,0 +1,524 @@
+"""Benchmarks: files, prompts, verdicts, records, search (data/tasks/, data/records.py, eval.py).
+
+    python -m pytest tests/test_benchmarks.py
+
+With NANOL2D_SHARED set to a folder that holds benchmarks/ and data/datasets/, published verdicts
+and rendered prompts are compared too.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+from conftest import LLAMA, exit_status, make_lm
+from data import records, scores
+from data.formats import render_llama3
+from data.tasks import BENCHMARKS, TASKS
+from data.tasks import files
+from data.tasks.asking import choose_style, letter_tokens
+from data.tasks.gsm8k import GSM8K
+from data.tasks.letters import find_letter
+from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
+from data.tokenizer import load_tokenizer
+from diffusion import L2D, L2DConfig
+from model import LM
+from sample import load_model
+from test_tokenizer import MERGES, NAMES, save, tokenizer_json, vocabulary
+
+ROWS = 8
+
+
+# --- a small model, and files in the published forms ----------------------------------------------
+
+def write_jsonl(path: Path, rows: list):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("test", ROWS), ("train", 6)):
+        write_jsonl(root / "gsm8k" / f"{split}.jsonl", [
+            {"question": f"the {i} in?", "answer": f"{i} and 1\n#### {i + 1}"}
+            for i in range(count)])
+    write_jsonl(root / "math500" / "test.jsonl", [
+        {"problem": f"the {i}", "solution": rf"it is $\boxed{{{i}}}$.", "answer": str(i)}
+        for i in range(ROWS)])
+    for split, count in (("test", 3), ("dev", 5)):
+        folder = root / "mmlu" / split
+        folder.mkdir(parents=True)
+        for subject in ("the_one", "two"):
+            lines = [f'"the {i}, in?",a,"b, c",d,e,{"ABCD"[i % 4]}\n' for i in range(count)]
+            (folder / f"{subject}_{split}.csv").write_text("".join(lines))
+    write_jsonl(root / "mmlu_pro" / "test.jsonl", [
+        {"question_id": 70 + i, "question": f"the {i}?", "options": ["a", " b", "c"],
+         "answer": "ABC"[i % 3], "answer_index": i % 3, "cot_content": "", "category": "law"}
+        for i in range(ROWS)])
+    for split in ("Test", "Train"):
+        write_jsonl(root / "arc" / "ARC-Easy" / f"ARC-Easy-{split}.jsonl", [
+            {"id": f"M_{i}", "answerKey": "2", "question": {"stem": f"the {i}?", "choices": [
+                {"text": text, "label": label} for label, text in zip("123", "abc")]}}
+            for i in range(4)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(a model's directory, a path's)."""
+    root = tmp_path_factory.mktemp("models")
+    # letters behind a blank are one token, as in real vocabularies
+    letters = [f"Ġ{letter}" for letter in "ABCDEFGHIJ"]
+    merges = [*MERGES, *(f"Ġ {letter[1]}" for letter in letters)]
+    vocab = {**vocabulary(), **{letter: 268 + place for place, letter in enumerate(letters)}}
+    save(root / "base", tokenizer_json=tokenizer_json(vocab=vocab, merges=merges),
+         tokenizer_config_json=NAMES)
+    config = {**LLAMA, "vocab_size": 300, "max_position_embeddings": 512}
+    make_lm(config).save_pretrained(root / "base")
+    torch.manual_seed(0)
+    l2d = L2D(LM.from_pretrained(root / "base", device="cpu"), L2DConfig(16, 24, rank=4))
+    with torch.no_grad():
+        for p in l2d.path_parameters().values():
+            p += 0.2 * torch.randn(p.shape)
+    l2d.save(root / "path", tokenizer=load_tokenizer(root / "base").fingerprint, updates=1)
+    return root / "base", root / "path"
+
+
+def run(models, data_dir, out, task, *more, path=True):
+    """The records and the table of eval.py."""
+    words = [f"--init_from={models[1] if path else models[0]}", f"--task={task}",
+             f"--data_dir={data_dir}", f"--out={out}", "--device=cpu", *more]
+    assert exit_status(evaluation.main, words) == 0
+    lines = records.read_lines(out / "records.jsonl")[1:]
+    return lines, json.loads((out / "summary.json").read_text())["rows"]
+
+
+def answers(lines) -> dict:
+    """What was answered, without the clock."""
+    return {records.key_of(line): (line["output"], line["nfe"], line["score"]) for line in lines}
+
+
+def alike(a: dict, b: dict) -> bool:
+    """The same answers, scores up to the rounding of batched products."""
+    return a.keys() == b.keys() and all(
+        a[key][:2] == b[key][:2] and a[key][2] == pytest.approx(b[key][2], abs=1e-4) for key in a)
+
+
+GENERATE = ["--max_new_tokens=6", "--shots=1", "--steps=2", "--solvers=midpoint"]
+
+
+# --- eval.py --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task, count", [("gsm8k", ROWS), ("math500", ROWS)])
+def test_every_problem_is_answered_by_the_frozen_model_and_the_path(
+        task, count, models, data_dir, tmp_path, capsys):
+    lines, rows = run(models, data_dir, tmp_path / "out", task, *GENERATE)
+    assert {line["column"] for line in lines} == {"frozen", "midpoint 2"}
+    assert len(lines) == 2 * count and [row["n"] for row in rows] == [count, count]
+    frozen, path = rows
+    assert frozen["nfe_per_token"] == 0
+    # two midpoint intervals are four evaluations, and a last look
+    assert path["nfe_per_token"] == 5
+    for line in lines:
+        assert set(line) >= {"benchmark", "id", "output", "tokens", "nfe", "cut", "strict",
+                             "flexible", "prompt", "reference", "seconds"}
+    shown = capsys.readouterr().out
+    assert "plain prompts, 1 shots, at most 6 tokens" in shown and "midpoint 2" in shown
+
+
+def test_answers_depend_neither_on_the_batch_nor_on_the_order(models, data_dir, tmp_path):
+    results = [answers(run(models, data_dir, tmp_path / str(size), "gsm8k", *GENERATE,
+                           "--temperatures=1", f"--batch_size={size}")[0]) for size in (1, 3, 8)]
+    for other in results[1:]:
+        assert alike(results[0], other)
+
+
+def test_a_killed_run_goes_on_where_it_was(models, data_dir, tmp_path, capsys):
+    whole, _ = run(models, data_dir, tmp_path / "whole", "gsm8k", *GENERATE)
+    run(models, data_dir, tmp_path / "parts", "gsm8k", *GENERATE, "--limit=3")
+    path = tmp_path / "parts" / "records.jsonl"
+    content = path.read_bytes()
+    # killed while a line was being written
+    path.write_bytes(content[:-40])
+    parts, rows = run(models, data_dir, tmp_path / "parts", "gsm8k", *GENERATE)
+    assert "is cut off and is left out" in capsys.readouterr().err
+    assert alike(answers(parts), answers(whole)) and rows[0]["n"] == ROWS
+    # and what is whole is not computed again
+    before = path.read_bytes()
+    run(models, data_dir, tmp_path / "parts", "gsm8k", *GENERATE)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["--shots=2", "--seed=1", "--max_new_tokens=5",
+                                    "--estimate=average"])
+def test_records_of_something_else_are_refused(change, models, data_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1")
+    before = (out / "records.jsonl").read_bytes()
+    words = [f"--init_from={models[1]}", "--task=gsm8k", f"--data_dir={data_dir}",
+             f"--out={out}", "--device=cpu", *GENERATE, "--limit=1", change]
+    assert exit_status(evaluation.main, words) == 2
+    err = capsys.readouterr().err
+    assert "holds records of another" in err and "--overwrite" in err
+    assert (out / "records.jsonl").read_bytes() == before
+    run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1", change, "--overwrite")
+
+
+def test_records_of_another_model_are_refused(models, data_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1")
+    words = [f"--init_from={models[0]}", "--task=gsm8k", f"--data_dir={data_dir}",
+             f"--out={out}", "--device=cpu", "--max_new_tokens=6", "--shots=1", "--limit=1"]
+    assert exit_status(evaluation.main, words) == 2
+    assert "holds records of another model" in capsys.readouterr().err
+
+
+def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
+        models, data_dir, tmp_path, capsys):
+    lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", "--shots=6",
+                      "--max_new_tokens=350", "--limit=2", path=False)
+    assert rows[0]["fewer_shots"] == rows[0]["n"] == 2 and rows[0]["shortened"] == 0
+    assert "2 prompts had fewer shots to fit" in capsys.readouterr().out
+    assert all(line["prompt_tokens"] + 350 - 1 <= 512 for line in lines)
+
+
+def test_the_share_cut_by_the_limit_is_counted(models, data_dir, tmp_path):
+    lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", "--max_new_tokens=1",
+                      path=False)
+    assert rows[0]["cut"] == sum(line["cut"] for line in lines) / ROWS
+
+
+# --- letters --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task, count", [("mmlu", 6), ("arc_easy", 4), ("mmlu_pro", 3)])
+def test_frozen_letters_are_the_softmax_behind_the_prompt(task, count, models, data_dir, tmp_path):
+    lines, rows = run(models, data_dir, tmp_path / "out", task, path=False)
+    assert len(lines) == count == rows[0]["n"]
+    lm, tokenizer = load_model(str(models[0]), device="cpu")
+    problems = TASKS[task].load(data_dir / TASKS[task].folder)
+    by_id = {problem["id"]: problem for problem in problems}
+    for line in lines:
+        problem = by_id[line["id"]]
+        shots = TASKS[task].examples(problems, problem, 5, "plain")
+        prompt = TASKS[task].prompt(problem, shots, "plain")
+        ids = torch.tensor([tokenizer.encode_start(prompt)])
+        letters = letter_tokens(TASKS[task].options(problem), tokenizer, "plain")
+        p = lm(ids)[0, -1].softmax(-1)[letters]
+        assert line["p"] == pytest.approx(p.tolist(), abs=1e-5)
+        assert line["output"] == "ABCDEFGHIJ"[int(p.argmax())]
+        assert line["strict"] == line["flexible"] == (line["output"] == problem["answer"])
+
+
+def test_letters_of_a_path_are_a_mean_over_draws(models, data_dir, tmp_path):
+    flags = ["--steps=2", "--solvers=euler", "--limit=3"]
+    one, _ = run(models, data_dir, tmp_path / "1", "mmlu", *flags, "--draws=1")
+    many, rows = run(models, data_dir, tmp_path / "4", "mmlu", *flags, "--draws=4")
+    for a, b in zip(one, many):
+        assert a["first_letter"] == b["first_letter"]
+        assert b["nfe"] == 4 * a["nfe"] and 0 <= b["mass"] <= 1 + 1e-5
+    assert rows[1]["first_draw"] <= 1 and 0 < rows[1]["agreement"] <= 1
+
+
+def test_a_letter_that_is_not_one_token_is_refused():
+    class Spelling:
+        def encode(self, text):
+            return [1] * len(text)
+    assert letter_tokens(["A"], Spelling(), "chat") == [1]
+    with pytest.raises(ValueError, match="' A' is not one token .* --choices generate"):
+        letter_tokens(["A"], Spelling(), "plain")
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("B", "B"), ("B.", "B"), ("(c) it is\nB", "B"), ("**D**", "D"), ("C) because A is not", "C"),
+    ("The answer is (B).", "B"), ("the answer is b", "B"), ("answer is A. No, the answer is C", "C"),
+    ("A dog barks, so the answer is a matter of taste", None), ("DNA is long", None),
+    ("I think it is D", "D"), ("not (A), hence (B)", "B"), ("B or C", None), ("", None),
+    (r"so $\boxed{C}$", "C"), (r"\boxed{\text{A}}", "A"), ("Answer: D", "D"), ("E", None),
+    ("B\nQuestion: the answer is C", "B"), ("The answer is Boron", None), ("A: yes", "A"),
+])
+def test_which_letter_an_answer_means(text, letter):
+    assert find_letter(text, 4) == letter
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, strict, flexible", [
+    ("#### 18", True, True), ("#### 1,8", True, True), ("#### 18.", True, True),
+    ("#### 18.0", False, False), ("so 18", False, True), ("$18.", False, True),
+    ("#### 17\n#### 18", False, True), ("#### 18 of 20", True, False), ("", False, False),
+    ("#### 18\nQuestion: 3", True, True), ("eighteen", False, False), ("####18", False, True),
+])
+def test_both_rules_of_gsm8k(text, strict, flexible):
+    problem = {"answer": "9 * 2 = 18\n#### 18"}
+    assert GSM8K().grade(problem, text) == {"strict": strict, "flexible": flexible}
+
+
+@pytest.mark.parametrize("task", BENCHMARKS, ids=lambda task: task.name)
+def test_references_are_right_and_grading_is_idempotent(task, data_dir):
+    if task.kind == "code":
+        pytest.skip("tests/test_code.py")
+    if not (data_dir / task.folder).is_dir() or task.name == "arc_challenge":
+        pytest.skip("no file of it here")
+    for problem in task.load(data_dir / task.folder):
+        text = task.reference(problem)
+        verdict = task.grade(problem, text)
+        assert verdict["flexible"]
+        for stop in task.stops["plain"]:
+            assert task.grade(problem, text + stop + " 7") == verdict
+        # also from what a record keeps
+        assert task.grade(task.restore({**task.short(problem)}), text) == verdict
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+def test_texts_and_turns_of_gsm8k():
+    shot, problem = {"question": "1+1?", "answer": "#### 2"}, {"question": "2+2?"}
+    assert GSM8K().prompt(problem, [shot], "plain") == (
+        "Question: 1+1?\nAnswer: #### 2\n\nQuestion: 2+2?\nAnswer:")
+    assert [turn["content"] for turn in GSM8K().prompt(problem, [shot], "chat")] == [
+        "1+1?", "#### 2", "2+2?"]
+
+
+def test_texts_of_multiple_choice():
+    problem = {"subject": "the_one", "question": " 1? ", "options": ["a", "b", "c", "d"],
+               "answer": "B", "category": "law"}
+    assert MMLU().prompt(problem, [problem], "plain") == (
+        "The following are multiple choice questions (with answers) about the one.\n\n"
+        "1?\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\n1?\nA. a\nB. b\nC. c\nD. d\nAnswer:")
+    assert MMLU().prompt(problem, [], "chat")[0]["content"] == (
+        "Question:\n1?\nChoices:\nA. a\nB. b\nC. c\nD. d\n\nAnswer:")
+    assert MMLUProSteps().prompt(problem, [], "plain").endswith(
+        "\nAnswer: Let's think step by step.")
+
+
+def test_shots_of_mmlu_pro_without_its_validation_rows_are_not_scored(data_dir):
+    task = MMLUPro()
+    problems = task.load(data_dir / "mmlu_pro")
+    assert "not comparable" in task.note(problems)
+    shots = task.examples(problems, problems[0], 5, "chat")
+    scored = task.scored(problems, 5, "chat")
+    assert len(shots) == 5 and len(scored) == ROWS - 5
+    assert not {one["id"] for one in shots} & {one["id"] for one in scored}
+
+
+def test_style_follows_the_chat_template(models):
+    tokenizer = load_tokenizer(models[0])
+    assert choose_style(None, tokenizer) == choose_style("plain", tokenizer) == "plain"
+    with pytest.raises(ValueError, match="this model has no chat format"):
+        choose_style("chat", tokenizer)
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+def same(a, b):
+    return a == b
+
+
+@pytest.mark.parametrize("answers, points, place", [
+    (["3", "4", "4"], [0.0, -2.0, -1.0], 2),         # the majority, its best
+    (["3", "4"], [-1.0, -2.0], 0), (["3", "4"], [-2.0, -1.0], 1),      # ties to the higher score
+    ([None, "4", None], [0.0, -9.0, 0.0], 1),        # who has no answer has no vote
+    ([None, None], [-1.0, 0.0], 0), (["3"], [0.0], 0),
+])
+def test_votes(answers, points, place):
+    assert scores.vote(answers, points, same) == place
+
+
+def test_the_likeliest_answer_that_can_be_one():
+    assert scores.likeliest(["a", "b", "c"], [-3.0, -1.0, -2.0], [True] * 3) == 1
+    assert scores.likeliest(["a", "b", "c"], [-3.0, -1.0, -2.0], [True, False, True]) == 2
+
+
+@pytest.mark.parametrize("text", ["vote", "vote:0", "vote:x", "beam:3", "best:-1", "best:1.5"])
+def test_unknown_searches_are_refused(text):
+    with pytest.raises(ValueError, match="allowed: vote:K or best:K"):
+        scores.parse_search(text)
+
+
+def test_one_answer_is_no_search_to_the_bit(models, data_dir, tmp_path):
+    flags = [*GENERATE, "--temperatures=1", "--limit=4"]
+    plain, alone = run(models, data_dir, tmp_path / "a", "gsm8k", *flags)
+    lines, rows = run(models, data_dir, tmp_path / "b", "gsm8k", *flags, "--search", "vote:1",
+                      "best:1", "vote:3")
+    first = [line for line in lines if line["sample"] == 0]
+    assert answers(first) == answers(plain) and len(lines) == 3 * len(plain)
+    by_search = {(row["column"], row["search"]): row for row in rows}
+    for column in ("frozen", "midpoint 2"):
+        for how in ("vote:1", "best:1"):
+            for key in ("strict", "flexible", "tokens", "nfe_per_token"):
+                assert by_search[column, how][key] == by_search[column, ""][key]
+        # three answers cost what three answers cost
+        total = sum(line["tokens"] for line in lines if line["column"] == column)
+        assert by_search[column, "vote:3"]["tokens"] == pytest.approx(total / 4)
+        assert by_search[column, "vote:3"]["oracle"]["strict"] >= by_search[column, ""]["strict"]
+
+
+def test_the_score_is_the_mean_log_p_under_the_frozen_model(models, data_dir, tmp_path):
+    lines, _ = run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE, "--limit=2")
+    lm, tokenizer = load_model(str(models[0]), device="cpu")
+    task = GSM8K()
+    problems = task.load(data_dir / "gsm8k")
+    for line in lines:
+        problem = next(one for one in problems if one["id"] == line["id"])
+        shots = task.examples(problems, problem, 1, "plain")
+        start = tokenizer.encode_start(task.prompt(problem, shots, "plain"))
+        new = tokenizer.encode(line["output"])
+        # only texts that are spelled as they were written
+        if len(new) != line["tokens"]:
+            continue
+        log_p = lm(torch.tensor([start + new])).log_softmax(-1)[0, len(start) - 1:-1]
+        expected = log_p.gather(1, torch.tensor(new)[:, None]).mean()
+        assert line["score"] == pytest.approx(float(expected), abs=1e-4)
+
+
+# --- graded again ---------------------------------------------------------------------------------
+
+def test_records_graded_again_are_the_same(models, data_dir, tmp_path):
+    run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE)
+    source, again = tmp_path / "out" / "records.jsonl", tmp_path / "again.jsonl"
+    # without the data: a record keeps what its grading needs
+    assert exit_status(evaluation.main, [f"--regrade={source}", f"--out={again}"]) == 0
+    assert again.read_bytes() == source.read_bytes()
+
+
+def test_lines_of_another_program_are_graded(data_dir, tmp_path):
+    lines = [{"benchmark": "gsm8k", "id": "gsm8k/test/1", "output": "#### 2", "note": "kept"},
+             {"benchmark": "math", "id": "math500/3", "output": "it is 3"},
+             {"benchmark": "mmlu", "id": "mmlu/test/two/1", "output": "B."},
+             {"benchmark": "pass_at_k", "id": "x", "output": {"n": 10, "c": 3, "k": 5}}]
+    write_jsonl(tmp_path / "in.jsonl", lines)
+    words = [f"--regrade={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
+             f"--data_dir={data_dir}"]
+    assert exit_status(evaluation.main, words) == 0
+    found = records.read_lines(tmp_path / "out.jsonl")
+    assert found[0] == {**lines[0], "strict": True, "flexible": True}
+    assert found[1] == {**lines[1], "strict": False, "flexible": True}
+    assert found[2] == {**lines[2], "strict": True, "flexible": True, "letter": "B"}
+    assert found[3]["pass_at_k"] == pytest.approx(1 - 21 / 252)
+
+
+@pytest.mark.parametrize("line, words", [
+    ({"benchmark": "chess", "id": "x", "output": ""}, "benchmark 'chess' is not supported"),
+    ({"benchmark": "gsm8k", "id": "gsm8k/test/1"}, "a record of gsm8k has no output"),
+    ({"benchmark": "gsm8k", "id": "gsm8k/test/999", "output": ""}, "gsm8k has no problem"),
+    ({"benchmark": "humaneval", "id": "HumanEval/0", "output": ""}, "no data of humaneval"),
+    ({"benchmark": "pass_at_k", "id": "x", "output": {"n": 1}}, "whole numbers n, c and k"),
+    ([1], "is no record"),
+])
+def test_lines_that_cannot_be_graded_are_one_line(line, words, data_dir, tmp_path, capsys):
+    write_jsonl(tmp_path / "in.jsonl", [line, line])
+    flags = [f"--regrade={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
+             f"--data_dir={data_dir}", "--allow_code_execution"]
+    assert exit_status(evaluation.main, flags) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    (["--task=gsm8k", "--data_dir=DIR/none"], "no data of gsm8k in "),
+    (["--task=mmlu", "--data_dir=DIR/none"], "unpack https://"),
+    (["--task=gsm9k"], "invalid choice"),
+    (["--task=gsm8k", "--data_dir=DIR", "--topics", "math"], "--topics would do nothing"),
+    (["--task=tiny", "--shots=2"], "--shots would do nothing"),
+    (["--task=mmlu", "--data_dir=DIR", "--search", "vote:3"], "--search would do nothing"),
+    (["--task=gsm8k", "--data_dir=DIR", "--choices=letters"], "--choices would do nothing"),
+    (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit 0 is out of range"),
+    (["--task=humaneval", "--data_dir=DIR"], "needs --allow_code_execution"),
+    (["--task=gsm8k", "--data_dir=DIR", "--max_new_tokens=600"], "leaves no room for a prompt"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(
+        words, message, models, data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOL2D_CACHE", str(tmp_path / "cache"))
+    words = [word.replace("DIR", str(data_dir)) for word in words]
+    flags = [f"--init_from={models[0]}", f"--out={tmp_path / 'out'}", "--device=cpu"]
+    assert exit_status(evaluation.main, [*flags, *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"question": "1"}\n', "line 1 of .* has no answer of the right type"),
+    ('{"question": "1", "answer": 3}\n', "line 1 of .* has no answer of the right type"),
+    ("[1]\n", "line 1 of .* has no question"), ("{\n", "line 1 of .* is not valid JSON"),
+])
+def test_rows_of_another_form_are_refused(content, words, tmp_path):
+    for split in ("test", "train"):
+        (tmp_path / f"{split}.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        GSM8K().load(tmp_path)
+
+
+def test_get_fetches_and_checks_what_was_published(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("NANOL2D_CACHE", str(tmp_path))
+    monkeypatch.setattr(files, "fetch_files", lambda some, folder: seen.append((some, folder)))
+    assert files.fetch("gsm8k") == tmp_path / "datasets" / "gsm8k"
+    (some, folder), = seen
+    assert [file.name for file in some] == ["test.jsonl", "train.jsonl"]
+    assert all(len(file.etag) == 64 and file.size > 0 for file in some)
+    with pytest.raises(ValueError, match="by hand: unpack https://"):
+        files.fetch("mmlu")
+
+
+# --- published verdicts and prompts ---------------------------------------------------------------
+
+@pytest.fixture
+def shared():
+    folder = Path(os.environ.get("NANOL2D_SHARED", "none"))
+    if not (folder / "benchmarks").is_dir():
+        pytest.skip("needs NANOL2D_SHARED")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "mmlu", "mmlu_pro", "pass_at_k"])
+def test_golden_verdicts(name, shared, tmp_path):
+    source = shared / "benchmarks" / "golden" / f"{name}.jsonl"
+    words = [f"--regrade={source}", f"--out={tmp_path / 'out.jsonl'}",
+             f"--data_dir={shared / 'data' / 'datasets'}"]
+    assert exit_status(evaluation.main, words) == 0
+    for line in records.read_lines(tmp_path / "out.jsonl"):
+        expected = line["expected"]
+        if name == "pass_at_k":
+            expected = {"pass_at_k": expected and pytest.approx(expected)}
+        if line.get("firm", True):
+            assert {key: line[key] for key in expected} == expected, line
+
+
+def test_golden_prompts(shared):
+    folder, rows = shared / "benchmarks" / "prompts", shared / "data" / "datasets"
+    def turns(messages):
+        return "".join(piece.text for piece in render_llama3(messages, True))
+
+    gsm8k, mmlu = GSM8K(), MMLU()
+    problems = gsm8k.load(rows / "gsm8k")
+    for number in (0, 1):
+        shots = gsm8k.examples(problems, problems[number], 5, "chat")
+        text = (folder / f"l2d_gsm8k_{number}.txt").read_text()
+        assert turns(gsm8k.prompt(problems[number], shots, "chat")) == text
+    text = (folder / "lm_eval_gsm8k_0.txt").read_text()
+    by_question = {one["question"]: one for one in problems}
+    shots = [by_question[found] for found in re.findall("Question: (.*)\nAnswer: ", text)]
+    assert gsm8k.prompt(problems[0], shots, "plain") == text
+    problems = mmlu.load(rows / "mmlu")
+    for subject in ("abstract_algebra", "high_school_biology"):
+        problem = next(one for one in problems if one["id"] == f"mmlu/test/{subject}/0")
+        shots = mmlu.examples(problems, problem, 5, "plain")
+        text = (folder / f"lm_eval_mmlu_{subject}_0.txt").read_text()
+        assert mmlu.prompt(problem, shots, "plain") == text
+        text = (folder / f"l2d_mmlu_{subject}_0.txt").read_text()
+        assert turns(mmlu.prompt(problem, shots, "chat")) == text
+    math = TASKS["math500"]
+    problems = math.load(rows / "math500")
+    for number in (0, 1):
+        text = (folder / f"lm_eval_minerva_math500_{number}.txt").read_text()
+        shots = math.examples(problems, problems[number], 4, "plain")
+        assert math.prompt(problems[number], shots, "plain") == text
