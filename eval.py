@@ -44,7 +44,7 @@ from data.tasks.asking import Asked, ask_all, letter_tokens
 from data.tasks.grading import Grader
 from data.tasks.sandbox import NOTICE
 from diffusion import ESTIMATES, L2D, VelocityField
-from sample import Batch, Settings, answer_problems, generate, load_model, next_logits
+from sample import Settings, answer_problems, generate, load_model, next_p
 from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
 
 BATCH = 128        # problems at a time, where tokens are forced
@@ -285,19 +285,18 @@ def benchmark(model, tokenizer, task, args):
         start = time.time()
         records = Records(out / "records.jsonl", about, args.overwrite)
         bench = Bench(model, tokenizer, task, args, asked, records, grader)
-        answer_all(bench)
-        searches = [parse_search(how) for how in args.search]
-        table = rows(task, grader.problems[task.name], records.found.values(), searches)
+        columns = [column for temperature in args.temperatures
+                   for column in columns_to_compare(args, temperature)]
+        answer_all(bench, columns)
+        table = benchmark_table(bench, columns)
         print_scores(table, about)
         write_json({**circumstances(model, args, start), "about": about, "rows": table},
                    out / "summary.json")
     print(f"\nrecords and summary are in {out}")
 
 
-def answer_all(bench: Bench):
+def answer_all(bench: Bench, columns: list):
     """Whatever is not in the records yet. Raises KeyboardInterrupt that says what is kept."""
-    columns = [column for temperature in bench.args.temperatures
-               for column in columns_to_compare(bench.args, temperature)]
     jobs = [(column, bench.records.missing(column.name, column.settings.temperature,
                                            bench.asked.questions, bench.samples))
             for column in columns]
@@ -310,6 +309,21 @@ def answer_all(bench: Bench):
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {len(bench.records.found)} answers are in "
                                 f"{bench.records.path}, the same command goes on") from None
+
+
+def benchmark_table(bench: Bench, columns: list) -> list:
+    """What was asked for now, though there may be records of more."""
+    ids = {question.problem["id"] for question in bench.asked.questions}
+    settings = {(one.name, one.settings.temperature): one.settings for one in columns}
+    asked = [record for key, record in bench.records.found.items()
+             if key[:2] in settings and record["id"] in ids and record["sample"] < bench.samples]
+    searches = [parse_search(how) for how in bench.args.search]
+    table = rows(bench.task, bench.grader.problems[bench.task.name], asked, searches)
+    for row in table:
+        length = round(row["prompt_tokens"] + row["tokens"] / 2)
+        row["flops_per_token"] = flops_per_token(
+            bench.model, row["nfe_per_token"], length, settings[row["column"], row["temperature"]])
+    return table
 
 
 def fill_column(bench: Bench, column: Column, jobs: list, bar):
@@ -352,20 +366,6 @@ def choose_letters(bench: Bench, settings: Settings, questions: list, seeds: lis
         ids = letter_tokens(names, bench.tokenizer, bench.asked.style)
         found.append({**read_letters(names, p[:, row, ids]), "nfe": nfe[row]})
     return found
-
-
-@torch.no_grad()
-def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int) -> tuple:
-    """(p (n, B, V) of the next token for every draw of the noise, the NFE of each prompt)."""
-    model = model if settings.steps else getattr(model, "lm", model)
-    batch = Batch(model, prompts, seeds, None)
-    found, costs = [], []
-    # without noise every draw is the same
-    for _ in range(draws if settings.steps else 1):
-        logits, nfe, _ = next_logits(model, batch, settings)
-        found.append(logits.softmax(-1))
-        costs.append(nfe)
-    return torch.stack(found), [sum(cost) for cost in zip(*costs)]
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from data.command import command, given_flags      # first: from here on Ctrl-C 
 import torch
 
 from data.answer import Answer, Stop
-from data.batches import left_pad
+from data.batches import common_start, left_pad
 from data.classes import check_classes
 from data.disk import present
 from data.draws import draw_noise_each, draw_tokens
@@ -40,6 +40,7 @@ from model import LM
 from solvers import ADAPTIVE, SOLVERS, odeint
 
 COLDEST = 1e-5          # temperature: less would overflow, and is greedy in all but name
+COMMON = 16             # tokens that are worth a reading of their own
 
 
 # --- what is asked for ----------------------------------------------------------------------------
@@ -119,8 +120,24 @@ class Batch:
             self.class_ids = torch.tensor(class_ids, device=device)
         self.cache = KVCache()
         ids, documents = left_pad(prompts, device)
+        ids, documents = self.read_common(prompts, ids, documents)
         # the prompt's own next tokens are known: only the last place asks for one
         self.reading = model.read(ids, documents, self.cache).last()
+
+    def read_common(self, prompts: list, ids, documents) -> tuple:
+        """Read what all prompts begin with, such as worked examples, once; returns what is left."""
+        common = common_start(prompts)
+        if len(prompts) == 1 or common < COMMON:
+            return ids, documents
+        start = torch.tensor([prompts[0][:common]], device=ids.device)
+        self.model.read(start, None, self.cache)
+        # where a prompt is shorter it begins further right, and has less of its start in the cache
+        shifts = [ids.shape[1] - len(prompt) for prompt in prompts]
+        if documents is None:
+            self.cache.spread(shifts, None)
+            return ids[:, common:], None
+        self.cache.spread(shifts, documents[:, :common])
+        return ids[:, common:], documents[:, common:]
 
     def keep(self, rows: list):
         """Go on with some rows only."""
@@ -251,6 +268,20 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
         watch(torch.arange(rows), 1.0, solution.x, logits)
     nfe = (solution.nfe + 1) * velocity.cost
     return logits[:, 0], nfe.tolist(), solution.finished.tolist()
+
+
+@torch.no_grad()
+def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int) -> tuple:
+    """(p (n, B, V) of the next token for every draw of the noise, the NFE of each prompt)."""
+    model = model if settings.steps else getattr(model, "lm", model)
+    batch = Batch(model, prompts, seeds, None)
+    found, costs = [], []
+    # without noise every draw is the same
+    for _ in range(draws if settings.steps else 1):
+        logits, nfe, _ = next_logits(model, batch, settings)
+        found.append(logits.softmax(-1))
+        costs.append(nfe)
+    return torch.stack(found), [sum(cost) for cost in zip(*costs)]
 
 
 def frozen_log_p(model, batch: Batch, tokens: list) -> list:

@@ -71,6 +71,14 @@ def collate(rows, device) -> dict:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def common_start(prompts: list) -> int:
+    """How many first tokens all prompts share, without the last one of any."""
+    # the first and the last in order differ where any two do
+    low, high = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if low[i] != high[i]), most)
+
+
 def left_pad(prompts, device):
     """Prompts of different lengths -> ids and documents (B, T), right-aligned.
 

@@ -28,9 +28,9 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     # how tokens are found
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
         help="intervals of the fixed solvers; 0, the frozen model, is always shown "
-             "(default: 1 2 4 8 16)")
+             "(default: 1 2 4 8 16, for benchmarks 8)")
     add("--solvers", nargs="+", default=["euler", "dopri5"], choices=list(solvers),
-        help="default: euler dopri5")
+        help="default: euler dopri5, for benchmarks euler")
     add("--rtol", type=float, default=default.rtol,
         help="rtol and atol of dopri5 (default: %(default)s)")
     add("--estimate", default="argmax", choices=estimates,
@@ -93,8 +93,10 @@ def add_benchmark_flags(add, switch):
 def fill_defaults(args, given: dict):
     """What depends on the task: whoever reads args afterwards finds the values that hold."""
     tiny = args.task == "tiny"
-    if not tiny and "temperatures" not in given:
-        args.temperatures = [0.0]
+    # benchmarks take hours: one way, unless more are asked for
+    for name, value in (("temperatures", [0.0]), ("steps", [8]), ("solvers", ["euler"])):
+        if not tiny and name not in given:
+            setattr(args, name, value)
     if args.stop_unchanged is None:
         args.stop_unchanged = 2 if tiny else 0
     if args.draws is None:

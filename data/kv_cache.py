@@ -50,6 +50,19 @@ class KVCache:
         buffers[layer][:, :, start:self.length] = new
         return buffers[layer][:, :, :self.length]
 
+    def spread(self, shifts: list, documents):
+        """From one row to several: each holds the same, moved to the right by its shift.
+
+        documents  those of every row at the places filled, padding among them, or None
+        """
+        for buffers in (self.keys, self.values):
+            for layer, buffer in buffers.items():
+                rows = buffer.new_zeros(len(shifts), *buffer.shape[1:])
+                for row, shift in enumerate(shifts):
+                    rows[row, :, shift:self.length] = buffer[0, :, :max(0, self.length - shift)]
+                buffers[layer] = rows
+        self.documents = documents
+
     def keep(self, index):
         """Go on with some sequences of the batch only, index (n,)."""
         for buffers in (self.keys, self.values):

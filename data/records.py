@@ -60,11 +60,11 @@ class Records:
 
 
     def missing(self, column: str, temperature: float, questions: list, samples: int) -> list:
-        """(question, sample) of all that is not there yet, the longest prompts first."""
+        """(question, sample) of all that is not there yet."""
         jobs = [(question, sample) for question in questions for sample in range(samples)
                 if (column, temperature, question.problem["id"], sample) not in self.found]
-        # neighbours of one length waste no padding, and what does not fit in memory shows at once
-        return sorted(jobs, key=lambda job: -len(job[0].ids))
+        # neighbours have the longest beginning in common, which is read once
+        return sorted(jobs, key=lambda job: job[0].ids)
 
 
 def line_of(record: dict) -> str:

@@ -161,13 +161,13 @@ def print_scores(table: list, about: dict):
           f"{about['shots']} shots, at most {about['max_new_tokens']} tokens, "
           f"seed {about['seed']}; accuracy in %, 95 % interval")
     print(f"{'':26}{'strict':>18}{'flexible':>18}{'cut':>8}{'tokens':>9}{'NFE/tok':>9}"
-          f"{'tok/s':>8}")
+          f"{'GFLOP/tok':>11}{'tok/s':>8}")
     for row in table:
         temperature = f" T={row['temperature']:g}" if row["temperature"] else ""
         name = f"{row['column']}{temperature} {row['search']}"
         print(f"{name:26}{percent(row, 'strict')}{percent(row, 'flexible')}"
               f"{100 * row['cut']:7.1f}%{row['tokens']:9.1f}{row['nfe_per_token']:9.1f}"
-              f"{row['tokens_per_second']:8.1f}")
+              f"{row['flops_per_token'] / 1e9:11.3f}{row['tokens_per_second']:8.1f}")
         print_more(row)
     counted = {name: max(row[name] for row in table) for name in ("fewer_shots", "shortened")}
     if any(counted.values()):

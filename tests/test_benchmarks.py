@@ -68,10 +68,8 @@ def data_dir(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def build_models(root: Path) -> tuple:
     """(a model's directory, a path's)."""
-    root = tmp_path_factory.mktemp("models")
     # letters behind a blank are one token, as in real vocabularies
     letters = [f"Ġ{letter}" for letter in "ABCDEFGHIJ"]
     merges = [*MERGES, *(f"Ġ {letter[1]}" for letter in letters)]
@@ -87,6 +85,11 @@ def models(tmp_path_factory):
             p += 0.2 * torch.randn(p.shape)
     l2d.save(root / "path", tokenizer=load_tokenizer(root / "base").fingerprint, updates=1)
     return root / "base", root / "path"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return build_models(tmp_path_factory.mktemp("models"))
 
 
 def run(models, data_dir, out, task, *more, path=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_l2d, make_lm
+from conftest import make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from diffusion import L2D
@@ -180,6 +180,28 @@ def test_a_sequence_alone_equals_the_same_sequence_in_a_batch(family, options):
     batch = generate(l2d, PROMPTS, settings, seeds=[1, 2, 3, 4])
     for i, prompt in enumerate(PROMPTS):
         assert generate(l2d, [prompt], settings, seeds=[i + 1]) == batch[i : i + 1]
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 4, 2), (3, 40, 1)])
+@pytest.mark.parametrize("options", [dict(), dict(own_reading=True)])
+def test_a_common_beginning_is_read_once_and_changes_nothing(
+        family, options, lengths, monkeypatch):
+    l2d = make_l2d(family, **options)
+    start = make_ids(1, 20)[0].tolist()
+    prompts = [start + make_ids(1, n, seed=n)[0].tolist() for n in lengths]
+    settings = Settings(steps=2, max_new_tokens=3)
+    read = []
+    plain = LM.read
+
+    def count(self, ids, *rest, **more):
+        read.append(tuple(ids.shape))
+        return plain(self, ids, *rest, **more)
+    monkeypatch.setattr(LM, "read", count)
+    batch = generate(l2d, prompts, settings, seeds=[1, 2, 3])
+    assert read[0] == (1, 20) and read[1] == (3, max(lengths))
+    for i, prompt in enumerate(prompts):
+        alone = generate(l2d, [prompt], settings, seeds=[i + 1])
+        assert alone[0].ids == batch[i].ids
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from data.answer import Stop
 from data.batches import IGNORE, collate
 from data.disk import check_absent, check_writable, write_json
 from data.formats import check_messages, resolve_style
-from eval import next_p, solved
-from sample import Settings, generate, load_model
+from eval import solved
+from sample import Settings, generate, load_model, next_p
 from solvers import SOLVERS
 
 try:
