@@ -5,7 +5,9 @@ one temperature. Token search chooses one of several answers to a problem withou
 right: by a vote, or by what the frozen model finds likeliest. eval.py prints what is made here.
 """
 
-from data.statistics import mean, wilson
+from data.statistics import mean, pass_at_k, wilson
+
+RULES = ("strict", "flexible")
 
 
 # --- one way to answer ----------------------------------------------------------------------------
@@ -14,26 +16,30 @@ def summary(records: list, grades: list) -> dict:
     """One row: records of single answers, and the verdict of each, in the same order."""
     n = len(records)
     row = {"n": n}
-    for rule in ("strict", "flexible"):
+    for rule in RULES:
         right = sum(grade[rule] for grade in grades)
         row[rule] = right / n
         row[f"{rule}_interval"] = wilson(right, n)
+    for name in ("tokens", "cut", "prompt_tokens"):
+        row[name] = mean(record[name] for record in records)
+    for name in ("fewer_shots", "shortened", "seconds"):
+        row[name] = sum(record[name] for record in records)
     tokens = sum(record["tokens"] for record in records)
-    seconds = sum(record["seconds"] for record in records)
-    row["tokens"] = tokens / n
-    row["nfe_per_token"] = sum(record["nfe"] for record in records) / max(1, tokens)
-    row["tokens_per_second"] = tokens / max(seconds, 1e-9)
-    row["seconds"] = seconds
-    row["cut"] = mean(record["cut"] for record in records)
-    row["fewer_shots"] = sum(record["fewer_shots"] for record in records)
-    row["shortened"] = sum(record["shortened"] for record in records)
-    row["prompt_tokens"] = mean(record["prompt_tokens"] for record in records)
-    # of multiple choice by probability
+    evaluations = sum(record["nfe"] for record in records)
+    row["nfe_per_token"] = evaluations / max(1, tokens)
+    row["tokens_per_second"] = tokens / max(row["seconds"], 1e-9)
     if "first_letter" in records[0]:
-        row["first_draw"] = mean(r["first_letter"] == r["reference"] for r in records)
-        row["mass"] = mean(record["mass"] for record in records)
-        row["agreement"] = mean(record["agreement"] for record in records)
+        row.update(letters_summary(records))
     return row
+
+
+def letters_summary(records: list) -> dict:
+    """What is said of multiple choice by probability, beside accuracy."""
+    return {
+        "first_draw": mean(r["first_letter"] == r["reference"] for r in records),
+        "mass": mean(r["mass"] for r in records),
+        "agreement": mean(r["agreement"] for r in records),
+    }
 
 
 def by_column(records: list) -> dict:
@@ -112,44 +118,52 @@ def searched(task, problems: dict, column: dict, how: str, k: int) -> dict:
         some = records[:k]
         chosen.append(some[search(task, problems[id], some, how)])
         # what all of them cost
-        spent.append({**some[0], **{name: sum(record[name] for record in some)
-                                    for name in ("tokens", "nfe", "seconds")}})
-    return {**summary(spent, chosen), "search": f"{how}:{k}"}
+        cost = {name: sum(record[name] for record in some)
+                for name in ("tokens", "nfe", "seconds")}
+        spent.append({**some[0], **cost})
+    return {**summary(spent, chosen), "search": f"{how}:{k}", "oracle": oracle(column, k)}
 
 
 def oracle(column: dict, k: int) -> dict:
     """The ceiling of any search: is one of k answers right?"""
-    rights = [{rule: any(record[rule] for record in records[:k])
-               for rule in ("strict", "flexible")} for records in column.values()]
-    n = len(rights)
-    return {rule: sum(right[rule] for right in rights) / n for rule in ("strict", "flexible")}
+    found = {}
+    for rule in RULES:
+        found[rule] = mean(any(record[rule] for record in records[:k])
+                           for records in column.values())
+    return found
 
 
 # --- several samples of code ----------------------------------------------------------------------
 
-def pass_table(column: dict, pass_at_k) -> dict:
-    """k -> (strict, flexible) pass@k, the mean over problems, for every k that n samples allow."""
+def pass_table(column: dict) -> dict:
+    """k -> rule -> pass@k, the mean over problems, for every k that the samples allow."""
     found = {}
+    n = min(map(len, column.values()))
     for k in (1, 5, 10):
-        values = [tuple(pass_at_k(len(records), sum(r[rule] for r in records), k)
-                        for rule in ("strict", "flexible")) for records in column.values()]
-        if None not in values[0]:
-            found[k] = tuple(mean(value[place] for value in values) for place in (0, 1))
+        if k <= n:
+            found[k] = {rule: mean(pass_of(records, rule, k) for records in column.values())
+                        for rule in RULES}
     return found
+
+
+def pass_of(records: list, rule: str, k: int) -> float:
+    """pass@k of one problem."""
+    right = sum(record[rule] for record in records)
+    return pass_at_k(len(records), right, k)
 
 
 def rows(task, problems: dict, records: list, searches: list) -> list:
     """The table: every column alone (its first sample), then what searches make of it."""
     table = []
     for (name, temperature), column in by_column(records).items():
-        first = [some[0] for some in column.values()]
         where = {"column": name, "temperature": temperature}
-        table.append({**where, **summary(first, first), "search": ""})
-        for how, k in searches:
-            row = searched(task, problems, column, how, k)
-            table.append({**where, **row, "oracle": oracle(column, k)})
+        first = [some[0] for some in column.values()]
+        alone = {**where, **summary(first, first), "search": ""}
         if task.kind == "code":
-            table[-1]["pass"] = pass_table(column, task.pass_at_k)
+            alone["pass"] = pass_table(column)
+        table.append(alone)
+        for how, k in searches:
+            table.append({**where, **searched(task, problems, column, how, k)})
     return table
 
 
@@ -189,7 +203,8 @@ def print_more(row: dict):
         print(f"{'':26}one draw alone {100 * row['first_draw']:.1f}; "
               f"probability on letters {row['mass']:.3f}; draws that agree "
               f"{100 * row['agreement']:.0f} %")
-    for k, (strict, flexible) in row.get("pass", {}).items():
-        print(f"{'':26}pass@{k}: strict {100 * strict:.1f}, flexible {100 * flexible:.1f}")
+    for k, found in row.get("pass", {}).items():
+        print(f"{'':26}pass@{k}: strict {100 * found['strict']:.1f}, "
+              f"flexible {100 * found['flexible']:.1f}")
 
 

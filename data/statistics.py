@@ -74,3 +74,15 @@ def changes(before, after) -> dict:
         "fixed": int((~before & after).sum()),
         "broken": int((before & ~after).sum()),
     }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float | None:
+    """The chance that k samples hold a right one, from n samples of which c are right.
+
+    Unbiased (Chen et al. 2021, Eq. 1): 1 - C(n-c, k) / C(n, k). None for k > n: too few to say.
+    """
+    if k > n:
+        return None
+    # whole numbers up to the division, so nothing is lost
+    missed = math.comb(n - c, k)
+    return (math.comb(n, k) - missed) / math.comb(n, k)

@@ -27,7 +27,7 @@ from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
 from data.tokenizer import load_tokenizer
 from diffusion import L2D, L2DConfig
 from model import LM
-from sample import load_model
+from sample import generate, load_model
 from test_tokenizer import MERGES, NAMES, save, tokenizer_json, vocabulary
 
 ROWS = 8
@@ -85,6 +85,18 @@ def build_models(root: Path) -> tuple:
             p += 0.2 * torch.randn(p.shape)
     l2d.save(root / "path", tokenizer=load_tokenizer(root / "base").fingerprint, updates=1)
     return root / "base", root / "path"
+
+
+def write_code(folder: Path):
+    """HumanEval's form; the second problem's tests accept anything that is a program."""
+    rows = []
+    for number, test in enumerate(("assert candidate(2) == 4", "pass")):
+        rows.append({
+            "task_id": f"HumanEval/{number}", "entry_point": "twice",
+            "prompt": 'def twice(x):\n    """ the in """\n',
+            "canonical_solution": "    return 2 * x\n",
+            "test": f"def check(candidate):\n    {test}\n"})
+    write_jsonl(folder / "HumanEval.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +167,24 @@ def test_a_killed_run_goes_on_where_it_was(models, data_dir, tmp_path, capsys):
     before = path.read_bytes()
     run(models, data_dir, tmp_path / "parts", "gsm8k", *GENERATE)
     assert path.read_bytes() == before
+
+
+def test_ctrl_c_keeps_what_was_answered_and_says_so(
+        models, data_dir, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **more)
+    monkeypatch.setattr(evaluation, "generate", interrupted)
+    words = [f"--init_from={models[0]}", "--task=gsm8k", f"--data_dir={data_dir}",
+             f"--out={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=2", "--batch_size=2"]
+    assert exit_status(evaluation.main, words) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "stopped; 4 answers are in" in last and "the same command goes on" in last
+    assert len(records.read_lines(tmp_path / "out" / "records.jsonl")) == 5
 
 
 @pytest.mark.parametrize("change", ["--shots=2", "--seed=1", "--max_new_tokens=5",
@@ -379,6 +409,33 @@ def test_the_score_is_the_mean_log_p_under_the_frozen_model(models, data_dir, tm
         assert line["score"] == pytest.approx(float(expected), abs=1e-4)
 
 
+# --- code -----------------------------------------------------------------------------------------
+
+def test_code_is_run_and_pass_at_k_comes_with_n(models, data_dir, tmp_path, capsys):
+    write_code(data_dir / "humaneval")
+    lines, rows = run(models, data_dir, tmp_path / "out", "humaneval", "--shots=0",
+                      "--max_new_tokens=2", "--temperatures=1", "--samples=5", "--style=plain",
+                      "--allow_code_execution", path=False)
+    assert len(lines) == 10 and all(line["result"] in ("passed", "failed") for line in lines)
+    found = rows[0]["pass"]
+    assert set(found) == {"1", "5"}
+    # of any sample, and of at least one in five
+    first = sum(line["strict"] for line in lines) / 10
+    assert found["1"]["strict"] == pytest.approx(first) and found["5"]["strict"] >= first
+    assert "pass@5" in capsys.readouterr().out
+
+
+def test_a_machine_that_fails_the_references_reports_nothing(
+        models, data_dir, tmp_path, capsys, monkeypatch):
+    write_code(data_dir / "humaneval")
+    monkeypatch.setattr(TASKS["humaneval"], "check_references", lambda *_: ["HumanEval/1"])
+    flags = [f"--init_from={models[0]}", "--task=humaneval", f"--data_dir={data_dir}",
+             f"--out={tmp_path / 'out'}", "--device=cpu", "--allow_code_execution"]
+    assert exit_status(evaluation.main, flags) == 2
+    assert "1 reference solutions of humaneval fail" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # --- graded again ---------------------------------------------------------------------------------
 
 def test_records_graded_again_are_the_same(models, data_dir, tmp_path):
@@ -409,7 +466,7 @@ def test_lines_of_another_program_are_graded(data_dir, tmp_path):
     ({"benchmark": "chess", "id": "x", "output": ""}, "benchmark 'chess' is not supported"),
     ({"benchmark": "gsm8k", "id": "gsm8k/test/1"}, "a record of gsm8k has no output"),
     ({"benchmark": "gsm8k", "id": "gsm8k/test/999", "output": ""}, "gsm8k has no problem"),
-    ({"benchmark": "humaneval", "id": "HumanEval/0", "output": ""}, "no data of humaneval"),
+    ({"benchmark": "mbpp", "id": "mbpp/0", "output": ""}, "no data of mbpp"),
     ({"benchmark": "pass_at_k", "id": "x", "output": {"n": 1}}, "whole numbers n, c and k"),
     ([1], "is no record"),
 ])

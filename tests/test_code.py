@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from data.tasks import code
-from data.tasks.code import MBPP, HumanEval, pass_at_k
+from data.statistics import pass_at_k
+from data.tasks.code import MBPP, HumanEval
 
 PROMPT = '''import math
 

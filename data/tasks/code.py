@@ -14,7 +14,6 @@ fences and chatter around it. Read data/tasks/sandbox.py before: that is where p
 import ast
 import inspect
 import io
-import math
 import re
 import sys
 import textwrap
@@ -331,15 +330,3 @@ def read_rows(path: Path, needed: dict) -> list:
 def turn(role: str, content: str) -> dict:
     # trimmed: Llama's template would do it anyway, and so all models read the same
     return {"role": role, "content": content.strip()}
-
-
-def pass_at_k(n: int, c: int, k: int) -> float | None:
-    """The chance that k samples hold a right one, from n samples of which c are right.
-
-    Unbiased (Chen et al. 2021, Eq. 1): 1 - C(n-c, k) / C(n, k). None for k > n: too few to say.
-    """
-    if k > n:
-        return None
-    # whole numbers up to the division, so nothing is lost
-    missed = math.comb(n - c, k)
-    return (math.comb(n, k) - missed) / math.comb(n, k)

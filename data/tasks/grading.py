@@ -5,8 +5,8 @@ are none, from the reference that the record keeps.
 """
 
 from data.families import choices
+from data.statistics import pass_at_k
 from data.tasks import TASKS
-from data.tasks.code import pass_at_k
 from data.tasks.files import find_folder
 from data.tasks.sandbox import NOTICE
 
@@ -77,6 +77,8 @@ class Grader:
 
 def check_counts(record: dict) -> dict:
     counts = record.get("output")
-    if not isinstance(counts, dict) or not all(isinstance(counts.get(k), int) for k in "nck"):
-        raise ValueError("a record of pass_at_k needs an output with whole numbers n, c and k")
+    whole = isinstance(counts, dict) and all(isinstance(counts.get(k), int) for k in "nck")
+    if not whole or not 0 <= counts["c"] <= counts["n"] <= 10_000 or counts["k"] < 1:
+        raise ValueError("a record of pass_at_k needs an output with whole numbers n, c and k, "
+                         "0 <= c <= n <= 10000 and k >= 1")
     return {name: counts[name] for name in "nck"}

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 NOTICE = ("Programs run with limits on time, memory, files, network and processes: that stops "
-          "accidents.\nIt does not stop an attacker: for programs you distrust use a container.")
+          "accidents, but not an attacker: for programs you distrust use a container.")
 CHILD = Path(__file__).with_name("sandbox_child.py")
 START = 1.0             # seconds that Python may need to start, on top of the program's own
 LONGEST_REPLY = 1000    # bytes
