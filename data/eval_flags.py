@@ -29,7 +29,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
         help="intervals of the fixed solvers; 0, the frozen model, is always shown "
              "(default: 1 2 4 8 16, for benchmarks 8)")
-    add("--solvers", nargs="+", default=["euler", "dopri5"], choices=list(solvers),
+    add("--solvers", "--solver", nargs="+", default=["euler", "dopri5"], choices=list(solvers),
         help="default: euler dopri5, for benchmarks euler")
     add("--rtol", type=float, default=default.rtol,
         help="rtol and atol of dopri5 (default: %(default)s)")

@@ -100,7 +100,8 @@ def test_readme_has_commands():
 def test_the_commands_of_the_readme_exist(command):
     words = shlex.split(command, comments=True)[1:]
     if words[0] == "-m":
-        assert (ROOT / (words[1].replace(".", "/") + ".py")).exists()
+        module = ROOT / words[1].replace(".", "/")
+        assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
         return
     assert (ROOT / words[0]).exists()
     if words[0] in PARSERS:
