@@ -263,9 +263,10 @@ class Bench:
     records: Records
     grader: Grader
 
-    @property
-    def samples(self) -> int:
-        """Answers to each problem."""
+    def samples(self, column: Column) -> int:
+        """Answers to each problem; without any chance in them one is all."""
+        if not column.settings.steps and not column.settings.temperature:
+            return 1
         return max([self.args.samples, *(k for _, k in map(parse_search, self.args.search))])
 
 
@@ -297,11 +298,12 @@ def benchmark(model, tokenizer, task, args):
 
 def answer_all(bench: Bench, columns: list):
     """Whatever is not in the records yet. Raises KeyboardInterrupt that says what is kept."""
+    questions = bench.asked.questions
     jobs = [(column, bench.records.missing(column.name, column.settings.temperature,
-                                           bench.asked.questions, bench.samples))
+                                           questions, bench.samples(column)))
             for column in columns]
     left = sum(len(mine) for _, mine in jobs)
-    total = len(columns) * len(bench.asked.questions) * bench.samples
+    total = len(questions) * sum(map(bench.samples, columns))
     try:
         with tqdm(total=total, initial=total - left, disable=None, desc=bench.task.name) as bar:
             for column, mine in jobs:
@@ -314,15 +316,17 @@ def answer_all(bench: Bench, columns: list):
 def benchmark_table(bench: Bench, columns: list) -> list:
     """What was asked for now, though there may be records of more."""
     ids = {question.problem["id"] for question in bench.asked.questions}
-    settings = {(one.name, one.settings.temperature): one.settings for one in columns}
-    asked = [record for key, record in bench.records.found.items()
-             if key[:2] in settings and record["id"] in ids and record["sample"] < bench.samples]
+    asked_for = {(one.name, one.settings.temperature): one for one in columns}
+    asked = [record for (*where, id, sample), record in bench.records.found.items()
+             if tuple(where) in asked_for and id in ids
+             and sample < bench.samples(asked_for[tuple(where)])]
     searches = [parse_search(how) for how in bench.args.search]
     table = rows(bench.task, bench.grader.problems[bench.task.name], asked, searches)
     for row in table:
         length = round(row["prompt_tokens"] + row["tokens"] / 2)
+        settings = asked_for[row["column"], row["temperature"]].settings
         row["flops_per_token"] = flops_per_token(
-            bench.model, row["nfe_per_token"], length, settings[row["column"], row["temperature"]])
+            bench.model, row["nfe_per_token"], length, settings)
     return table
 
 

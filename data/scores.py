@@ -162,7 +162,10 @@ def rows(task, problems: dict, records: list, searches: list) -> list:
         if task.kind == "code":
             alone["pass"] = pass_table(column)
         table.append(alone)
+        # where chance has no part there is one answer, and nothing to choose from
         for how, k in searches:
+            if k > min(map(len, column.values())):
+                continue
             table.append({**where, **searched(task, problems, column, how, k)})
     return table
 
