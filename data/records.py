@@ -6,11 +6,35 @@ line has `benchmark`, `id` and `output`, what it cost, and how it was graded. `p
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 from data.disk import appearing, check_absent, check_writable, decode, parse_json
+
+
+# What every record has; the last are of multiple choice by probability alone.
+FORM = {
+    "benchmark": (str,), "column": (str,), "id": (str,), "output": (str,), "prompt": (str,),
+    "temperature": (int, float), "score": (int, float), "seconds": (int, float),
+    "sample": (int,), "tokens": (int,), "nfe": (int,), "prompt_tokens": (int,),
+    "cut": (bool,), "strict": (bool,), "flexible": (bool,), "fewer_shots": (bool,),
+    "shortened": (bool,),
+}
+LETTERS = {"first_letter": (str,), "mass": (int, float), "agreement": (int, float)}
+
+
+def check_record(record: dict, where: str):
+    """Raise ValueError for a line that no run of ours has written."""
+    form = {**FORM, **LETTERS} if record.get("choices") == "letters" else FORM
+    for name, kinds in form.items():
+        value = record.get(name)
+        # to Python a bool is a number too
+        right = type(value) in kinds
+        if not right or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{where} has {name} = {str(value)[:40]!r}, which no run writes; "
+                             "remove the line, or choose another --out")
 
 
 def key_of(record: dict) -> tuple:
@@ -43,7 +67,9 @@ class Records:
             name = differ[0]
             raise ValueError(f"{self.path} holds records of another {name} ({stated.get(name)}, "
                              f"not {about[name]}); choose another --out, or say --overwrite")
-        self.found = {key_of(line): line for line in lines[1:]}
+        for number, line in enumerate(lines[1:], 2):
+            check_record(line, f"record {number} of {self.path}")
+            self.found[key_of(line)] = line
         # without the half line of a run that was killed
         with appearing(self.path) as part:
             part.write_text("".join(map(line_of, lines)), encoding="utf-8")
@@ -82,7 +108,7 @@ def read_lines(path: Path) -> list:
             found.append(read_line(line, f"line {number} of {path}"))
         except ValueError:
             # only what was being written when a run was killed
-            if number < len(lines):
+            if number < len(lines) or not found:
                 raise
             print(f"note: the last line of {path} is cut off and is left out", file=sys.stderr)
     return found

@@ -43,12 +43,15 @@ import torch
 from conftest import LLAMA, make_lm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_formats import SMOLLM
 from test_tokenizer import NAMES, SPECIAL, save_form
 from tqdm import tqdm
 
+import eval as evaluation
 import sample
 import train
 from data import chat, figures
+from data.records import read_lines
 from data.tokenizer import load_tokenizer
 from diffusion import L2D, L2DConfig
 from model import LM
@@ -57,10 +60,6 @@ LIMIT = 20              # seconds
 MEMORY = 16 << 30       # bytes: a number in a file must not ask for all there is
 ENDS = ("same", "refused", "stated", "silent", "untidy", "traceback", "hang")
 FAULTS = ENDS[3:]
-# of SmolLM, the shortest that we know
-TEMPLATE = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' "
-            "+ message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 # --- what is damaged: small models, paths, a training, data, results -------------------------------
@@ -108,7 +107,7 @@ def build_chat(directory: Path):
     added = {"id": len(SPECIAL) + 265, "content": "<|im_start|>", "special": True}
     content["added_tokens"].append(added)
     (directory / "tokenizer.json").write_text(json.dumps(content))
-    config = {**NAMES, "chat_template": TEMPLATE}
+    config = {**NAMES, "chat_template": SMOLLM}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -135,6 +134,14 @@ def build_results(path: Path):
     path.write_text(json.dumps({"accuracy": records}))
 
 
+def build_benchmark(folder: Path):
+    folder.mkdir()
+    for split in ("test", "train"):
+        rows = [{"question": f"the {i}?", "answer": f"{i} #### {i}"} for i in range(3)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
 def build(root: Path):
     for form in ("tiktoken", "json", "vocab", "encoder"):
         build_base(root / form / "base", form)
@@ -149,6 +156,9 @@ def build(root: Path):
     build_results(root / "results" / "eval.json")
     shutil.copytree(root / "json", root / "prompts", dirs_exist_ok=True)
     (root / "prompts" / "prompts.txt").write_text("the in\n\u00e9 1234\n", encoding="utf-8")
+    shutil.copytree(root / "json" / "base", root / "bench" / "base")
+    build_benchmark(root / "bench" / "gsm8k")
+    evaluate(root / "bench")
     shutil.copytree(root / "json" / "base", root / "train" / "base")
     prepare_data(root / "texts" / "rows.jsonl", root / "train" / "base", root / "train" / "data")
     train.main([f"--init_from={root / 'train' / 'base'}", f"--data={root / 'train' / 'data'}",
@@ -158,15 +168,13 @@ def build(root: Path):
 
 # --- what reads it --------------------------------------------------------------------------------
 
-def answer(work: Path):
-    sample.main([f"--init_from={work / 'path'}", f"--base={work / 'base'}", "--prompt=the in",
+def answer(work: Path, prompt="--prompt=the in"):
+    sample.main([f"--init_from={work / 'path'}", f"--base={work / 'base'}", prompt,
                  "--steps=2", "--max_new_tokens=3", "--device=cpu", "--no-frozen"])
 
 
 def answer_prompts(work: Path):
-    sample.main([f"--init_from={work / 'path'}", f"--base={work / 'base'}",
-                 f"--prompt_file={work / 'prompts.txt'}", "--steps=2", "--max_new_tokens=3",
-                 "--device=cpu", "--no-frozen"])
+    answer(work, f"--prompt_file={work / 'prompts.txt'}")
 
 
 def answer_chat(work: Path):
@@ -192,6 +200,16 @@ def prepare_data(rows: Path, tokenizer: Path, out: Path):
 def prepare(work: Path):
     prepare_data(work / "rows.jsonl", work.parent / "json" / "base", work / "out")
     print(content_of(work / "out", "*.npy"))
+
+
+def evaluate(work: Path):
+    # the table has the clock in it
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.main(["--task=gsm8k", f"--init_from={work / 'base'}", f"--data_dir={work}",
+                         f"--out={work / 'out'}", "--max_new_tokens=2", "--shots=0",
+                         "--device=cpu"])
+    lines = read_lines(work / "out" / "records.jsonl")
+    print([(line.get("id"), line.get("output"), line.get("strict")) for line in lines])
 
 
 def draw(work: Path):
@@ -229,6 +247,9 @@ TARGETS = [
     ("prompts", "prompts.txt", answer_prompts, True),
     ("texts", "rows.jsonl", prepare, True),
     ("results", "eval.json", draw, True),
+    ("bench", "gsm8k/test.jsonl", evaluate, True),
+    ("bench", "gsm8k/train.jsonl", evaluate, False),
+    ("bench", "out/records.jsonl", evaluate, True),
     ("train", "out/state.safetensors", resume, True),
     ("train", "out/log.jsonl", resume, False),
     ("train", "data/meta.json", resume, False),

@@ -35,7 +35,8 @@ class Asked:
 
 def ask_all(task, tokenizer, args, max_positions: int) -> Asked:
     """Read a benchmark's files and write its prompts. Raises ValueError where there are none."""
-    problems = task.load(find_folder(task.folder, args.data_dir))
+    folder = find_folder(task.folder, args.data_dir)
+    problems = task.load(folder)
     style = choose_style(args.style, tokenizer)
     shots = task.shots[style] if args.shots is None else args.shots
     tokens = args.max_new_tokens or task.max_new_tokens
@@ -46,6 +47,8 @@ def ask_all(task, tokenizer, args, max_positions: int) -> Asked:
                          f"{max_positions} positions")
     asker = Asker(task, problems, tokenizer, style, shots, room)
     scored = task.scored(problems, shots, style)[:args.limit]
+    if not scored:
+        raise ValueError(f"{folder} has no problem to ask; use the files as published")
     questions = [asker.ask(one) for one in tqdm(scored, disable=None, desc="prompts")]
     for question in questions[:args.show_prompts]:
         print(f"--- {question.problem['id']}\n{question.text}\n---")
