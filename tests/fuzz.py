@@ -189,7 +189,9 @@ def answer_from_hub(work: Path):
 
 
 def resume(work: Path):
-    train.main(["--init_from=resume", f"--out_dir={work / 'out'}", "--updates=4"])
+    # what it prints has the clock in it
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--init_from=resume", f"--out_dir={work / 'out'}", "--updates=4"])
     print(content_of(work / "out", "path.safetensors"))
 
 
