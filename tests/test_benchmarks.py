@@ -582,3 +582,27 @@ def test_golden_prompts(shared):
         text = (folder / f"lm_eval_minerva_math500_{number}.txt").read_text()
         shots = math.examples(problems, problems[number], 4, "plain")
         assert math.prompt(problems[number], shots, "plain") == text
+
+
+def test_golden_prompts_of_mmlu_pro(shared):
+    """Their shots are test rows; those of the harness have stand-ins for the worked texts."""
+    folder = shared / "benchmarks" / "prompts"
+    problems = MMLUPro().load(shared / "data" / "datasets" / "mmlu_pro")
+
+    def named(text, question, options):
+        return next(one for one in problems if one["question"].strip() == question.strip()
+                    and MMLUPro().lines(one) == options)
+    asked = re.compile("Question:\n((?:.|\n)*?)\n(?:Options|Choices):\n((?:[A-J]\\. .*\n?)+)")
+    for path in sorted(folder.glob("*mmlu_pro*STANDIN*.txt")):
+        text = path.read_text()
+        found = [named(text, question, re.sub("<.*", "", options).strip("\n"))
+                 for question, options in asked.findall(text)]
+        worked = "A: Let's think step by step. (STAND-IN reasoning; the real validation rows " \
+                 "have a worked text here.) The answer is ({})."
+        shots = [{**one, "cot_content": worked.format(one["answer"])} for one in found[:-1]]
+        if path.name.startswith("lm_eval"):
+            assert MMLUProSteps().prompt(found[-1], shots, "plain") == text
+        else:
+            messages = MMLUPro().prompt(found[-1], shots, "chat")
+            rendered = "".join(piece.text for piece in render_llama3(messages, True))
+            assert rendered == text
