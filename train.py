@@ -12,7 +12,8 @@
 import argparse
 import functools
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.command import command      # first: from here on Ctrl-C is one line
@@ -31,7 +32,8 @@ from data.interrupt import Interrupt
 from data.log import Log, by_tenth
 from data.path import L2DConfig
 from data.positions import check_length
-from data.state import check_out_dir, clear, restore_state, write_state
+from data.state import (
+    check_out_dir, clear, keep_best, out_of_patience, restore_state, write_state)
 from data.tasks import TASKS
 from data.tiny.start import init_weights
 from data.tiny.topics import LEVELS, Documents, Problems
@@ -43,6 +45,7 @@ from model import LM, LoRA
 from sample import Settings, answer_problems
 
 BETAS = (0.9, 0.95)        # of AdamW, as in the paper
+PLANNED = 3                # updates that --plan measures
 
 
 # --- what is trained, on what ---------------------------------------------------------------------
@@ -239,6 +242,7 @@ class Run:
     curriculum: Curriculum
     average: Average
     update: int = 0            # updates done
+    history: list = field(default_factory=list)     # [update, validation loss] of every one
 
     @property
     def position(self) -> int:
@@ -284,6 +288,7 @@ def set_up(args) -> Run:
         meta = restore_state(run, run.facts)
         run.update = meta["update"]
         run.curriculum.restore(meta["curriculum"])
+        run.history = meta["history"]
         if run.position != meta["position"]:
             raise ValueError(f"--batch_size {args.batch_size} times --accumulate "
                              f"{args.accumulate} are not the rows per update that this run had; "
@@ -303,14 +308,14 @@ def save_state(run: Run):
     args = {name: value for name, value in vars(run.args).items()
             if name not in ("resume", "out_dir", "overwrite")}
     meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen,
-            "curriculum": run.curriculum.state, "facts": run.facts}
+            "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
     write_state(run.args.out_dir, run.trainable, run.optimizer, run.generator, meta,
                 run.average.tensors)
 
 
-def save_model(run: Run):
+def save_model(run: Run, directory=None):
     """What sample.py and eval.py read: the path alone, or a model directory."""
-    out_dir = Path(run.args.out_dir)
+    out_dir = Path(directory or run.args.out_dir)
     if isinstance(run.model, L2D):
         run.model.save(out_dir, tokenizer=run.tokenizer.fingerprint, updates=run.update)
         return
@@ -349,7 +354,7 @@ def train_on(run: Run) -> dict:
     announce(run)
     # dynamic: rows differ in length from batch to batch
     objective = torch.compile(token_losses, dynamic=True) if args.compile else token_losses
-    log = Log(args.out_dir, run.update, args.updates)
+    log = Log(args.out_dir, run.update, args.updates, args.eval_every)
     log.write({"args": vars(args), "torch": torch.__version__})
     # only from here on is there anything worth saving
     interrupt = Interrupt()
@@ -359,37 +364,19 @@ def train_on(run: Run) -> dict:
         # validation stands before the update, so that the first line is the untrained path's
         last = run.update >= args.updates or interrupt.asked
         if last or run.update % args.eval_every == 0:
-            with run.average.in_place():
+            with log.looking():
                 # who pressed Ctrl-C does not want to wait for it
                 if not interrupt.asked:
-                    result = {"update": run.update,
-                              **validate(run.model, run.val, args, run.device)}
-                    log.show(result)
-            # only what could be validated; a state that was just read need not be written again
-            if last or run.update > log.first:
-                save_state(run)
-            with run.average.in_place():
-                # small, so it can be tried while the training goes on
-                if args.method == "l2d":
-                    save_model(run)
+                    result = look(run, log)
+                    last = last or out_of_patience(run.history, args.patience)
+                # only what could be validated; a state just read need not be written again
+                if last or run.update > log.first:
+                    save_state(run)
+                save_paths(run)
         if last:
             break
-        # from the number of the update alone, so it needs no place in the state
-        lr = learning_rate(run.update, args)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        how = refinement(args, run.update)
-        curriculum = run.curriculum if how and args.data == "tiny" else None
-        if curriculum:
-            run.data.hardest = curriculum.hardest
-        batches = draw_batches(run.data, args, run.position, run.device)
-        loss, norm, tokens = update_once(
-            run.model, run.optimizer, batches, run.generator, args.clip,
-            functools.partial(objective, **how), curriculum)
-        run.average.follow()
+        log.add(run.update + 1, **one_update(run, objective))
         run.update += 1
-        log.add(run.update, loss, lr=lr, norm=round(norm, 4), tokens=tokens,
-                **{"hardest": curriculum.hardest} if curriculum else {})
     log.close()
     interrupt.restore()
     if interrupt.asked:
@@ -404,6 +391,47 @@ def train_on(run: Run) -> dict:
     return {**result, "losses": log.losses, "model": run.model, "tokenizer": run.tokenizer}
 
 
+def one_update(run: Run, objective) -> dict:
+    """The next one, and its numbers."""
+    args = run.args
+    # from the number of the update alone, so it needs no place in the state
+    lr = learning_rate(run.update, args)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    how = refinement(args, run.update)
+    curriculum = run.curriculum if how and args.data == "tiny" else None
+    if curriculum:
+        run.data.hardest = curriculum.hardest
+    batches = draw_batches(run.data, args, run.position, run.device)
+    loss, norm, tokens = update_once(
+        run.model, run.optimizer, batches, run.generator, args.clip,
+        functools.partial(objective, **how), curriculum)
+    run.average.follow()
+    numbers = {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
+    return {**numbers, "hardest": curriculum.hardest} if curriculum else numbers
+
+
+def look(run: Run, log: Log) -> dict:
+    """Validate, and remember it."""
+    with run.average.in_place():
+        result = {"update": run.update, **validate(run.model, run.val, run.args, run.device)}
+    # a resumed run looks again at what it has saved
+    if not run.history or run.history[-1][0] < run.update:
+        run.history.append([run.update, result["val_loss"]])
+    log.show(result)
+    return result
+
+
+def save_paths(run: Run):
+    """The path as it is, and the best so far: small, so it can be tried while training goes on."""
+    if run.args.method != "l2d":
+        return
+    with run.average.in_place():
+        save_model(run)
+        if run.args.keep and run.history:
+            keep_best(run, functools.partial(save_model, run))
+
+
 def announce(run: Run):
     """What is about to happen, so that a mistake is seen before it has cost an hour."""
     args = run.args
@@ -413,6 +441,29 @@ def announce(run: Run):
     rows = args.batch_size * args.accumulate
     print(f"preset {args.preset}: {args.updates - run.update:,} updates of {rows} rows, "
           f"lr {args.lr:g}, validation every {args.eval_every}")
+
+
+def plan(args):
+    """What a training would take: arithmetic, and some updates that nobody keeps."""
+    run = set_up(args)
+    announce(run)
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
+    trained = sum(p.numel() for p in run.trainable.values())
+    held = sum(p.numel() * p.element_size() for p in frozen)
+    # a weight, its gradient and two moments, of four bytes each
+    print(f"memory: {held / 1e9:.2f} GB frozen, {16 * trained / 1e9:.2f} GB of what is trained, "
+          "activations beside them")
+    run.model.train()
+    tokens, start = 0, 0.0
+    for number in range(1 + PLANNED):
+        # the first one warms up
+        if number == 1:
+            tokens, start = 0, time.perf_counter()
+        tokens += one_update(run, token_losses)["tokens"]
+        run.update += 1
+    each = (time.perf_counter() - start) / PLANNED
+    print(f"{tokens / PLANNED:,.0f} counted tokens and {each:.2f} s an update, "
+          f"{args.updates * each / 60:,.0f} min in all, validation beside them")
 
 
 def report(model, tokenizer, problems: int):
@@ -434,6 +485,8 @@ def report(model, tokenizer, problems: int):
 @command("train.py")
 def main(argv=None):
     args = parse(argv, __doc__)
+    if args.plan:
+        return plan(args)
     result = train(args)
     if args.method == "l2d" and args.data == "tiny" and args.report:
         report(result["model"], result["tokenizer"], args.report)

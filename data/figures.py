@@ -3,17 +3,19 @@
     python -m data.figures eval.json            the curves of eval.py's results, as eval.png
     python -m data.figures refine.json paper.json lora.json --out compare.png
                                                 several ways to train, side by side
+    python -m data.figures log out/log.jsonl    loss and learning rate of a training
 
 Pictures are made from numbers that somebody else has measured; nothing here runs a model.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
 from data.command import command
-from data.disk import appearing, check_absent, check_writable, read_json
+from data.disk import appearing, check_absent, check_writable, decode, parse_json, read_json
 from data.statistics import mean, unique
 
 WIDTH = 81      # columns of a text picture
@@ -185,18 +187,72 @@ def read_accuracy(path: Path) -> list:
     return records
 
 
+# --- a training -----------------------------------------------------------------------------------
+
+def read_log(path: Path) -> list:
+    """The updates and validations in a log.jsonl. Raises ValueError for another file."""
+    entries = []
+    for number, line in enumerate(decode(path.read_bytes(), path).split("\n"), 1):
+        entry = parse_json(line, f"line {number} of {path}") if line.strip() else {}
+        if not isinstance(entry, dict):
+            raise ValueError(f"line {number} of {path} was not written by train.py")
+        entries.append(entry)
+    updates = [entry for entry in entries if is_number(entry.get("update"))]
+    if not any(is_number(entry.get("loss")) for entry in updates):
+        raise ValueError(f"{path} holds no update; allowed: the log.jsonl of a training")
+    return updates
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def points(entries: list, name: str) -> tuple:
+    """(updates, values) of everything that has this number; what was done twice counts once."""
+    found = {entry["update"]: entry[name] for entry in entries if is_number(entry.get(name))}
+    return sorted(found), [found[update] for update in sorted(found)]
+
+
+def smooth(values: list, width: int = 20) -> list:
+    """The mean of the last `width`, for the eye."""
+    return [mean(values[max(0, i - width + 1):i + 1]) for i in range(len(values))]
+
+
+def plot_log(entries: list, path: Path):
+    """Loss, its running mean and the validation's above; the learning rate below."""
+    pyplot = import_pyplot()
+    figure, (above, below) = pyplot.subplots(
+        2, sharex=True, figsize=(7, 5), height_ratios=[3, 1], layout="constrained")
+    updates, losses = points(entries, "loss")
+    above.plot(updates, losses, color="0.8", label="each update")
+    above.plot(updates, smooth(losses), color="C0", label="mean of 20")
+    above.plot(*points(entries, "val_loss"), "o-", color="C1", label="validation")
+    above.set_ylabel("loss")
+    above.legend()
+    below.plot(*points(entries, "lr"), color="C2")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("update")
+    save(figure, path)
+    pyplot.close(figure)
+
+
 @command("data.figures")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", help="what eval.py wrote; of several, one picture")
+    parser.add_argument("results", nargs="+",
+                        help="what eval.py wrote, of several one picture; or `log` and a log.jsonl")
     parser.add_argument("--topic", default="chains",
                         help="of a picture of several files (default: chains)")
     parser.add_argument("--out", help="the picture (default: beside the first file)")
     parser.add_argument("--overwrite", action="store_true", help="of an earlier picture")
     args = parser.parse_args(argv)
-    out = Path(args.out or Path(args.results[0]).with_suffix(".png"))
+    training = args.results[0] == "log" and len(args.results) == 2
+    out = Path(args.out or Path(args.results[-1 if training else 0]).with_suffix(".png"))
     check_absent(out, args.overwrite)
     check_writable(out)
+    if training:
+        plot_log(read_log(Path(args.results[1])), out)
+        return print(out)
     results = {Path(name).stem: read_accuracy(Path(name)) for name in args.results}
     try:
         if len(results) == 1:

@@ -1,10 +1,12 @@
 """The numbers of a training: a JSON object a line in log.jsonl, a bar, a line per validation.
 
-train.py tells it what happened; the time left comes from the pace of the run so far.
+train.py tells it what happened; the time left comes from the pace of the run so far, updates and
+validations apart.
 """
 
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,9 +23,11 @@ def by_tenth(losses, times) -> list:
 class Log:
     """Append to out_dir/log.jsonl; `done` of `updates` updates were made before this run."""
 
-    def __init__(self, out_dir, done: int, updates: int):
+    def __init__(self, out_dir, done: int, updates: int, eval_every: int):
         self.first = done
         self.updates = updates
+        self.eval_every = eval_every
+        self.looks = []         # seconds of every validation, saving included
         self.start = time.time()
         self.losses = []        # of this run
         self.file = open(Path(out_dir) / "log.jsonl", "a", encoding="utf-8")
@@ -43,7 +47,7 @@ class Log:
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.write({"update": update, "loss": round(loss, 5), **numbers,
                     "seconds": round(self.seconds, 2)})
-        # before the first validation nobody would know how long this is going to take
+        # before the second validation nobody would know how long this is going to take
         if len(self.losses) == 10:
             tqdm.write(f"at the pace of the first 10 updates:{self.pace()}")
 
@@ -66,9 +70,21 @@ class Log:
         done = len(self.losses)
         if not done:
             return ""
-        each = self.seconds / done
-        left = each * (self.updates - self.first - done) / 60
-        return f"  {1000 * each:5.0f} ms/update  {left:5.1f} min left"
+        each = (self.seconds - sum(self.looks)) / done
+        now = self.first + done
+        left = each * (self.updates - now)
+        if self.looks:
+            # one at each multiple of eval_every, and one at the end
+            looks = (self.updates - 1) // self.eval_every - now // self.eval_every + 1
+            left += max(0, looks) * sum(self.looks) / len(self.looks)
+        return f"  {1000 * each:5.0f} ms/update  {left / 60:5.1f} min left"
+
+    @contextmanager
+    def looking(self):
+        """Around a validation and what is saved with it."""
+        start = time.time()
+        yield
+        self.looks.append(time.time() - start)
 
     def close(self):
         self.bar.close()

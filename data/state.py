@@ -18,9 +18,10 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
 # What a training leaves in its directory; any of them means that there was one.
 RESULTS = ("state.safetensors", "path.json", "path.safetensors", "config.json",
            "model.safetensors", "model.safetensors.index.json")
+BEST = "best-"          # before the number of an update: one of the best paths
 # What the metadata of a state holds, beside the flags.
 FACTS = {"args": dict, "update": int, "position": int, "frozen": (str, type(None)),
-         "curriculum": list, "facts": dict}
+         "curriculum": list, "facts": dict, "history": list}
 
 
 # --- a directory of one run -----------------------------------------------------------------------
@@ -43,6 +44,32 @@ def clear(out_dir: Path):
     """Remove an earlier run, so that no file of it is taken for one of the next."""
     for name in (*RESULTS, "log.jsonl"):
         remove(out_dir / name)
+    for path in out_dir.glob(f"{BEST}*"):
+        remove(path)
+
+
+def best_updates(history: list, count: int) -> set:
+    """The updates of the lowest validation losses; history: [update, loss] of every one."""
+    return {update for update, _ in sorted(history, key=lambda entry: entry[1])[:count]}
+
+
+def out_of_patience(history: list, patience: int) -> bool:
+    """Have so many validations passed since the best one? 0 never runs out."""
+    if not patience or not history:
+        return False
+    best = min(range(len(history)), key=lambda place: history[place][1])
+    return len(history) - 1 - best >= patience
+
+
+def keep_best(run, save):
+    """Of all validated paths the best stay in directories of their own; save(directory)."""
+    out_dir = Path(run.args.out_dir)
+    best = best_updates(run.history, run.args.keep)
+    if run.update in best:
+        save(out_dir / f"{BEST}{run.update}")
+    for path in out_dir.glob(f"{BEST}*"):
+        if path.name not in {f"{BEST}{update}" for update in best}:
+            remove(path)
 
 
 # --- the state ------------------------------------------------------------------------------------
@@ -78,6 +105,10 @@ def read_state_meta(out_dir) -> dict:
         if name not in meta or not isinstance(meta[name], kind):
             raise ValueError(f"{path} is not a training state of this project and version "
                              f"(no {name}); start anew with another --out_dir")
+    for entry in meta["history"]:
+        if not isinstance(entry, list) or [type(value) for value in entry] != [int, float]:
+            raise ValueError(f"{path} holds a history of another form ({str(entry)[:40]}); "
+                             "start anew with another --out_dir")
     return meta
 
 

@@ -68,9 +68,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     # reports
     add("--eval_every", type=int, help="updates between validation and saving")
     add("--val_rows", type=int, help="rows of validation data")
+    add("--patience", type=int, default=0,
+        help="validations without a better loss after which to stop; 0: never (default)")
+    add("--keep", type=int, default=0,
+        help="so many of the best paths are kept, in --out_dir/best-UPDATE (default: 0)")
     add("--report", type=int, default=64,
         help="problems of each kind to answer at the end (default: 64)")
     # machine
+    add("--plan", action=switch, default=False,
+        help="say what the training would take, and train nothing")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the frozen weights (default: bfloat16 on CUDA)")
@@ -141,7 +147,8 @@ def check(args):
     at_least = {
         1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows",
             "unroll", "backprop"),
-        0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema"),
+        0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema",
+            "patience", "keep"),
     }
     # so that a number that is none does not pass
     for least, names in at_least.items():
@@ -165,7 +172,7 @@ def check_idle(args, given: dict):
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
         (("width", "cond_dim", "full_copies", "time_distribution", "own_reading", "objective",
-          "unroll", "backprop", "dtype"), l2d, "--method=l2d"),
+          "unroll", "backprop", "dtype", "keep"), l2d, "--method=l2d"),
         (("rank",), args.method == "lora" or (l2d and not args.full_copies),
          "--method=lora, or l2d without --full_copies"),
         (("unroll", "backprop"), args.objective != "paper", "--objective=refine or both"),

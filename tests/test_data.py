@@ -85,13 +85,16 @@ def test_results_that_are_none_are_one_line(tmp_path, capsys):
 # --- the log --------------------------------------------------------------------------------------
 
 def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys):
-    log = Log(tmp_path, done=10, updates=110)
+    log = Log(tmp_path, done=10, updates=110, eval_every=50)
     assert log.pace() == ""
     log.start -= 20      # twenty seconds ago
     for update in range(11, 31):
         log.add(update, 1.0, lr=0.1)
     # 20 updates took 20 s; 80 are left
     assert "1000 ms/update" in log.pace() and "1.3 min left" in log.pace()
+    # a validation of six seconds is no part of the pace; three more are to come
+    log.looks.append(6.0)
+    assert "700 ms/update" in log.pace() and "1.2 min left" in log.pace()
     log.show({"update": 30, "val_loss": 2.0, "by_tenth": [None] + [1.0] * 9})
     log.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()

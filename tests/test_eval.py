@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LLAMA, make_l2d
+from conftest import LLAMA, exit_status, make_l2d
 from solvers import odeint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -387,3 +387,19 @@ def test_pictures_of_one_result_and_of_several(tmp_path):
     for name in ("path.png", "both.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_the_picture_of_a_training(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "log.jsonl"
+    lines = [{"args": {}}, {"update": 0, "val_loss": 2.0},
+             *({"update": n, "loss": 2 / n, "lr": 0.1} for n in range(1, 30))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert exit_status(figures.main, ["log", str(path)]) == 0
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    # what was done again after a resume counts once
+    assert figures.points([*lines, {"update": 3, "loss": 9.0}], "loss")[1][2] == 9.0
+    for content in ("", "[1]\n", "{\n", '{"update": 1}\n', '{"update": 1, "loss": "x"}\n'):
+        path.write_text(content)
+        assert exit_status(figures.main, ["log", str(path), "--overwrite"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

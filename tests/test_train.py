@@ -22,7 +22,7 @@ import train
 from conftest import LLAMA, make_ids, make_lm
 from data.batches import IGNORE, Losses, collate
 from data.presets import PRESETS
-from data.state import read_state
+from data.state import out_of_patience, read_state
 from diffusion import L2D, L2DConfig
 from model import LM, LoRA
 
@@ -727,3 +727,57 @@ def test_one_update_on_two_batches_is_one_update_on_both_together():
         assert norm == pytest.approx(states[0][1], rel=1e-4)
         assert all(p.grad is None for p in lm.parameters())
     assert not torch.equal(states[0][3].head.weight, make_lm().head.weight)
+
+
+# --- when to stop, what to keep, what it would take -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "losses, patience, over",
+    [
+        ([3.0, 2.0, 1.0], 1, False),
+        ([3.0, 1.0, 2.0], 1, True),
+        ([3.0, 1.0, 2.0], 2, False),
+        ([1.0, 3.0, 2.0], 2, True),
+        ([1.0, 3.0, 2.0], 0, False),
+        ([], 1, False),
+    ],
+)
+def test_patience_counts_validations_since_the_best(losses, patience, over):
+    history = [[10 * place, loss] for place, loss in enumerate(losses)]
+    assert out_of_patience(history, patience) == over
+
+
+def test_a_run_without_progress_stops_early_and_stays_stopped(base, tmp_path):
+    out = tmp_path / "out"
+    # the first validation cannot get better with a learning rate of zero
+    run(base, out, updates=50, lr=0, eval_every=2, patience=3)
+    meta = read_state(out)[1]
+    assert meta["update"] == 6 and [update for update, _ in meta["history"]] == [0, 2, 4, 6]
+    train.main(["--init_from=resume", f"--out_dir={out}"])
+    assert read_state(out)[1]["update"] == 6
+
+
+def test_the_best_paths_are_kept_and_each_can_be_sampled(base, tmp_path):
+    out = tmp_path / "out"
+    run(base, out, updates=8, eval_every=2, keep=2)
+    history = read_state(out)[1]["history"]
+    best = sorted(history, key=lambda entry: entry[1])[:2]
+    found = {path.name for path in out.glob("best-*")}
+    assert found == {f"best-{update}" for update, _ in best}
+    for name in found:
+        if name != "best-0":
+            assert L2D.load(out / name, device="cpu")
+    # a new run takes them away
+    train.train(train.parse([f"--init_from={base}", f"--out_dir={out}", "--overwrite",
+                             *flags(updates=1)]))
+    assert not list(out.glob("best-*"))
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora"])
+def test_a_plan_trains_nothing_and_writes_nothing(method, base, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main([f"--init_from={base}", f"--out_dir={out}", "--plan", *flags(method=method)])
+    said = capsys.readouterr().out
+    assert "trainable parameters" in said and "GB frozen" in said and "min in all" in said
+    assert not out.exists()
