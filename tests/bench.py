@@ -5,6 +5,7 @@
 """
 
 import argparse
+import copy
 import dataclasses
 import platform
 import statistics
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from data.batches import IGNORE  # noqa: E402
 from data.kv_cache import KVCache  # noqa: E402
@@ -171,9 +173,61 @@ def training_table(model, rows: int, length: int, timed):
     for name, work in works:
         ms = timed(work)
         print(f"  {name:38} {ms:8.1f} ms  {ms / whole:6.2f}")
+    print_parts(model, ids, targets, whole, update, timed)
     # to train has dropped all that was kept to sample
     model.eval()
     model.fold_lora(True)
+
+
+def print_parts(model, ids, targets, whole: float, update, timed):
+    """Where the time of an update goes, and how close its arithmetic is to the machine's best."""
+    generator = torch.Generator().manual_seed(0)
+
+    def read():
+        with torch.no_grad():
+            model.read(ids)
+
+    def forward():
+        return model.loss(ids, targets, generator=generator)
+
+    def backward():
+        forward().backward()
+        model.zero_grad(set_to_none=True)
+
+    # each holds the one before
+    reading, objective, gradient = map(timed, (read, forward, backward))
+    parts = {"the frozen model reads": reading, "the path and its loss": objective - reading,
+             "backward": gradient - objective, "the optimizer": whole - gradient}
+    for name, ms in parts.items():
+        print(f"    of it, {name:30} {ms:8.1f} ms  {100 * ms / whole:5.0f} %")
+    with FlopCounterMode(display=False) as counter:
+        update()
+    rate = counter.get_total_flops() / whole / 1e6
+    best = peak(ids.device, timed)
+    print(f"    {rate:.1f} GFLOP/s, {100 * rate / best:.0f} % of the {best:.1f} of one large matrix "
+          "product here")
+    ms = timed(full_update(model.lm, ids, targets))
+    print(f"  {'full finetuning of the same model':38} {ms:8.1f} ms  {ms / whole:6.2f}")
+
+
+def peak(device, timed, size: int = 1536) -> float:
+    """GFLOP/s of a product of two square matrices."""
+    a = torch.randn(size, size, device=device)
+    return 2 * size ** 3 / timed(lambda: a @ a) / 1e6
+
+
+def full_update(lm, ids, targets):
+    """An update of a copy whose weights are all trained."""
+    copied = copy.deepcopy(lm).float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=1e-9, fused=True)
+    where = (targets != IGNORE).nonzero(as_tuple=True)
+
+    def update():
+        hidden = copied.read(ids).hidden[where]
+        (-copied.log_p(hidden, targets[where])).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return update
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A real finetune: the path, a LoRA of as many parameters, and nothing, on ARC's training questions.
+"""A real finetune: the path, a LoRA of as many parameters, and nothing, on ARC's questions.
 
     python -m data.tasks.finetune --init_from=DIR --data_dir=DIR      what is done is kept
 
