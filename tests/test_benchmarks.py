@@ -19,7 +19,7 @@ from conftest import LLAMA, exit_status, make_lm
 from data import records, scores
 from data.formats import render_llama3
 from data.tasks import BENCHMARKS, TASKS
-from data.tasks import files
+from data.tasks import files, finetune
 from data.tasks.asking import choose_style, letter_tokens
 from data.tasks.gsm8k import GSM8K
 from data.tasks.letters import find_letter
@@ -606,3 +606,32 @@ def test_golden_prompts_of_mmlu_pro(shared):
             messages = MMLUPro().prompt(found[-1], shots, "chat")
             rendered = "".join(piece.text for piece in render_llama3(messages, True))
             assert rendered == text
+
+
+# --- the finetune in one command ------------------------------------------------------------------
+
+def test_a_finetune_trains_and_measures_each_way_once(models, data_dir, tmp_path, monkeypatch,
+                                                      capsys):
+    said = []
+
+    def note(*words):
+        said.append([str(word) for word in words])
+        out = next((word for word in said[-1] if word.startswith("--out_dir=")), None)
+        if out:
+            Path(out.partition("=")[2]).mkdir()
+    monkeypatch.setattr(finetune, "run", note)
+    flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
+             "--updates=3"]
+    assert exit_status(finetune.main, flags) == 0
+    assert [words[0] for words in said] == ["-m", "train.py", "train.py", "eval.py", "eval.py"]
+    assert "--method=l2d" in said[1] and "--method=lora" in said[2]
+    assert "the same before and after: True" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "o" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
+    assert rows[0]["messages"][1]["content"] == "B"
+    # what is done is not trained again
+    said.clear()
+    (tmp_path / "o" / "data" / "meta.json").write_text("{}")
+    assert exit_status(finetune.main, flags) == 0
+    assert [words[0] for words in said] == ["eval.py", "eval.py"]
