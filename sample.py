@@ -186,7 +186,7 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
         tokens = choose(logits, settings, batch.generators).tolist()
         # 4. It is written down, and may be the last of its answer.
         going_on = []
-        log_p = frozen_log_p(model, batch, tokens) if settings.score else []
+        log_p = frozen_log_p(model, batch, settings, logits, tokens) if settings.score else []
         for row, number in enumerate(batch.numbers):
             answer = answers[number]
             answer.log_p += log_p[row:row + 1]
@@ -284,10 +284,11 @@ def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int) ->
     return torch.stack(found), [sum(cost) for cost in zip(*costs)]
 
 
-def frozen_log_p(model, batch: Batch, tokens: list) -> list:
+def frozen_log_p(model, batch: Batch, settings: Settings, logits, tokens: list) -> list:
     """log p of every row's token under the frozen model, whatever way it was found."""
-    lm = model.lm if isinstance(model, L2D) else model
-    logits = lm.logits(batch.reading.hidden)[:, 0].float()              # (B, V)
+    # without steps its logits (B, V) are what the token was chosen from
+    if settings.steps:
+        logits = model.lm.logits(batch.reading.hidden)[:, 0].float()
     index = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.log_softmax(-1).gather(1, index)[:, 0].tolist()
 

@@ -7,6 +7,12 @@ tokens in many ways, so strings are looked for in the decoded text. sample.py as
 from dataclasses import dataclass, field
 
 
+def cut(text: str, stops) -> str:
+    """Text up to the first of some strings: grading twice is then grading once."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[:min(ends)] if ends else text
+
+
 @dataclass
 class Stop:
     """Token ids, and strings; the tokenizer finds the strings and puts answers into words."""
@@ -43,9 +49,7 @@ class Stop:
         """The answer in words, up to the first stop string; "" without a tokenizer."""
         if self.tokenizer is None:
             return ""
-        text = self.tokenizer.decode(ids)
-        ends = [text.find(string) for string in self.strings if string in text]
-        return text[:min(ends)] if ends else text
+        return cut(self.tokenizer.decode(ids), self.strings)
 
 
 @dataclass

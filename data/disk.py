@@ -126,6 +126,12 @@ def check_absent(path: str | Path, overwrite: bool):
                          "allowed: another name, or --overwrite")
 
 
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Where downloads are kept: as asked, else NANOL2D_CACHE, else ~/.cache/nanol2d."""
+    root = cache_dir or os.environ.get("NANOL2D_CACHE") or "~/.cache/nanol2d"
+    return Path(root).expanduser()
+
+
 # --- read without trust ---------------------------------------------------------------------------
 
 def present(path: Path) -> bool:

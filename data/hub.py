@@ -26,7 +26,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from data.command import command
-from data.disk import flush, parse_json, read_json, try_lock, write_json
+from data.disk import cache_root, flush, parse_json, read_json, try_lock, write_json
 from data.web import CHUNK, HubError, Temporary, body, open_url, retry
 
 MODELS: dict[str, str] = {
@@ -184,9 +184,8 @@ def _cache_folder(repo, cache_dir, revision) -> Path:
     if not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII):
         raise ValueError(f"malformed revision {revision!r}: expected a branch, a tag or a commit, "
                          "such as main")
-    root = cache_dir or os.environ.get("NANOL2D_CACHE") or "~/.cache/nanol2d"
     # a branch may have a slash in its name, and must not become two folders
-    return Path(root).expanduser() / repo / revision.replace("/", "--")
+    return cache_root(cache_dir) / repo / revision.replace("/", "--")
 
 
 def _offline() -> bool:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from data.disk import appearing, check_absent, check_writable, decode, parse_json
 
-
 # What every record has; the last are of multiple choice by probability alone.
 FORM = {
     "benchmark": (str,), "column": (str,), "id": (str,), "output": (str,), "prompt": (str,),
@@ -83,7 +82,6 @@ class Records:
     def add(self, record: dict):
         self.found[key_of(record)] = record
         self.write(record)
-
 
     def missing(self, column: str, temperature: float, questions: list, samples: int) -> list:
         """(question, sample) of all that is not there yet."""

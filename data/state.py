@@ -67,8 +67,9 @@ def keep_best(run, save):
     best = best_updates(run.history, run.args.keep)
     if run.update in best:
         save(out_dir / f"{BEST}{run.update}")
+    names = {f"{BEST}{update}" for update in best}
     for path in out_dir.glob(f"{BEST}*"):
-        if path.name not in {f"{BEST}{update}" for update in best}:
+        if path.name not in names:
             remove(path)
 
 

@@ -33,19 +33,6 @@ class ARC(Letters):
                 "options": [choice["text"] for choice in row["question"]["choices"]],
                 "answer": letter_of(row["answerKey"])}
 
-    def scored(self, problems: list, shots: int, style: str) -> list:
-        return [problem for problem in problems if "/test/" in problem["id"]]
-
-    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
-        return [one for one in problems if "/train/" in one["id"]][:count]
-
-    def prompt(self, problem: dict, shots: list, style: str):
-        """Messages for "chat", a text for "plain"."""
-        if style == "chat":
-            return self.turns(problem, shots, self.chat_question)
-        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
-        return "".join(solved) + self.question(problem)
-
     def chat_question(self, problem: dict) -> str:
         return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}\n\nAnswer:"
 

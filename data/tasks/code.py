@@ -20,7 +20,8 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from data.tasks.files import cut, read_jsonl
+from data.answer import cut
+from data.tasks.files import read_jsonl
 from data.tasks.sandbox import run, run_all
 from data.tasks.task import Task
 

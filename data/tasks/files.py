@@ -10,10 +10,9 @@ own file, data/tasks/gsm8k.py for one; read that next.
 import csv
 import gzip
 import io
-import os
 from pathlib import Path
 
-from data.disk import decode, parse_json, present
+from data.disk import cache_root, decode, parse_json, present
 from data.hub import RemoteFile, fetch_files
 
 # Where they were published, with the sha256 of what was published.
@@ -50,8 +49,7 @@ BY_HAND = {
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("NANOL2D_CACHE") or "~/.cache/nanol2d"
-    return Path(root).expanduser() / "datasets"
+    return cache_root() / "datasets"
 
 
 def find_folder(name: str, data_dir: str | None) -> Path:
@@ -128,9 +126,3 @@ def read_csv(path: Path, columns: int) -> list:
             raise ValueError(f"row {number} of {path} has {len(row)} columns, not {columns}; "
                              "use the file as published")
     return rows
-
-
-def cut(text: str, stops) -> str:
-    """Text up to the first of some strings: grading twice is then grading once."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return text[:min(ends)] if ends else text

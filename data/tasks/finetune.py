@@ -18,6 +18,7 @@ from data.command import command
 from data.disk import appearing, read_json
 from data.tasks import TASKS
 from data.tasks.files import find_folder
+from data.tasks.task import of_split
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # One rank of LoRA is 305,280 parameters of SmolLM2-135M: 123 are as many as the path's 37.6 M.
@@ -35,11 +36,10 @@ def run(*words):
 def write_conversations(task, folder: Path, path: Path):
     """The training questions as one turn each, without worked examples."""
     with appearing(path) as part, open(part, "w", encoding="utf-8") as file:
-        for problem in task.load(folder):
-            if "/train/" in problem["id"]:
-                messages = task.prompt(problem, [], "chat")
-                messages.append({"role": "assistant", "content": problem["answer"]})
-                file.write(json.dumps({"messages": messages}) + "\n")
+        for problem in of_split(task.load(folder), "train"):
+            messages = task.prompt(problem, [], "chat")
+            messages.append({"role": "assistant", "content": problem["answer"]})
+            file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def prepare(args, out_dir: Path) -> Path:
@@ -49,7 +49,7 @@ def prepare(args, out_dir: Path) -> Path:
         write_conversations(task, find_folder(task.folder, args.data_dir), rows)
     data = out_dir / "data"
     if not (data / "meta.json").exists():
-        # no packing: a row is a question
+        # a row holds two or three questions
         run("-m", "data.chat", rows, f"--tokenizer={args.init_from}", f"--out_dir={data}",
             "--block_size=256", "--val_fraction=0.1")
     return data

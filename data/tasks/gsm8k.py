@@ -8,10 +8,12 @@ problem. `strict` and `flexible` are the harness's two rules, letter for letter.
 """
 
 import re
+from operator import itemgetter
 from pathlib import Path
 
-from data.tasks.files import cut, read_jsonl
-from data.tasks.task import Task
+from data.answer import cut
+from data.tasks.files import read_jsonl
+from data.tasks.task import Task, one_text, turns
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -36,23 +38,11 @@ class GSM8K(Task):
                          for number, row in enumerate(rows)]
         return problems
 
-    def scored(self, problems: list, shots: int, style: str) -> list:
-        return [problem for problem in problems if "/test/" in problem["id"]]
-
-    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
-        """The first rows of the training file, as the official code takes them."""
-        return [one for one in problems if "/train/" in one["id"]][:count]
-
     def prompt(self, problem: dict, shots: list, style: str):
         """Messages for "chat", a text for "plain"."""
         if style == "chat":
-            messages = []
-            for shot in shots:
-                messages += [{"role": "user", "content": shot["question"]},
-                             {"role": "assistant", "content": shot["answer"]}]
-            return [*messages, {"role": "user", "content": problem["question"]}]
-        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
-        return "".join(solved) + self.question(problem)
+            return turns(problem, shots, itemgetter("question"), itemgetter("answer"))
+        return one_text(problem, shots, self.question, itemgetter("answer"))
 
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\nAnswer:"

@@ -8,8 +8,8 @@ letter out of a generated text by `find_letter`.
 import re
 import string
 
-from data.tasks.files import cut
-from data.tasks.task import Task
+from data.answer import cut
+from data.tasks.task import Task, one_text, turns
 
 ALPHABET = "ABCDEFGHIJ"
 # A letter that no word goes on with, a small one only where a sentence ends: "a" is mostly a word.
@@ -81,13 +81,15 @@ class Letters(Task):
         return "\n".join(f"{letter}. {option}"
                          for letter, option in zip(ALPHABET, problem["options"]))
 
-    def turns(self, problem: dict, shots: list, question) -> list:
-        """Every shot a turn, answered by its letter alone."""
-        messages = []
-        for shot in shots:
-            messages += [{"role": "user", "content": question(shot)},
-                         {"role": "assistant", "content": shot["answer"]}]
-        return [*messages, {"role": "user", "content": question(problem)}]
+    def prompt(self, problem: dict, shots: list, style: str):
+        """Messages for "chat", a text for "plain"; in both a letter is the answer."""
+        if style == "chat":
+            return turns(problem, shots, self.chat_question, self.reference)
+        return self.head(problem) + one_text(problem, shots, self.question, self.reference)
+
+    def head(self, problem: dict) -> str:
+        """What a text begins with."""
+        return ""
 
     def short(self, problem: dict) -> dict:
         return {"reference": problem["answer"], "options": len(problem["options"])}

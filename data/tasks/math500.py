@@ -7,11 +7,13 @@ turns for "chat", in the text of lm-evaluation-harness (`minerva_math500`, versi
 When two answers are equal is a matter of its own: data/tasks/math_answer.py.
 """
 
+from operator import itemgetter
 from pathlib import Path
 
-from data.tasks.files import cut, read_jsonl
+from data.answer import cut
+from data.tasks.files import read_jsonl
 from data.tasks.math_answer import equal, extract, grade
-from data.tasks.task import Task
+from data.tasks.task import Task, one_text, turns
 
 SHOTS = Path(__file__).with_name("minerva_shots.jsonl")
 ROW = {"problem": str, "solution": str, "answer": str}
@@ -41,19 +43,15 @@ class Math500(Task):
     def prompt(self, problem: dict, shots: list, style: str):
         """Messages for "chat", a text for "plain"."""
         if style == "chat":
-            messages = []
-            for shot in shots:
-                messages += [{"role": "user", "content": shot["problem"]},
-                             {"role": "assistant", "content": shot["solution"]}]
-            return [*messages, {"role": "user", "content": problem["problem"]}]
-        return "".join(map(self.solved, shots)) + self.question(problem)
+            return turns(problem, shots, itemgetter("problem"), itemgetter("solution"))
+        return one_text(problem, shots, self.question, self.worked)
 
     def question(self, problem: dict) -> str:
         return f"Problem:\n{problem['problem']}\n\nSolution:"
 
-    def solved(self, shot: dict) -> str:
-        return (f"{self.question(shot)} {shot['solution']}\n"
-                f"Final Answer: The final answer is ${shot['answer']}$. I hope it is correct.\n\n")
+    def worked(self, shot: dict) -> str:
+        return (f"{shot['solution']}\n"
+                f"Final Answer: The final answer is ${shot['answer']}$. I hope it is correct.")
 
     def reference(self, problem: dict) -> str:
         return problem["solution"]

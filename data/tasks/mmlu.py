@@ -10,9 +10,11 @@ lm-evaluation-harness. There MMLU-Pro is thought about step by step, which is an
 import re
 from pathlib import Path
 
+from data.answer import cut
 from data.disk import present
-from data.tasks.files import cut, read_csv, read_jsonl
+from data.tasks.files import read_csv, read_jsonl
 from data.tasks.letters import Letters
+from data.tasks.task import of_split, one_text, turns
 
 PRO_STRICT = re.compile(r"answer is \(?([A-J])\)?")
 
@@ -39,22 +41,14 @@ class MMLU(Letters):
                  "options": row[1:5], "answer": row[5]}
                 for number, row in enumerate(read_csv(path, 6))]
 
-    def scored(self, problems: list, shots: int, style: str) -> list:
-        return [problem for problem in problems if "/test/" in problem["id"]]
-
     def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
         """The first of the same subject."""
         prefix = f"mmlu/dev/{problem['subject']}/"
         return [one for one in problems if one["id"].startswith(prefix)][:count]
 
-    def prompt(self, problem: dict, shots: list, style: str):
-        """Messages for "chat", a text for "plain"."""
-        if style == "chat":
-            return self.turns(problem, shots, self.chat_question)
+    def head(self, problem: dict) -> str:
         subject = problem["subject"].replace("_", " ")
-        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
-        return head + "".join(solved) + self.question(problem)
+        return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
     def chat_question(self, problem: dict) -> str:
         return (f"Question:\n{problem['question'].strip()}\nChoices:\n{self.lines(problem)}\n\n"
@@ -87,17 +81,17 @@ class MMLUPro(Letters):
     def validation(self, problems: list, category: str) -> list:
         """The rows that shots come from."""
         same = [one for one in problems if one["category"] == category]
-        return [one for one in same if "/validation/" in one["id"]] or same[-5:]
+        return of_split(same, "validation") or same[-5:]
 
     def note(self, problems: list) -> str | None:
         """What must stand beside every number."""
-        if any("/validation/" in one["id"] for one in problems):
+        if of_split(problems, "validation"):
             return None
         return ("note: the validation rows are not there, so the shots are the last five test rows "
                 "of each category, which are not scored: not comparable with published numbers")
 
     def scored(self, problems: list, shots: int, style: str) -> list:
-        test = [one for one in problems if "/test/" in one["id"]]
+        test = of_split(problems, "test")
         if self.note(problems) is None:
             return test
         categories = {one["category"] for one in test}
@@ -108,14 +102,9 @@ class MMLUPro(Letters):
     def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
         return self.validation(problems, problem["category"])[:count]
 
-    def prompt(self, problem: dict, shots: list, style: str):
-        """Messages for "chat", a text for "plain"; in both a letter is the answer."""
-        if style == "chat":
-            return self.turns(problem, shots, self.chat_question)
-        head = ("The following are multiple choice questions (with answers) about "
+    def head(self, problem: dict) -> str:
+        return ("The following are multiple choice questions (with answers) about "
                 f"{problem['category']}.\n\n")
-        solved = [f"{self.question(shot)} {shot['answer']}\n\n" for shot in shots]
-        return head + "".join(solved) + self.question(problem)
 
     def chat_question(self, problem: dict) -> str:
         return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}"
@@ -138,17 +127,16 @@ class MMLUProSteps(MMLUPro):
 
     def prompt(self, problem: dict, shots: list, style: str):
         """The same words in both styles, in turns for "chat"."""
-        head = ("The following are multiple choice questions (with answers) about "
+        head = self.head(problem)
+        if style == "plain":
+            return head + one_text(problem, shots, self.question, self.worked)
+        messages = turns(problem, shots, self.question, self.worked)
+        return [{"role": "system", "content": head.strip()}, *messages]
+
+    def head(self, problem: dict) -> str:
+        return ("The following are multiple choice questions (with answers) about "
                 f"{problem['category']}. Think step by step and then finish your answer with "
                 '"the answer is (X)" where X is the correct letter choice.\n')
-        texts = [f"{self.question(shot)} {self.worked(shot)}\n\n" for shot in shots]
-        if style == "plain":
-            return head + "".join(texts) + self.question(problem)
-        messages = [{"role": "system", "content": head.strip()}]
-        for shot in shots:
-            messages += [{"role": "user", "content": self.question(shot)},
-                         {"role": "assistant", "content": self.worked(shot)}]
-        return [*messages, {"role": "user", "content": self.question(problem)}]
 
     def question(self, problem: dict) -> str:
         return f"{super().question(problem)} Let's think step by step."

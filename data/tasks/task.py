@@ -13,8 +13,35 @@
 """
 
 
+def of_split(problems: list, split: str) -> list:
+    """Those whose id says so."""
+    return [problem for problem in problems if f"/{split}/" in problem["id"]]
+
+
+def turns(problem: dict, shots: list, ask, answer) -> list:
+    """Messages: every shot a question and its answer, then the question; ask, answer: functions."""
+    messages = []
+    for shot in shots:
+        messages += [{"role": "user", "content": ask(shot)},
+                     {"role": "assistant", "content": answer(shot)}]
+    return [*messages, {"role": "user", "content": ask(problem)}]
+
+
+def one_text(problem: dict, shots: list, ask, answer) -> str:
+    """The same as one text, a blank line between the shots."""
+    solved = [f"{ask(shot)} {answer(shot)}\n\n" for shot in shots]
+    return "".join(solved) + ask(problem)
+
+
 class Task:
     """What most of them have in common."""
+
+    def scored(self, problems: list, shots: int, style: str) -> list:
+        return of_split(problems, "test")
+
+    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
+        """The first rows of the training file."""
+        return of_split(problems, "train")[:count]
 
     def note(self, problems: list) -> str | None:
         """What must stand beside every number; mostly nothing."""
