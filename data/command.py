@@ -5,6 +5,7 @@ A mistake that a user can mend is one line on standard error and exit status 2, 
 written as its escape. Imported first of all, so that Ctrl-C while torch is imported is quiet too.
 """
 
+import argparse
 import functools
 import os
 import sys
@@ -66,6 +67,22 @@ sys.excepthook = quiet_interrupt
 
 
 # --- flags ----------------------------------------------------------------------------------------
+
+def flag_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the file's own text, as it is laid out there."""
+    return argparse.ArgumentParser(
+        prog=prog, usage=argparse.SUPPRESS, description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_model_flags(add):
+    """Where and how a model that is not trained is loaded; add: a parser's add_argument."""
+    add("--fold_lora", action=argparse.BooleanOptionalAction, default=True,
+        help="add the path's LoRA into copies of its matrices: faster, more memory")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
+    add("--cache_dir", help="where downloaded models are kept")
+
 
 def given_flags(parser, argv) -> dict:
     """The flags that stand on the command line, whatever their defaults are."""

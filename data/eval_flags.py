@@ -2,7 +2,7 @@
 
 import argparse
 
-from data.command import refuse_idle
+from data.command import add_model_flags, flag_parser, refuse_idle
 from data.draws import check_seed
 
 # Only the tables of the embedded topics know these, and only benchmarks those.
@@ -14,9 +14,7 @@ BENCHMARK = ("data_dir", "limit", "shots", "style", "choices", "samples", "searc
 
 def eval_flags(description, tasks, default, solvers, estimates) -> argparse.ArgumentParser:
     """default: the Settings of sample.py, one home for every default; the rest: names."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py", usage=argparse.SUPPRESS, description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("eval.py", description)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     # what is measured
@@ -50,11 +48,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     add("--out", help="where the results are written (default: eval.json; for benchmarks a "
                       "directory, out-TASK)")
     add("--overwrite", action=switch, default=False, help="of an earlier --out")
-    add("--fold_lora", action=switch, default=True,
-        help="add the path's LoRA into copies of its matrices: faster, more memory")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
-    add("--cache_dir", help="where downloaded models are kept")
+    add_model_flags(add)
     return parser
 
 

@@ -2,16 +2,14 @@
 
 import argparse
 
-from data.command import refuse_idle
+from data.command import add_model_flags, flag_parser, refuse_idle
 from data.draws import check_seed
 from data.formats import RENDER
 
 
 def sample_flags(description, default, solvers, adaptive, estimates) -> argparse.ArgumentParser:
     """default: the Settings of sample.py, one home for every default; the rest: names."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py", usage=argparse.SUPPRESS, description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("sample.py", description)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     # model and prompts
@@ -58,11 +56,7 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
     add("--trace", action=switch, default=False,
         help="show the NFE of every token and the guesses of one")
     add("--trace_token", type=int, default=0, help="which token's guesses to show (default: 0)")
-    add("--fold_lora", action=switch, default=True,
-        help="add the path's LoRA into copies of its matrices: faster, more memory")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
-    add("--cache_dir", help="where downloaded models are kept")
+    add_model_flags(add)
     return parser
 
 

@@ -7,7 +7,7 @@ would do nothing is refused, as is one that would make another run of the one th
 import argparse
 import math
 
-from data.command import given_flags, refuse_idle
+from data.command import flag_parser, given_flags, refuse_idle
 from data.draws import check_seed
 from data.hub import check_not_a_model
 from data.path import TIME_DISTRIBUTIONS
@@ -21,9 +21,7 @@ OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "tim
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage=argparse.SUPPRESS, description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("train.py", description)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     # what
