@@ -24,9 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.batches import IGNORE, Counted, Losses, pick
-from data.classes import drop_classes, spread_classes
-from data.draws import draw_noise, draw_schedule, draw_times, draw_tokens
+from data.batches import Batch, Counted, Losses, pick
+from data.classes import check_classes, drop_classes, spread_classes
+from data.draws import RowDraws, draw_schedule, draw_times, draw_tokens
 from data.families import choices
 from data.figures import draw_points
 from data.kv_cache import KVCache
@@ -233,96 +233,91 @@ class L2D(nn.Module):
         hidden = self.denoise(x_t, time, modulation, reading, before)
         return self.lm.logits(hidden).float()
 
-    # --- 2 the objectives: how a batch is read is the same for both ---
+    # --- 2 the objectives ---
 
-    def loss(self, *args, **options):
-        """Mean of the token losses, a scalar; arguments as of `token_losses`."""
-        return self.token_losses(*args, **options).values.mean()
+    def draw(self, batch: Batch, generators: list, unroll: int = 0) -> Batch:
+        """A batch on the CPU with all that is random in it, each row's from its own generator.
 
-    def ask(self, ids, targets, class_ids, documents, generator):
-        """Read a batch, and say which of its positions count: (Counted, Reading).
+        A time and a noise for every position that counts: one pass teaches N noise levels.
+        unroll  0: the paper's, one time a position; else the times of at most so many evaluations
 
-        ids, targets  (B, T); targets[b, k] is the token after ids[b, k], or IGNORE
-        class_ids     (B,) or (B, T) or None; documents (B, T) as in LM.read
+        Raises ValueError for classes that this path does not have.
         """
-        # only where a token counts is the path evaluated, the frozen model everywhere
-        where = (targets != IGNORE).nonzero(as_tuple=True)
-        class_ids = spread_classes(class_ids, ids, self.config.classes)
-        if class_ids is not None and self.training:
-            # some are hidden, or guidance would have nothing to compare with
-            share = self.config.class_dropout
-            class_ids = drop_classes(class_ids, share, self.config.classes, generator)
-        counted = Counted(where, targets[where], pick(class_ids, where))
-        return counted, self.read(ids, documents)
+        counted = batch.counted
+        counts = counted.where[0].bincount(minlength=len(generators))
+        draws = RowDraws(counts.tolist(), generators)
+        if unroll:
+            t = draw_schedule(draws, counted.needs, unroll)             # (N, unroll)
+        else:
+            t = draw_times(draws, self.config.time_distribution)        # (N,)
+        noise = draws.normal(self.config.width)                         # (N, Z)
+        class_ids = counted.class_ids
+        if class_ids is not None:
+            check_classes(class_ids, self.config.classes)
+            if self.training:
+                # some are hidden, or guidance would have nothing to compare with
+                share = self.config.class_dropout
+                class_ids = drop_classes(class_ids, share, self.config.classes, draws)
+        return replace(batch, counted=replace(counted, t=t, noise=noise, class_ids=class_ids))
 
-    def token_losses(self, ids, targets, class_ids=None, documents=None, needs=None,
-                     generator=None, t=None, noise=None) -> Losses:
+    def token_losses(self, batch: Batch) -> Losses:
         """The paper's objective: a guess at one random time for each position that counts.
 
-        t, noise  (B, T) in [0, 1], (B, T, Z) of unit variance; drawn from `generator` if None
-        The other arguments as of `ask`; needs is of no use here.
+        batch  of `draw`; only where a token counts is the path evaluated
         """
-        # 1. A time and a noise of its own for each position: one pass teaches N noise levels.
-        if t is None:
-            t = draw_times(ids.shape, self.config.time_distribution, generator)
-        if noise is None:
-            noise = draw_noise(ids.shape, self.config.width, generator)
-        # 2. The frozen model reads the text once, without gradient.
-        counted, reading = self.ask(ids, targets, class_ids, documents, generator)
-        t = t.to(ids.device)[counted.where]                             # (N,)
-        noise = noise.to(ids.device)[counted.where]                     # (N, Z)
-        # 3. The noisy vector of the right token; the gradient also goes through V_y.
-        x_0 = self.config.sigma * noise
+        counted = batch.counted
+        # 1. The frozen model reads the text once, without gradient.
+        reading = self.read(batch.ids, batch.documents)
+        # 2. The noisy vector of the right token; the gradient also goes through V_y.
+        t = counted.t                                                   # (N,)
+        x_0 = self.config.sigma * counted.noise                         # (N, Z)
         x_1 = self.vectors(counted.y)
         # x_t = t·x_1 + (1−t)·x_0
         x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                 # (N, Z)
-        # 4. The path guesses the token, and is scored like any language model.
+        # 3. The path guesses the token, and is scored like any language model.
         modulation = self.modulation(t, counted.class_ids)
         hidden = self.denoise(x_t, t, modulation, reading, where=counted.where)
         # L = −log f(x_t, t, c)_y                                       (paper Eq. 3)
         losses = -self.lm.log_p(hidden, counted.y)
-        return Losses(losses, losses, t, counted.where[0])
+        return Losses(losses, losses, t, counted.needs)
 
-    def refined_losses(self, ids, targets, class_ids=None, documents=None, needs=None,
-                       generator=None, unroll: int = 8, backprop: int = 3) -> Losses:
+    def refined_losses(self, batch: Batch, backprop: int = 3) -> Losses:
         """Our own objective: the path goes through its own steps and is scored at the last ones.
 
-        needs     (B,) guesses that lead to a row's answer; None: nobody knows
-        unroll    the most evaluations; backprop: how many of them, the last, have a gradient
-        The other arguments as of `ask`. `values` are means over the evaluations with a gradient.
+        batch     of `draw` with unroll: the last evaluation is at any time in (0, 1], or the path
+                  would learn to act only at the end
+        backprop  how many evaluations, the last, have a gradient: `values` are means over these
         """
-        # 1. A noise for each position, and the times of its evaluations: the last is at any time
-        #    in (0, 1], or the path would learn to act only at the end.
-        times = draw_schedule(ids.shape, needs, unroll, generator)
-        noise = draw_noise(ids.shape, self.config.width, generator)
-        # 2. The frozen model reads the text. All positions end together, so those with the most
+        # 1. The frozen model reads the text. All positions end together, so those with the most
         #    evaluations begin, and the others join them.
-        counted, reading = self.ask(ids, targets, class_ids, documents, generator)
-        times = times.to(ids.device)[counted.where]                     # (N, unroll)
-        count = (times > 0).sum(1)                                      # (N,)
+        reading = self.read(batch.ids, batch.documents)
+        count = (batch.counted.t > 0).sum(1)                            # (N,)
         order = count.argsort(descending=True)
-        counted, times, count = counted.at(order), times[order], count[order]
-        rows = counted.where[0]
-        needs = torch.zeros_like(rows) if needs is None else needs[rows]
-        # 3. From noise step by step; the guesses of the last evaluations come back.
-        x_0 = self.config.sigma * noise.to(ids.device)[counted.where]   # (N, Z)
+        counted, count = batch.counted.at(order), count[order]
+        needs = counted.needs
+        if needs is None:
+            # nobody knows: the answer may be right at once
+            needs = torch.zeros_like(count)
+        # 2. From noise step by step; the guesses of the last evaluations come back.
+        x_0 = self.config.sigma * counted.noise                         # (N, Z)
         total = scored = loss = torch.zeros_like(x_0[:, 0])
-        for left, guess in self.refine(x_0, times, counted, reading, backprop):
-            # 4. Each is scored where it could be right: before it came the frozen model's guess
+        for left, guess in self.refine(x_0, counted, reading, backprop):
+            # 3. Each is scored where it could be right: before it came the frozen model's guess
             #    and those `made`, each one step further on the way to the answer.
             made = count - left
             fair = (made > 0) & (made + 1 >= needs)
             loss = F.cross_entropy(guess, counted.y, reduction="none")  # (N,)
             total = total + fair * loss
             scored = scored + fair
-        return Losses(total / scored.clamp_min(1), loss, times[:, -1], rows)
+        return Losses(total / scored.clamp_min(1), loss, counted.t[:, -1], counted.needs)
 
-    def refine(self, x, times, counted: Counted, reading: Reading, backprop: int):
+    def refine(self, x, counted: Counted, reading: Reading, backprop: int):
         """The path's own steps from noise x (N, Z): yields (evaluations to come, guess).
 
-        times (N, K) as of draw_schedule, the positions with most evaluations first; only what
-        the last `backprop` evaluations say is yielded, and only they have a gradient.
+        The positions with most evaluations come first; only what the last `backprop` evaluations
+        say is yielded, and only they have a gradient.
         """
+        times = counted.t                                               # (N, K)
         # at t = 0 the guess is what the frozen model says
         with torch.no_grad():
             guess = self.lm.logits(reading.hidden[counted.where]).float()   # (N, V)

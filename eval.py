@@ -26,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 from data.answer import Stop
-from data.batches import IGNORE, collate
+from data.batches import Batch, collate
 from data.checkpoint import fingerprint
 from data.circumstances import circumstances
 from data.disk import check_absent, check_writable, claimed, write_json
-from data.draws import draw_noise_each
+from data.draws import RowDraws
 from data.eval_flags import check_idle, check_numbers, eval_flags, fill_defaults
 from data.figures import import_pyplot, plot_accuracy
 from data.flops import flops_per_token
@@ -180,32 +180,32 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
     for at in range(0, len(problems), BATCH):
         # the right tokens are given, so one early mistake does not spoil all that follows
         rows = [task.reference(problem, tokenizer) for problem in problems[at:at + BATCH]]
-        batch = collate(rows, next(model.parameters()).device)
-        where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+        batch = collate(rows).to(next(model.parameters()).device)
+        counted = batch.counted
         if settings.steps:
-            p = solved(model, batch, where, settings, seed + at, draws)
+            p = solved(model, batch, settings, seed + at, draws)
         else:
-            p = model.lm(batch["ids"])[where].softmax(-1)
+            p = model.lm(batch.ids)[counted.where].softmax(-1)
         confidence, token = p.max(-1)                                   # (N,)
         confidences.append(confidence)
-        rights.append(token == batch["targets"][where])
+        rights.append(token == counted.y)
     return torch.cat(confidences), torch.cat(rights)
 
 
-def solved(model, batch: dict, where, settings: Settings, seed: int, draws: int):
-    """p (N, V) at the end of an ODE at every position `where`, the mean over `draws` noises."""
-    reading = model.read(batch["ids"])
-    class_ids = batch["class_ids"][where[0]] if model.config.classes else None
-    shape = (batch["ids"].shape[1], model.config.width)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(batch["ids"]))]
+def solved(model, batch: Batch, settings: Settings, seed: int, draws: int):
+    """p (N, V) at the end of an ODE at every position that counts, the mean over noises."""
+    counted = batch.counted
+    counts = counted.where[0].bincount(minlength=len(batch.ids)).tolist()
+    noises = RowDraws(counts, [torch.Generator().manual_seed(seed + i) for i in range(len(counts))])
     velocity = VelocityField(
-        AtPositions(model, where), reading, settings.estimate, class_ids=class_ids,
-        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(where[0]))])
+        AtPositions(model, counted.where), model.read(batch.ids), settings.estimate,
+        class_ids=counted.class_ids if model.config.classes else None,
+        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(counted.y))])
     total = 0.0
     for _ in range(draws):
-        noise = draw_noise_each(shape, generators)
-        x_0 = model.config.sigma * noise.to(reading.hidden.device)[where]   # (N, Z)
-        solution = odeint(velocity, x_0[:, None], settings.solver, settings.steps)
+        noise = noises.normal(model.config.width).to(batch.ids.device)
+        x_0 = model.config.sigma * noise[:, None]                       # (N, 1, Z)
+        solution = odeint(velocity, x_0, settings.solver, settings.steps)
         total = total + velocity.logits(solution.x, solution.guess)[:, 0].softmax(-1)
     return total / draws
 

@@ -22,10 +22,11 @@ import torch
 import torch.nn as nn
 
 from data.average import Average
-from data.batches import IGNORE, Losses, collate, draw_rows
+from data.batches import Batch, Losses, collate, cut, draw_rows
 from data.checkpoint import copy_tokenizer, pick_device
 from data.disk import claimed, read_json
 from data.curriculum import Curriculum, growing_unroll
+from data.draws import row_generator
 from data.families import ModelConfig
 from data.hub import resolve
 from data.interrupt import Interrupt
@@ -106,23 +107,17 @@ def merge_linear(adapted: LoRA) -> nn.Linear:
     return adapted.frozen
 
 
-def token_losses(model, batch: dict, generator, unroll: int = 0, backprop: int = 0) -> Losses:
-    """Of every counted token (N,): L2D's, by its own steps where `unroll`, or cross-entropy."""
+def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
+    """Of every token that counts (N,): L2D's, by its own steps where `backprop`; cross-entropy."""
     if isinstance(model, L2D):
-        # data may name classes that this path was made without
-        if not model.config.classes:
-            batch = {name: value for name, value in batch.items() if name != "class_ids"}
-        if unroll:
-            return model.refined_losses(
-                generator=generator, unroll=unroll, backprop=backprop, **batch)
-        return model.token_losses(generator=generator, **batch)
-    where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+        return model.refined_losses(batch, backprop) if backprop else model.token_losses(batch)
+    counted = batch.counted
     # weights stay float32; on CUDA the arithmetic need not
-    device = batch["ids"].device.type
+    device = batch.ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        hidden = model.read(batch["ids"], batch.get("documents")).hidden
-        losses = -model.log_p(hidden[where], batch["targets"][where])
-        return Losses(losses, losses, None, where[0])
+        hidden = model.read(batch.ids, batch.documents).hidden
+        losses = -model.log_p(hidden[counted.where], counted.y)
+        return Losses(losses, losses, None, counted.needs)
 
 
 def build_optimizer(trainable: dict, args):
@@ -146,47 +141,53 @@ def learning_rate(update: int, args) -> float:
 
 # --- one update -----------------------------------------------------------------------------------
 
-def refinement(args, update: int | None = None) -> dict:
-    """The most evaluations in an update, and how many have a gradient; {}: the paper's one.
+def refinement(args, update: int | None = None) -> tuple:
+    """The most evaluations in an update, and how many have a gradient; (0, 0): the paper's one.
 
     update  None stands for the whole training: that is what is validated
     """
     turn = args.objective == "both" and update is not None and update % 2 == 0
     paper = args.objective == "paper" or turn
     if paper or args.method != "l2d":
-        return {}
+        return 0, 0
     unroll = args.unroll
     if args.data != "tiny" and update is not None:
         # nobody says how hard a row is
         unroll = growing_unroll(update, args.updates, unroll)
-    return {"unroll": unroll, "backprop": args.backprop}
+    return unroll, args.backprop
 
 
-def draw_batches(data, args, position: int, device) -> list:
-    """The `accumulate` batches that start at row `position` of the endless, shuffled data."""
-    rows = draw_rows(data, position, args.batch_size * args.accumulate, args.seed)
-    starts = range(0, len(rows), args.batch_size)
-    return [collate(rows[at:at + args.batch_size], device) for at in starts]
+def make_batches(model, rows: list, size: int, seed: int, first: int, unroll: int) -> list:
+    """Batches of at most `size` of the rows, number `first` and on, with all that is random."""
+    batches = []
+    for numbers in cut(rows, size):
+        batch = collate([rows[number] for number in numbers])
+        if isinstance(model, L2D):
+            # by the number of a row alone, whatever batch or process it is in
+            generators = [row_generator(seed, first + number) for number in numbers]
+            batch = model.draw(batch, generators, unroll)
+        batches.append(batch)
+    return batches
 
 
-def update_once(model, optimizer, batches: list, generator, clip: float, objective=token_losses,
+def update_once(model, optimizer, batches: list, clip: float, objective=token_losses,
                 curriculum: Curriculum | None = None):
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
     # counted before the first backward pass, because every batch is divided by all of them
-    tokens = sum(int((batch["targets"] != IGNORE).sum()) for batch in batches)
+    tokens = sum(len(batch.counted.y) for batch in batches)
     if not tokens:
         raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
                          "prepare the data again")
-    total = 0.0
+    total = learned = 0.0
     for batch in batches:
-        losses = objective(model, batch, generator)
+        losses = objective(model, batch)
         # every token of the update weighs the same, however the update is cut into batches
         loss = losses.values.sum() / tokens
         loss.backward()
         # on the device still: to read it here would make a GPU wait for every batch
         total += loss.detach()
         if curriculum:
-            curriculum.note(batch["needs"][losses.rows], losses.last)
+            learned += curriculum.count(losses.needs, losses.last)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     # 0 switches it off, as everywhere
     norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
@@ -197,21 +198,22 @@ def update_once(model, optimizer, batches: list, generator, clip: float, objecti
     optimizer.step()
     # dropped and not zeroed: the next backward pass writes them anew
     optimizer.zero_grad(set_to_none=True)
+    if curriculum:
+        curriculum.note(*learned.tolist())
     return total, norm, tokens
 
 
 @torch.no_grad()
 def validate(model, data, args, device) -> dict:
     """Mean loss over the first val_rows rows, and for the path its mean in each tenth of t."""
-    generator = torch.Generator().manual_seed(0)     # the same times and noise every time
     losses, times = [], []
-    count = min(args.val_rows, len(data))
+    rows = [data[i] for i in range(min(args.val_rows, len(data)))]
     # no class is hidden, as when the path is used
     model.eval()
-    how = refinement(args)
-    for at in range(0, count, args.batch_size):
-        rows = [data[i] for i in range(at, min(at + args.batch_size, count))]
-        some = token_losses(model, collate(rows, device), generator, **how)
+    unroll, backprop = refinement(args)
+    # the same times and noise every time
+    for batch in make_batches(model, rows, args.batch_size, 0, 0, unroll):
+        some = token_losses(model, batch.to(device), backprop)
         losses.append(some.last)
         times.append(some.t)
     model.train()
@@ -238,7 +240,6 @@ class Run:
     val: object
     trainable: dict
     optimizer: torch.optim.Optimizer
-    generator: torch.Generator
     curriculum: Curriculum
     average: Average
     update: int = 0            # updates done
@@ -280,9 +281,8 @@ def set_up(args) -> Run:
         longest = max(data.longest, val.longest)
         check_length(lm.config, longest, "prepare the data with a smaller --block_size")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    generator = torch.Generator().manual_seed(args.seed)
     optimizer = build_optimizer(trainable, args)
-    run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer, generator,
+    run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer,
               Curriculum(max(LEVELS["chains"])), Average(trainable, args.ema))
     if args.resume:
         meta = restore_state(run, run.facts)
@@ -309,8 +309,7 @@ def save_state(run: Run):
             if name not in ("resume", "out_dir", "overwrite")}
     meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen,
             "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
-    write_state(run.args.out_dir, run.trainable, run.optimizer, run.generator, meta,
-                run.average.tensors)
+    write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.average.tensors)
 
 
 def save_model(run: Run, directory=None):
@@ -398,14 +397,15 @@ def one_update(run: Run, objective) -> dict:
     lr = learning_rate(run.update, args)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    how = refinement(args, run.update)
-    curriculum = run.curriculum if how and args.data == "tiny" else None
+    unroll, backprop = refinement(args, run.update)
+    curriculum = run.curriculum if unroll and args.data == "tiny" else None
     if curriculum:
         run.data.hardest = curriculum.hardest
-    batches = draw_batches(run.data, args, run.position, run.device)
+    rows = draw_rows(run.data, run.position, args.batch_size * args.accumulate, args.seed)
+    batches = make_batches(run.model, rows, args.batch_size, args.seed, run.position, unroll)
     loss, norm, tokens = update_once(
-        run.model, run.optimizer, batches, run.generator, args.clip,
-        functools.partial(objective, **how), curriculum)
+        run.model, run.optimizer, [batch.to(run.device) for batch in batches], args.clip,
+        functools.partial(objective, backprop=backprop), curriculum)
     run.average.follow()
     numbers = {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
     return {**numbers, "hardest": curriculum.hardest} if curriculum else numbers

@@ -8,7 +8,7 @@ Data sets are in data/tokens.py and data/tiny/topics.py; read train.py next.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -18,15 +18,41 @@ IGNORE = -100              # target of a position that does not count in the los
 
 @dataclass(frozen=True)
 class Counted:
-    """The N positions of a batch that count, and what is asked there."""
+    """The N positions of a batch that count, what is asked there, what was drawn for them."""
     where: tuple                       # rows and columns, two tensors (N,)
     y: torch.Tensor                    # (N,) the tokens that are right
     class_ids: torch.Tensor | None     # (N,)
+    needs: torch.Tensor | None         # (N,) evaluations that are thought to lead to the answer
+    t: torch.Tensor | None = None      # (N,), or (N, K) times of up to K evaluations
+    noise: torch.Tensor | None = None  # (N, Z) of unit variance
+
+    def each(self, change) -> "Counted":
+        """The same with every tensor changed; what is None stays None."""
+        def changed(value):
+            if isinstance(value, tuple):
+                return tuple(change(place) for place in value)
+            return None if value is None else change(value)
+
+        return Counted(*(changed(getattr(self, field.name)) for field in fields(self)))
 
     def at(self, index) -> "Counted":
-        """Some of them, or in another order: index (n,) or a slice."""
-        where = tuple(place[index] for place in self.where)
-        return Counted(where, self.y[index], pick(self.class_ids, index))
+        """Some of the positions, or in another order: index (n,) or a slice."""
+        return self.each(lambda values: values[index])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of different lengths as one, padded on the right."""
+    ids: torch.Tensor                  # (B, T)
+    documents: torch.Tensor | None     # (B, T), only where a row holds more than one
+    counted: Counted
+
+    def to(self, device) -> "Batch":
+        def move(values):
+            return values.to(device, non_blocking=True)
+
+        documents = None if self.documents is None else move(self.documents)
+        return Batch(move(self.ids), documents, self.counted.each(move))
 
 
 class Losses(NamedTuple):
@@ -34,7 +60,7 @@ class Losses(NamedTuple):
     values: torch.Tensor               # what is minimised
     last: torch.Tensor                 # at the last evaluation
     t: torch.Tensor | None             # and its time
-    rows: torch.Tensor                 # of the batch
+    needs: torch.Tensor | None         # as of Counted
 
 
 def pick(values, index):
@@ -42,13 +68,8 @@ def pick(values, index):
     return None if values is None else values[index]
 
 
-def collate(rows, device) -> dict:
-    """Rows of different lengths -> one batch of tensors.
-
-    ids, targets  (B, T), padded on the right; targets[b, k] is the token after ids[b, k], or IGNORE
-    documents     (B, T), only where a row holds more than one
-    class_ids     (B,), only where rows have one; needs (B,) likewise
-    """
+def collate(rows) -> Batch:
+    """Rows -> a batch on the CPU, with nothing drawn yet."""
     length = max(len(row[0]) for row in rows)
     table = torch.zeros(3, len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -56,19 +77,26 @@ def collate(rows, device) -> dict:
             values = torch.as_tensor(row[kind])
             table[kind, i, :len(values)] = values
     ids, mask, documents = table                                        # (B, T + 1) each
-    targets = ids.masked_fill(mask == 0, IGNORE)
     # position k answers for token k + 1: the last token is only a target, the first only a question
-    batch = {
-        "ids": ids[:, :-1],
-        "targets": targets[:, 1:],
-    }
-    if documents.max() > 1:      # padding on the right needs no mask: nothing looks ahead
-        batch["documents"] = documents[:, :-1]
+    targets = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
+    class_ids = needs = None
     if len(rows[0]) > 3:
-        batch["class_ids"] = torch.tensor([row[3] for row in rows])
+        class_ids = torch.tensor([row[3] for row in rows])
     if len(rows[0]) > 4:
-        batch["needs"] = torch.tensor([row[4] for row in rows])
-    return {name: value.to(device) for name, value in batch.items()}
+        needs = torch.tensor([row[4] for row in rows])
+    # padding on the right needs no mask: nothing looks ahead
+    documents = documents[:, :-1] if documents.max() > 1 else None
+    return Batch(ids[:, :-1], documents, count(targets, class_ids, needs))
+
+
+def count(targets, class_ids=None, needs=None) -> Counted:
+    """The positions of targets (B, T) that are not IGNORE; class_ids, needs (B,) or None.
+
+    targets[b, k] is the token after ids[b, k].
+    """
+    where = (targets != IGNORE).nonzero(as_tuple=True)
+    rows = where[0]
+    return Counted(where, targets[where], pick(class_ids, rows), pick(needs, rows))
 
 
 def common_start(prompts: list) -> int:
@@ -116,13 +144,23 @@ def draw_rows(data, position: int, count: int, seed: int) -> list:
     return rows
 
 
+def cut(rows: list, size: int) -> list:
+    """Batches of at most `size` rows, as lists of their numbers; those of like length together."""
+    # a batch is as long as its longest row
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
+    return [order[at:at + size] for at in range(0, len(order), size)]
+
+
 def main():
     rows = [
         ([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3),
         ([5, 6], [0, 1], [1, 1], 0),
     ]
-    for name, value in collate(rows, "cpu").items():
-        print(f"{name:10} {value.tolist()}")
+    batch = collate(rows)
+    print(f"ids        {batch.ids.tolist()}")
+    print(f"where      {[place.tolist() for place in batch.counted.where]}")
+    print(f"y          {batch.counted.y.tolist()}")
+    print(f"class_ids  {batch.counted.class_ids.tolist()}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 diffusion.py embeds them; read that next.
 """
 
-import torch
-
 
 def spread_classes(class_ids, ids, classes: int):
     """class_ids (B,) or (B, T) -> (B, T) beside ids (B, T); None stays None.
@@ -27,7 +25,6 @@ def check_classes(class_ids, classes: int):
         raise ValueError(f"class ids {some} are out of range; allowed: 0 to {classes}")
 
 
-def drop_classes(class_ids, share: float, no_class: int, generator):
-    """Hide a share of the classes, position by position as in the official code."""
-    u = torch.rand(class_ids.shape, generator=generator, device=generator.device)
-    return class_ids.masked_fill((u < share).to(class_ids.device), no_class)
+def drop_classes(class_ids, share: float, no_class: int, draws):
+    """Hide a share of the classes (N,), position by position as in the official code."""
+    return class_ids.masked_fill(draws.uniform() < share, no_class)

@@ -7,6 +7,8 @@ number of evaluations grows with the updates. train.py asks before every update.
 
 import math
 
+import torch
+
 RIGHT = 0.9           # share of the hardest rows' tokens that must be right
 MEMORY = 0.9          # of the average over updates
 
@@ -31,14 +33,21 @@ class Curriculum:
                              "start anew with another --out_dir")
         self.hardest, self.recent = state
 
-    def note(self, needs, last):
-        """After an update: the need of every counted token (N,), and its last loss (N,)."""
+    def count(self, needs, last):
+        """(2,): how many of the counted tokens (N,) are the hardest, and how many of these right.
+
+        last  (N,) their last losses
+        """
         hard = needs == self.hardest
-        if self.hardest >= self.top or not hard.any():
-            return
         # p > ½ is right whatever the others are
-        right = float((last[hard] < math.log(2)).float().mean())
-        self.recent = MEMORY * self.recent + (1 - MEMORY) * right
+        right = hard & (last < math.log(2))
+        return torch.stack((hard.sum(), right.sum()))
+
+    def note(self, hard: int, right: int):
+        """After an update: the counts of all its tokens."""
+        if self.hardest >= self.top or not hard:
+            return
+        self.recent = MEMORY * self.recent + (1 - MEMORY) * right / hard
         if self.recent > RIGHT:
             self.hardest += 1
             self.recent = 0.0

@@ -1,7 +1,8 @@
-"""Random times and tokens, from explicit generators on their own device.
+"""Random times, noise and tokens, from explicit generators on the CPU, one for every row.
 
-So a seed means the same everywhere, and no sequence's draw moves another's. diffusion.py trains
-with the times and the noise; sample.py chooses with the tokens.
+So a seed means the same everywhere, and no row's draw moves another's: what is drawn for a row
+depends on neither the batch it is in, nor the process that reads it, nor what was drawn before.
+diffusion.py trains with the times and the noise; sample.py chooses with the tokens.
 """
 
 import math
@@ -17,9 +18,34 @@ def check_seed(seed: int):
         raise ValueError(f"--seed {seed} is out of range; allowed: 0 to {LARGEST_SEED}")
 
 
-def draw_times(shape, distribution: str, generator) -> torch.Tensor:
-    """Training times t in [0, 1): uniform, or "cosmap", more near 1 (the paper's appendix)."""
-    u = torch.rand(shape, generator=generator, device=generator.device)
+def row_generator(seed: int, number: int) -> torch.Generator:
+    """For row `number` of a training's endless data, or of its validation."""
+    # torch keeps 32 bits of a seed; an odd factor gives each of 2³² rows another one
+    mixed = (seed * 0x9E3779B1 + number) % (LARGEST_SEED + 1)
+    return torch.Generator().manual_seed(mixed)
+
+
+class RowDraws:
+    """Random numbers for N positions: counts[b] of them from generators[b], row after row."""
+
+    def __init__(self, counts: list, generators: list):
+        self.rows = list(zip(counts, generators))
+
+    def each(self, draw, shape) -> torch.Tensor:
+        return torch.cat([draw(n, *shape, generator=g) for n, g in self.rows])
+
+    def uniform(self, *shape) -> torch.Tensor:
+        """(N, *shape) in [0, 1)."""
+        return self.each(torch.rand, shape)
+
+    def normal(self, *shape) -> torch.Tensor:
+        """(N, *shape) of unit variance."""
+        return self.each(torch.randn, shape)
+
+
+def draw_times(draws: RowDraws, distribution: str) -> torch.Tensor:
+    """Training times t (N,) in [0, 1): uniform, or "cosmap", more near 1 (paper's appendix)."""
+    u = draws.uniform()
     if distribution == "uniform":
         return u
     slope = torch.tan(math.pi / 2 * u)
@@ -27,33 +53,27 @@ def draw_times(shape, distribution: str, generator) -> torch.Tensor:
     return 1 - 1 / (slope + 1)
 
 
-def draw_noise(shape, width: int, generator) -> torch.Tensor:
-    """(*shape, width) of unit variance."""
-    return torch.randn((*shape, width), generator=generator, device=generator.device)
-
-
 def draw_noise_each(shape, generators) -> torch.Tensor:
     """(n, *shape) of unit variance, each sequence from its own generator."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def draw_schedule(shape, needs, most: int, generator) -> torch.Tensor:
-    """Times of every position's evaluations: (*shape, most), rising, the last uniform in (0, 1].
+def draw_schedule(draws: RowDraws, needs, most: int) -> torch.Tensor:
+    """Times of every position's evaluations: (N, most), rising, the last uniform in (0, 1].
 
     A position with fewer evaluations than `most` has zeros in front.
-    needs  (B,) how many a row is thought to need: it gets one fewer to three more; None: 1 to most
+    needs  (N,) how many it is thought to need: it gets one fewer to three more; None: 1 to most
     """
-    u = torch.rand(shape, generator=generator, device=generator.device)
+    u = draws.uniform()
     if needs is None:
         count = 1 + (most * u).long()
     else:
-        needs = needs.to(u.device)[:, None]
         count = needs - 1 + (5 * u).long()
-    count = count.clamp(1, most)[..., None]
+    count = count.clamp(1, most)[:, None]
     # 1 − u: in (0, 1]
-    last = 1 - torch.rand((*shape, 1), generator=generator, device=generator.device)
-    earlier = 1 - torch.rand((*shape, most - 1), generator=generator, device=generator.device)
-    unused = torch.arange(most - 1, device=u.device) < most - count
+    last = 1 - draws.uniform(1)
+    earlier = 1 - draws.uniform(most - 1)
+    unused = torch.arange(most - 1) < most - count
     earlier = earlier.masked_fill(unused, 0).sort(-1).values
     return torch.cat((last * earlier, last), dim=-1)
 

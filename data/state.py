@@ -1,8 +1,9 @@
 """A training's state on disk, all that the next update depends on: out_dir/state.safetensors.
 
 Flags and progress stand in the file's metadata; the tensors are named weights/NAME, the moments of
-AdamW beside them (step/NAME, exp_avg/NAME, exp_avg_sq/NAME; none before the first update), and the
-generator. One file, so that a kill at any moment leaves a state that is whole. train.py says when.
+AdamW beside them (step/NAME, exp_avg/NAME, exp_avg_sq/NAME; none before the first update). What is
+random in an update follows from its number, so no generator is kept. One file, so that a kill at
+any moment leaves a state that is whole. train.py says when.
 """
 
 import json
@@ -75,13 +76,13 @@ def keep_best(run, save):
 
 # --- the state ------------------------------------------------------------------------------------
 
-def write_state(out_dir, trainable: dict, optimizer, generator, meta: dict, average: dict):
+def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
     """trainable, average: name -> tensor; meta: flags and progress, anything that JSON can hold.
 
     Raises ValueError for weights that are not finite: the last good state stays.
     """
     path = Path(out_dir) / "state.safetensors"
-    tensors = {"generator": generator.get_state()}
+    tensors = {}
     for name, p in trainable.items():
         check_finite(name, p.detach(), "this run")
         tensors[f"weights/{name}"] = p.detach().cpu().contiguous()
@@ -140,11 +141,6 @@ def restore_state(run, facts: dict) -> dict:
                 moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
     for name, value in run.average.tensors.items():
         value.copy_(tensors[f"average/{name}"])
-    try:
-        run.generator.set_state(tensors["generator"])
-    except RuntimeError:
-        raise ValueError(f"{path}: the generator's state is damaged; "
-                         "start anew with another --out_dir") from None
     return meta
 
 
@@ -159,7 +155,7 @@ def check_facts(args, stated: dict, found: dict):
 
 def expected_tensors(run, begun: bool) -> dict:
     """Name -> shape of all that a state holds, its moments only after the first update."""
-    expected = {"generator": tuple(run.generator.get_state().shape)}
+    expected = {}
     for name, p in run.trainable.items():
         expected[f"weights/{name}"] = tuple(p.shape)
         if begun:
@@ -178,9 +174,7 @@ def check_tensors(path: Path, tensors: dict, expected: dict):
         raise ValueError(f"{path} does not fit: {len(wrong)} tensors, "
                          f"first {wrong[0]}; resume with the flags it was made with")
     for name, tensor in tensors.items():
-        kind = torch.uint8 if name == "generator" else torch.float32
-        if tensor.dtype != kind:
+        if tensor.dtype != torch.float32:
             raise ValueError(f"{path} does not fit: {name} is of type {tensor.dtype}; "
                              "start anew with another --out_dir")
-        if name != "generator":
-            check_finite(name, tensor, path)
+        check_finite(name, tensor, path)

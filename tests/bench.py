@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from data.batches import IGNORE  # noqa: E402
+from data.batches import IGNORE, Batch, count  # noqa: E402
 from data.kv_cache import KVCache  # noqa: E402
 from diffusion import L2D, VelocityField  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
@@ -86,6 +86,18 @@ def evaluation_table(model, batch: int, context: int, timed):
     print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
 
 
+def drawn(model, ids, targets, unroll=0, needs=None):
+    """A batch with all that is random in it, as train.py makes one."""
+    cpu = targets.cpu()
+    batch = Batch(ids.cpu(), None, count(cpu, None, needs))
+    generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
+    return model.draw(batch, generators, unroll).to(ids.device)
+
+
+def mean_loss(model, ids, targets):
+    return model.token_losses(drawn(model, ids, targets)).values.mean()
+
+
 OPTIONS = {
     "the paper's path": {},
     "reads its own guess": {"self_conditioning": True},
@@ -102,7 +114,7 @@ def options_table(lm, config, batch: int, context: int, timed):
     ids, targets = torch.randint(lm.config.vocab_size, (2, *size), generator=generator).to(device)
     # as in a graded answer, the last tokens count
     targets[:, :-8] = IGNORE
-    needs = torch.full((batch,), 6, device=device)
+    needs = torch.full((batch,), 6)
     first = None
     print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, and times the first")
     print(" " * 24 + "".join(f"{name:>20}" for name in
@@ -121,14 +133,14 @@ def options_table(lm, config, batch: int, context: int, timed):
             cache.length = context      # the newest token is read again, in its place
             model.read(ids[:, -1:], cache=cache)
 
-        def update(objective, **more):
+        def update(objective, unroll=0):
             with torch.enable_grad():
-                objective(ids, targets, generator=generator, **more).values.mean().backward()
+                objective(drawn(model, ids, targets, unroll, needs)).values.mean().backward()
 
         found = [timed(lambda: field(0.5, x, guess)), timed(read)]
         model.train()
         found.append(timed(lambda: update(model.token_losses)))
-        found.append(timed(lambda: update(model.refined_losses, needs=needs)))
+        found.append(timed(lambda: update(model.refined_losses, unroll=8)))
         first = first or found
         print(f"  {name:22}" + "".join(f"{ms:12.2f} {ms / base:6.2f}×"
                                        for ms, base in zip(found, first)))
@@ -148,7 +160,7 @@ def training_table(model, rows: int, length: int, timed):
     fused, plain = (torch.optim.AdamW(trained, lr=1e-9, fused=on) for on in (True, False))
 
     def update(targets=targets, optimizer=fused):
-        model.loss(ids, targets, generator=generator).backward()
+        mean_loss(model, ids, targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -181,14 +193,13 @@ def training_table(model, rows: int, length: int, timed):
 
 def print_parts(model, ids, targets, whole: float, update, timed):
     """Where the time of an update goes, and how close its arithmetic is to the machine's best."""
-    generator = torch.Generator().manual_seed(0)
 
     def read():
         with torch.no_grad():
             model.read(ids)
 
     def forward():
-        return model.loss(ids, targets, generator=generator)
+        return mean_loss(model, ids, targets)
 
     def backward():
         forward().backward()

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.batches import Batch, count  # noqa: E402
 from data.families import ModelConfig  # noqa: E402
 from diffusion import L2D, L2DConfig  # noqa: E402
 from model import LM  # noqa: E402
@@ -67,6 +69,18 @@ def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
 def make_ids(batch=3, length=10, seed=0, vocab=258):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab, (batch, length), generator=generator)
+
+
+def make_batch(ids, targets, class_ids=None, documents=None, needs=None, t=None, noise=None):
+    """A batch for an objective; t (B, T) and noise (B, T, Z) where they are not drawn."""
+    counted = count(targets, class_ids, needs)
+    if t is not None:
+        counted = replace(counted, t=t[counted.where], noise=noise[counted.where])
+    return Batch(ids, documents, counted)
+
+
+def generators(count, seed=0):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
 def exit_status(main, argv) -> int:

@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids, make_l2d, make_lm
+from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from data.batches import IGNORE
 from data.classes import drop_classes
-from data.draws import draw_times
+from data.draws import RowDraws, draw_times, row_generator
 from data.families import ModelConfig
 from diffusion import L2D, L2DConfig, VelocityField
 from model import LM, LoRA
@@ -117,12 +117,14 @@ def test_only_the_path_learns_and_at_first_only_the_merge_weight(family, rank):
     classes = torch.tensor([0, 1, 2])
     assert not l2d.lm.training
     assert not any(p.requires_grad for p in l2d.lm.parameters())
-    l2d.loss(make_ids(), make_ids(seed=1), classes, generator=generator()).backward()
+    batch = make_batch(make_ids(), make_ids(seed=1), classes)
+    mean_loss(l2d, l2d.draw(batch, generators(3))).backward()
     assert awake(l2d) == {"merge.2.weight"}
     with torch.no_grad():
         for p in l2d.path_parameters().values():
             p += 0.1 * torch.randn(p.shape)
-    l2d.loss(make_ids(), make_ids(seed=1), classes, generator=generator()).backward()
+    batch = make_batch(make_ids(), make_ids(seed=1), classes)
+    mean_loss(l2d, l2d.draw(batch, generators(3))).backward()
     assert awake(l2d) == set(l2d.path_parameters())
 
 
@@ -325,8 +327,8 @@ def test_a_target_moves_the_loss_of_its_own_position_only(family):
     k = 4
     other = targets.clone()
     other[:, k] = (other[:, k] + 1) % 258
-    losses, *_ = l2d.token_losses(ids, targets, **given)
-    others, *_ = l2d.token_losses(ids, other, **given)
+    losses, *_ = l2d.token_losses(make_batch(ids, targets, **given))
+    others, *_ = l2d.token_losses(make_batch(ids, other, **given))
     differs = (losses != others).view(ids.shape)
     assert differs[:, k].all()
     assert int(differs.sum()) == len(ids)
@@ -340,11 +342,12 @@ def test_packed_examples_have_the_losses_they_have_alone(family):
     t = torch.rand(1, 10)
     noise = torch.randn(1, 10, 16)
     documents = torch.tensor([[1] * 4 + [2] * 6])
-    packed, *_ = l2d.token_losses(ids, targets, documents=documents, t=t, noise=noise)
+    packed, *_ = l2d.token_losses(
+        make_batch(ids, targets, documents=documents, t=t, noise=noise))
     alone = []
     for s in (slice(0, 4), slice(4, 10)):
         given = dict(t=t[:, s], noise=noise[:, s])
-        alone.append(l2d.token_losses(ids[:, s], targets[:, s], **given)[0])
+        alone.append(l2d.token_losses(make_batch(ids[:, s], targets[:, s], **given))[0])
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
@@ -356,7 +359,7 @@ def test_packed_examples_have_the_losses_they_have_alone(family):
     dict(rank=None, time_distribution="cosmap"),
 ])
 def test_token_losses_are_those_of_the_whole_forward(family, options):
-    """x_t = t·V_y + (1−t)·σ·noise; time is drawn first, then noise, for every position.
+    """x_t = t·V_y + (1−t)·σ·noise; a row's times are drawn first, then its noise.
 
     The path itself is evaluated only where a target counts.
     """
@@ -365,42 +368,72 @@ def test_token_losses_are_those_of_the_whole_forward(family, options):
     targets = make_ids(seed=1)
     targets[torch.rand(ids.shape) < 0.5] = IGNORE
     classes = torch.tensor([0, 2, 3]) if "classes" in options else None
-    losses, _, times, _ = l2d.token_losses(ids, targets, classes, generator=generator(5))
+    batch = l2d.draw(make_batch(ids, targets, classes), generators(3, 5))
+    losses, _, times, _ = l2d.token_losses(batch)
 
-    g = generator(5)
-    t = draw_times(ids.shape, l2d.config.time_distribution, g)
-    noise = torch.randn(*ids.shape, 16, generator=g)
+    t = torch.zeros(ids.shape)
+    noise = torch.zeros(*ids.shape, 16)
+    counts = targets != IGNORE
+    for row, g in enumerate(generators(3, 5)):
+        here = int(counts[row].sum())
+        draws = RowDraws([here], [g])
+        t[row, counts[row]] = draw_times(draws, l2d.config.time_distribution)
+        noise[row, counts[row]] = torch.randn(here, 16, generator=g)
     x_1 = l2d.vectors(targets.clamp_min(0))
     x_t = t[..., None] * x_1 + (1 - t[..., None]) * l2d.config.sigma * noise
     logits = l2d(ids, x_t, t, classes)
-    counts = targets != IGNORE
     expected = F.cross_entropy(logits[counts], targets[counts], reduction="none")
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(times, t[counts])
     assert len(times.unique()) == len(times)
-    loss = l2d.loss(ids, targets, classes, t=t, noise=noise)
-    torch.testing.assert_close(loss, losses.mean())
+
+
+@pytest.mark.parametrize("unroll", [0, 4])
+def test_what_is_drawn_for_a_row_depends_on_the_row_alone(unroll):
+    """So any batches, any number of processes see the same times, noise and hidden classes."""
+    l2d = make_l2d(classes=3).train()
+    targets = make_ids(4, 9).masked_fill(torch.rand(4, 9) < 0.4, IGNORE)
+    classes = torch.tensor([0, 1, 2, 0])
+    needs = torch.tensor([0, 1, 2, 3])
+
+    def drawn(rows, length):
+        some = targets[rows, :length]
+        batch = make_batch(some, some, classes[rows], needs=needs[rows])
+        return l2d.draw(batch, [row_generator(7, 20 + row) for row in rows], unroll).counted
+
+    together = drawn([3, 0, 2, 1], 9)
+    for place, row in enumerate([3, 0, 2, 1]):
+        length = int((targets[row] != IGNORE).nonzero().max()) + 1
+        alone = drawn([row], length)
+        here = together.at(together.where[0] == place)
+        for name in ("y", "t", "noise", "class_ids"):
+            assert torch.equal(getattr(alone, name), getattr(here, name)), name
+    assert not torch.equal(drawn([0], 9).noise[0], drawn([1], 9).noise[0])
 
 
 def test_the_gradient_also_goes_through_the_vector_of_the_target():
     """So W of Eq. 5 learns, and from nothing else."""
     l2d = make_l2d(perturb=0.05)
     given = dict(t=torch.rand(3, 10), noise=torch.randn(3, 10, 16))
-    l2d.loss(make_ids(), make_ids(seed=1), **given).backward()
+    mean_loss(l2d, make_batch(make_ids(), make_ids(seed=1), **given)).backward()
     assert l2d.to_z.weight.grad.abs().max() > 1e-6
     # where x_t is noise alone, there is no vector in it
     l2d.zero_grad()
     given["t"] = torch.zeros(3, 10)
-    l2d.loss(make_ids(), make_ids(seed=1), **given).backward()
+    mean_loss(l2d, make_batch(make_ids(), make_ids(seed=1), **given)).backward()
     assert not l2d.to_z.weight.grad.any()
+
+
+def mean_loss(l2d, batch):
+    return l2d.token_losses(batch).values.mean()
 
 
 def test_same_seed_same_loss_to_the_bit():
     l2d = make_l2d(classes=3).train()
 
     def loss(seed):
-        classes = torch.tensor([0, 1, 2])
-        return l2d.loss(make_ids(), make_ids(seed=1), classes, generator=generator(seed))
+        batch = make_batch(make_ids(), make_ids(seed=1), torch.tensor([0, 1, 2]))
+        return mean_loss(l2d, l2d.draw(batch, generators(3, seed)))
 
     assert torch.equal(loss(0), loss(0))
     assert not torch.equal(loss(0), loss(1))
@@ -413,8 +446,8 @@ def test_nothing_to_learn_gives_empty_losses(family):
     """
     l2d = make_l2d(family)
     ids = make_ids()
-    targets = torch.full_like(ids, IGNORE)
-    losses, _, times, _ = l2d.token_losses(ids, targets, generator=generator())
+    batch = l2d.draw(make_batch(ids, torch.full_like(ids, IGNORE)), generators(3))
+    losses, _, times, _ = l2d.token_losses(batch)
     assert losses.shape == times.shape == (0,)
     losses.sum().backward()
 
@@ -449,7 +482,7 @@ def test_classes_the_path_was_not_made_with_are_refused(classes, given, message)
     with pytest.raises(ValueError, match=message):
         l2d(ids, *noisy(l2d, ids, 0.5), torch.tensor(given))
     with pytest.raises(ValueError, match=message):
-        l2d.loss(ids, ids, torch.tensor(given), generator=generator())
+        l2d.draw(make_batch(ids, ids, torch.tensor(given)), generators(3))
 
 
 @torch.no_grad()
@@ -463,17 +496,18 @@ def test_no_class_is_the_last_class(family):
 
 
 def test_a_share_of_the_classes_is_dropped_position_by_position():
-    classes = torch.zeros(100, 200, dtype=torch.long)
-    dropped = drop_classes(classes, 0.2, 3, generator()) == 3
-    assert p_value(dropped.flatten().long().bincount(), torch.tensor([0.8, 0.2])) > 1e-3
+    classes = torch.zeros(100 * 200, dtype=torch.long)
+    draws = RowDraws([200] * 100, generators(100))
+    dropped = drop_classes(classes, 0.2, 3, draws) == 3
+    assert p_value(dropped.long().bincount(), torch.tensor([0.8, 0.2])) > 1e-3
     # no sequence is hidden or shown whole
-    per_row = dropped.sum(1)
+    per_row = dropped.view(100, 200).sum(1)
     assert 0 < int(per_row.min()) and int(per_row.max()) < 100
 
 
 def test_dropped_classes_stay_what_they_were_otherwise():
-    classes = make_ids(50, 40, vocab=3)
-    found = drop_classes(classes, 0.5, 3, generator())
+    classes = make_ids(1, 2000, vocab=3)[0]
+    found = drop_classes(classes, 0.5, 3, RowDraws([2000], generators(1)))
     assert torch.equal(found[found != 3], classes[found != 3])
     assert set(found.unique().tolist()) == {0, 1, 2, 3}
 
@@ -481,8 +515,8 @@ def test_dropped_classes_stay_what_they_were_otherwise():
 def test_the_objective_drops_classes():
     """In training the class embedding of no class learns too, though nobody passed it."""
     l2d = make_l2d(classes=3)
-    classes = torch.tensor([0, 1, 2])
+    batch = make_batch(make_ids(), make_ids(seed=1), torch.tensor([0, 1, 2]))
     for training in (False, True):
         l2d.train(training).zero_grad()
-        l2d.loss(make_ids(), make_ids(seed=1), classes, generator=generator()).backward()
+        mean_loss(l2d, l2d.draw(batch, generators(3))).backward()
         assert bool(l2d.class_embedding.weight.grad[3].any()) == training

@@ -16,7 +16,7 @@ from solvers import odeint
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
-from data.batches import IGNORE, collate
+from data.batches import collate
 from data import figures, flops
 from data.figures import mean_curve
 from data.hub import resolve
@@ -111,11 +111,10 @@ def test_calibration_is_the_distance_of_belief_and_truth():
 def test_the_mean_of_several_noises_is_that_of_each_alone(tiny):
     model, tokenizer = tiny
     rows = [TASK.reference(make_problem("test", i, topic="math"), tokenizer) for i in range(2)]
-    batch, settings = collate(rows, "cpu"), Settings(steps=2)
-    where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+    batch, settings = collate(rows), Settings(steps=2)
     with torch.no_grad():
-        one = evaluation.solved(model, batch, where, settings, 0, 1)
-        two = evaluation.solved(model, batch, where, settings, 0, 2)
+        one = evaluation.solved(model, batch, settings, 0, 1)
+        two = evaluation.solved(model, batch, settings, 0, 2)
     assert torch.allclose(two.sum(-1), torch.ones(len(two)), atol=1e-5)
     assert not torch.equal(one, two)
     # the second noise alone is what is left
@@ -206,18 +205,16 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
     settings, expected = Settings(steps=3), []
     for number, problem in enumerate(problems):
         ids, mask, _, label, _ = TASK.reference(problem, tokenizer)
-        longest = max(len(TASK.reference(p, tokenizer)[0]) for p in problems) - 1
+        places = [k for k in range(1, len(ids)) if mask[k]]
         noise = torch.randn(
-            longest, model.config.width, generator=torch.Generator().manual_seed(number)
+            len(places), model.config.width, generator=torch.Generator().manual_seed(number)
         )
-        for k in range(1, len(ids)):
-            if mask[k]:
-                reading = model.read(torch.tensor(ids[None, :k])).last()
-                field = VelocityField(model, reading, class_ids=torch.tensor([label]))
-                x_0 = model.config.sigma * noise[None, k - 1 : k]
-                solution = odeint(field, x_0, "euler", 3)
-                logits = field.logits(solution.x, solution.guess)
-                expected.append(int(logits.argmax()) == ids[k])
+        for k, x_0 in zip(places, model.config.sigma * noise):
+            reading = model.read(torch.tensor(ids[None, :k])).last()
+            field = VelocityField(model, reading, class_ids=torch.tensor([label]))
+            solution = odeint(field, x_0[None, None], "euler", 3)
+            logits = field.logits(solution.x, solution.guess)
+            expected.append(int(logits.argmax()) == ids[k])
     _, found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
     assert found.tolist() == expected and 0 < sum(expected)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_batch
 from safetensors.torch import load_file
 
 from data.batches import IGNORE
@@ -22,7 +23,9 @@ from solvers import odeint
 FOLDER = Path(os.environ.get("NANOL2D_SHARED", "nowhere")) / "golden"
 pytestmark = pytest.mark.skipif(
     not FOLDER.exists(), reason="NANOL2D_SHARED names no folder with golden outputs")
-BOUND = 2.7e-5      # relative to the largest value, as a second derivation from the paper needs
+# Relative to the largest value. Where t is small, theirs are 5.0e-5 from float64 arithmetic and
+# ours, by the processor, 2.7e-5 to 3.6e-5.
+BOUND = 9e-5
 
 # Ours -> theirs, for what is trained.
 NAMES = {
@@ -107,9 +110,9 @@ def test_left_padding(l2d, golden):
 def test_loss_and_every_gradient(l2d, golden):
     targets = golden["golden.labels_shifted"]
     l2d.zero_grad()
-    losses, *_ = l2d.token_losses(
+    losses, *_ = l2d.token_losses(make_batch(
         golden["golden.input_ids"], targets, t=golden["golden.train.timesteps"],
-        noise=golden["golden.train.noise_unit"])
+        noise=golden["golden.train.noise_unit"]))
     close(losses.detach(), golden["golden.train.per_token_loss"][targets != IGNORE])
     losses.mean().backward()
     for name, p in l2d.path_parameters().items():

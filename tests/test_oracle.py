@@ -9,18 +9,15 @@ import math
 
 import pytest
 import torch
+from conftest import generators
 
+from data.draws import RowDraws, draw_times, draw_tokens
 from data.tiny.oracle import LINE as FOUR_TOKENS
 from data.tiny.oracle import Oracle
-from data.draws import draw_times, draw_tokens
 from diffusion import VelocityField
 from solvers import odeint
 
 F64 = torch.float64
-
-
-def generators(count, seed=0):
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
 def p_value(counts, p) -> float:
@@ -261,7 +258,7 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 def test_uniform_times():
-    t = draw_times((20000,), "uniform", torch.Generator().manual_seed(0))
+    t = draw_times(RowDraws([20000], generators(1)), "uniform")
     assert 0 <= t.min() and t.max() < 1
     counts = (t * 20).long().bincount(minlength=20)
     assert p_value(counts, torch.full((20,), 1 / 20)) > 1e-3
@@ -269,7 +266,7 @@ def test_uniform_times():
 
 def test_cosmap_times_follow_their_formula():
     """t = 1 − 1/(tan(πu/2) + 1) means P(t ≤ s) = 2/π·atan(s/(1 − s)); Kolmogorov at 0.1 %."""
-    t = draw_times((20000,), "cosmap", torch.Generator().manual_seed(0))
+    t = draw_times(RowDraws([20000], generators(1)), "cosmap")
     t = t.double().sort().values
     assert 0 <= t.min() and t.max() < 1
     cdf = 2 / math.pi * torch.atan(t / (1 - t))
@@ -279,5 +276,5 @@ def test_cosmap_times_follow_their_formula():
 
 def test_largest_uniform_number_still_gives_a_time_below_one(monkeypatch):
     """torch.rand can return 1 − 2⁻²⁴, where tan(πu/2) is 10⁷ and rounding could reach 1."""
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 1 - 2 ** -24))
-    assert 0.9999 < float(draw_times((1,), "cosmap", torch.Generator())) < 1
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, 1 - 2 ** -24))
+    assert 0.9999 < float(draw_times(RowDraws([1], generators(1)), "cosmap")) < 1

@@ -9,13 +9,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids, make_l2d, make_lm
+from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from data.average import Average
 from data.batches import IGNORE
 from data.curriculum import Curriculum, growing_unroll
-from data.draws import draw_noise, draw_schedule
+from data.draws import RowDraws, draw_schedule
 from diffusion import L2D, L2DConfig, VelocityField
 from sample import Settings, generate
 from solvers import odeint
@@ -87,25 +87,23 @@ def test_own_reading_leaves_the_frozen_one_alone(family):
 
 # --- the objective --------------------------------------------------------------------------------
 
-def by_hand(l2d, ids, targets, needs, unroll, backprop, seed):
+def by_hand(l2d, batch, needs, backprop):
     """Loss and last loss of every position that counts, each with a loop of its own."""
-    g = generator(seed)
-    times = draw_schedule(ids.shape, needs, unroll, g)
-    noise = draw_noise(ids.shape, l2d.config.width, g)
-    found = {}
-    for b, k in (targets != IGNORE).nonzero().tolist():
-        reading = l2d.read(ids[b:b + 1, :k + 1]).last()
+    counted, found = batch.counted, {}
+    places = zip(*(place.tolist() for place in counted.where))
+    for (b, k), y, times, noise in zip(places, counted.y, counted.t, counted.noise):
+        reading = l2d.read(batch.ids[b:b + 1, :k + 1]).last()
         V = l2d.vocabulary()
-        x = l2d.config.sigma * noise[b, k][None, None]
+        x = l2d.config.sigma * noise[None, None]
         guess = l2d.lm.logits(reading.hidden)
         t = 0.0
         losses = []
-        for made, new_t in enumerate([t for t in times[b, k].tolist() if t], start=1):
+        for made, new_t in enumerate([t for t in times.tolist() if t], start=1):
             x_hat = guess.softmax(-1) @ V
             x = x + (x_hat - x) * (new_t - t) / (1 - t)
             t = new_t
             guess = l2d.guess(x, torch.tensor([t]), None, reading, guess)
-            loss = float(F.cross_entropy(guess[0], targets[b, k:k + 1]))
+            loss = float(F.cross_entropy(guess[0], y[None]))
             need = 0 if needs is None else int(needs[b])
             losses.append((loss, made + 1 >= need))
         fair = [loss for loss, could_be_right in losses[-backprop:] if could_be_right]
@@ -120,14 +118,16 @@ def test_refined_losses_are_those_of_a_plain_loop(family, options, needs):
     l2d = make_l2d(family, **options)
     ids = make_ids()
     targets = make_ids(seed=1).masked_fill(torch.rand(ids.shape) < 0.5, IGNORE)
-    found = l2d.refined_losses(ids, targets, needs=needs, generator=generator(7), unroll=5,
-                               backprop=2)
-    expected = by_hand(l2d, ids, targets, needs, 5, 2, 7)
+    batch = l2d.draw(make_batch(ids, targets, needs=needs), generators(3, 7), unroll=5)
+    found = l2d.refined_losses(batch, backprop=2)
+    expected = by_hand(l2d, batch, needs, 2)
     assert len(found.values) == len(expected)
     # positions come in another order, so they are compared as a set
-    rows = sorted((v, last, t, b) for v, last, t, b in zip(*(x.tolist() for x in found)))
-    wanted = sorted((*value, b) for (b, _), value in expected.items())
-    torch.testing.assert_close(torch.tensor(rows), torch.tensor(wanted), atol=2e-3, rtol=1e-3)
+    rows = sorted(zip(*(x.tolist() for x in found[:3])))
+    torch.testing.assert_close(torch.tensor(rows), torch.tensor(sorted(expected.values())),
+                               atol=2e-3, rtol=1e-3)
+    if needs is not None:
+        assert sorted(found.needs.tolist()) == sorted(batch.counted.needs.tolist())
 
 
 @pytest.mark.parametrize("backprop", [1, 3])
@@ -143,8 +143,8 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
     monkeypatch.setattr(L2D, "step", step)
     ids = make_ids()
     needs = torch.full((3,), 6)
-    losses = l2d.refined_losses(ids, make_ids(seed=1), needs=needs, generator=generator(),
-                                unroll=6, backprop=backprop)
+    batch = make_batch(ids, make_ids(seed=1), needs=needs)
+    losses = l2d.refined_losses(l2d.draw(batch, generators(3), unroll=6), backprop)
     losses.values.mean().backward()
     count = len(remembered)
     assert count == 6
@@ -157,8 +157,8 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
 
 
 def test_a_row_has_evaluations_as_it_needs_and_a_uniform_last_time():
-    needs = torch.tensor([0, 1, 5, 12])
-    times = draw_schedule((4, 20_000), needs, 8, generator())
+    needs = torch.tensor([0, 1, 5, 12]).repeat_interleave(20_000)
+    times = draw_schedule(RowDraws([20_000] * 4, generators(4)), needs, 8).view(4, 20_000, 8)
     count = (times > 0).sum(-1)
     for row, allowed in zip(count, ({1, 2, 3}, {1, 2, 3, 4}, {4, 5, 6, 7, 8}, {8})):
         assert set(row.unique().tolist()) == allowed
@@ -168,15 +168,16 @@ def test_a_row_has_evaluations_as_it_needs_and_a_uniform_last_time():
         assert 0 < float(some.min()) and float(some.max()) <= 1
         tenths = (some * 10).long().clamp_max(9).bincount(minlength=10)
         assert p_value(tenths, torch.full((10,), 0.1)) > 1e-3
-    unknown = (draw_schedule((1, 20_000), None, 4, generator()) > 0).sum(-1)[0]
+    unknown = (draw_schedule(RowDraws([20_000], generators(1)), None, 4) > 0).sum(-1)
     assert p_value(unknown.bincount()[1:], torch.full((4,), 0.25)) > 1e-3
 
 
 def test_nothing_to_learn_gives_no_refined_losses():
     l2d = make_l2d(**BOTH)
     ids = make_ids()
-    losses = l2d.refined_losses(ids, torch.full_like(ids, IGNORE), generator=generator())
-    assert [len(values) for values in losses] == [0, 0, 0, 0]
+    batch = make_batch(ids, torch.full_like(ids, IGNORE))
+    losses = l2d.refined_losses(l2d.draw(batch, generators(3), unroll=4))
+    assert [len(values) for values in losses[:3]] == [0, 0, 0]
 
 
 # --- what a training asks for ---------------------------------------------------------------------
@@ -185,19 +186,24 @@ def test_the_hardest_need_grows_when_the_hardest_rows_are_right():
     curriculum = Curriculum(top=3)
     needs = torch.tensor([1, 1, 0, 2])
     right, wrong = torch.full((4,), 0.1), torch.full((4,), 2.0)
+    assert curriculum.count(needs, right).tolist() == [2, 2]
+    assert curriculum.count(needs, wrong).tolist() == [2, 0]
     for _ in range(10):
-        curriculum.note(needs, wrong)
+        curriculum.note(2, 0)
     assert curriculum.hardest == 1
     # an average that remembers nine tenths passes 0.9 after 22 updates, and begins anew
     for _ in range(22):
         assert curriculum.hardest == 1
-        curriculum.note(needs, right)
+        curriculum.note(2, 2)
     assert curriculum.hardest == 2
+    assert curriculum.count(needs, right).tolist() == [1, 1]
+    # an update without any of them says nothing
+    curriculum.note(0, 0)
     for _ in range(22):
-        curriculum.note(needs, right)
+        curriculum.note(2, 2)
     assert curriculum.hardest == 3
     for _ in range(40):
-        curriculum.note(needs, right)
+        curriculum.note(2, 2)
     assert curriculum.hardest == 3
     again = Curriculum(top=3)
     again.restore(curriculum.state)

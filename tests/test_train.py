@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import LLAMA, make_ids, make_lm
-from data.batches import IGNORE, Losses, collate
+from data.batches import Losses, collate, draw_rows
 from data.presets import PRESETS
 from data.state import out_of_patience, read_state
 from diffusion import L2D, L2DConfig
@@ -74,15 +74,16 @@ def updates(out):
 
 def ctrl_c_after(monkeypatch, count):
     """Send ourselves SIGINT while update number `count` is under way."""
-    draw, calls = train.draw_batches, []
+    draw, calls = train.make_batches, []
 
     def draw_and_interrupt(*args):
         calls.append(1)
-        if len(calls) == count:
+        # the first is the validation's
+        if len(calls) == 1 + count:
             signal.raise_signal(signal.SIGINT)
         return draw(*args)
 
-    monkeypatch.setattr(train, "draw_batches", draw_and_interrupt)
+    monkeypatch.setattr(train, "make_batches", draw_and_interrupt)
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -108,7 +109,6 @@ def test_three_and_three_resumed_updates_equal_six_to_the_bit(
         "exp_avg",
         "exp_avg_sq",
         "step",
-        "generator",
     }
     assert meta["update"] == 6 and meta["position"] == 24 * accumulate
     assert expected.keys() == found.keys() and all(
@@ -283,11 +283,12 @@ def test_one_batch_is_learned_by_heart(method, base):
         objective="paper",
         own_reading=False,
     )
-    (model, _), batch = train.build_model(args, classes=0), collate(rows(4, 12), "cpu")
+    model, _ = train.build_model(args, classes=0)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = train.build_optimizer(trainable, args), []
     for _ in range(60):
-        loss = train.token_losses(model, batch, torch.Generator().manual_seed(0))[0].mean()
+        (batch,) = train.make_batches(model, rows(4, 12), 4, 0, 0, 0)
+        loss = train.token_losses(model, batch).values.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -383,47 +384,49 @@ def rows(count, length, spread=5):
     return result
 
 
-def drawn(data, position, **changes):
-    args = Namespace(**{"batch_size": 3, "accumulate": 2, "seed": 5, **changes})
-    return train.draw_batches(data, args, position, "cpu")
+def drawn(data, position, seed=5):
+    """The first tokens of the rows in the two batches of an update, which tell the rows apart."""
+    some = draw_rows(data, position, 6, seed)
+    batches = train.make_batches(make_lm(), some, 3, seed, position, 0)
+    assert [len(batch.ids) for batch in batches] == [3, 3]
+    return [row for batch in batches for row in batch.ids[:, 0].tolist()]
 
 
 def test_every_row_is_seen_once_an_epoch_and_in_another_order_in_the_next():
-    data = rows(10, 12)
-    batches = [batch for position in range(0, 30, 6) for batch in drawn(data, position)]
-    assert [len(batch["ids"]) for batch in batches] == [3] * 10
-    seen = [row for batch in batches for row in batch["ids"][:, 0].tolist()]
+    # of one length, so that they stay in the order they are drawn in
+    data = rows(10, 12, spread=1)
+    seen = [row for position in range(0, 30, 6) for row in drawn(data, position)]
     epochs = [seen[:10], seen[10:20], seen[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3 and list(range(10)) not in epochs
     # what comes at a position depends on nothing else
-    assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 18)] == [seen[18:21], seen[21:24]]
-    assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 0)] == [seen[0:3], seen[3:6]]
-    assert [batch["ids"][:, 0].tolist() for batch in drawn(data, 0, seed=6)] != [
-        seen[0:3],
-        seen[3:6],
-    ]
+    assert drawn(data, 18) == seen[18:24]
+    assert drawn(data, 0) == seen[0:6]
+    assert drawn(data, 0, seed=6) != seen[0:6]
+
+
+def test_rows_of_like_length_come_together():
+    data = rows(6, 12, spread=6)
+    batches = train.make_batches(make_lm(), data, 2, 0, 0, 0)
+    assert [batch.ids.shape[1] for batch in batches] == [7, 9, 11]
+    assert sorted(row for batch in batches for row in batch.ids[:, 0].tolist()) == list(range(6))
 
 
 def test_targets_are_the_next_tokens_of_the_response():
-    batch = collate(
-        [([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)], "cpu"
-    )
-    assert batch["ids"].tolist() == [[7, 8, 9], [5, 6, 0]]
-    assert batch["targets"].tolist() == [[IGNORE, 9, 10], [6, IGNORE, IGNORE]]
-    assert batch["class_ids"].tolist() == [3, 0] and "documents" not in batch
+    batch = collate([([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)])
+    assert batch.ids.tolist() == [[7, 8, 9], [5, 6, 0]]
+    counted = batch.counted
+    assert [place.tolist() for place in counted.where] == [[0, 0, 1], [1, 2, 0]]
+    assert counted.y.tolist() == [9, 10, 6] and counted.class_ids.tolist() == [3, 3, 0]
+    assert batch.documents is None and counted.needs is None
 
 
 def test_packed_rows_keep_their_documents():
     batch = collate(
-        [([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])],
-        "cpu",
-    )
-    assert batch["documents"].tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
-    assert (
-        batch["targets"].tolist() == [[2, IGNORE, 4, 5], [2, 3, IGNORE, IGNORE]]
-        and "class_ids" not in batch
-    )
+        [([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])])
+    assert batch.documents.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
+    assert [place.tolist() for place in batch.counted.where] == [[0, 0, 0, 1, 1], [0, 2, 3, 0, 1]]
+    assert batch.counted.y.tolist() == [2, 4, 5, 2, 3] and batch.counted.class_ids is None
 
 
 def test_padding_and_neighbours_change_no_loss():
@@ -433,9 +436,9 @@ def test_padding_and_neighbours_change_no_loss():
         torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor([len(a[0]), len(b[0])]))
     )
     with torch.no_grad():
-        alone = [train.token_losses(lm, collate([row], "cpu"), None)[0] for row in (a, b, c)]
-        padded = train.token_losses(lm, collate([a, b, c], "cpu"), None)[0]
-        together = train.token_losses(lm, collate([packed, c], "cpu"), None)[0]
+        alone = [train.token_losses(lm, collate([row]))[0] for row in (a, b, c)]
+        padded = train.token_losses(lm, collate([a, b, c]))[0]
+        together = train.token_losses(lm, collate([packed, c]))[0]
         count = len(a[0]) - len(a[0]) // 3
         by_hand = F.cross_entropy(
             lm(torch.tensor([a[0]]))[0, -count - 1 : -1],
@@ -458,8 +461,8 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
     times, calls = (torch.arange(20) + 0.5) / 20, []
     times[-1] = 1.0
 
-    def losses(model, batch, generator):
-        calls.append((len(batch["ids"]), model.training))
+    def losses(model, batch, backprop):
+        calls.append((len(batch.ids), model.training))
         values = 10 * times + len(calls) - 1
         return Losses(values, values, times, None)
 
@@ -477,7 +480,7 @@ def test_validation_is_the_plain_loss_of_a_language_model_and_repeats(base):
     args = Namespace(batch_size=4, val_rows=100, objective="paper")
     with torch.no_grad():
         expected = torch.cat(
-            [train.token_losses(lm, collate([row], "cpu"), None)[0] for row in data]
+            [train.token_losses(lm, collate([row]))[0] for row in data]
         ).mean()
     assert train.validate(lm, data, args, "cpu") == {
         "val_loss": pytest.approx(float(expected), abs=1e-3)
@@ -666,9 +669,9 @@ def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_p
 
 def test_both_takes_turns_and_validates_our_own():
     args = train.parse(["--objective=both", "--unroll=6"])
-    turns = [bool(train.refinement(args, update)) for update in range(4)]
+    turns = [train.refinement(args, update)[0] > 0 for update in range(4)]
     assert turns == [False, True, False, True]
-    assert train.refinement(args) == {"unroll": 6, "backprop": 3}
+    assert train.refinement(args) == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -719,8 +722,8 @@ def test_one_update_on_two_batches_is_one_update_on_both_together():
             dict(lm.named_parameters()), Namespace(lr=0.01, weight_decay=0.0)
         )
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        batches = [collate(some[at : at + size], "cpu") for at, size in zip(starts, sizes)]
-        loss, norm, tokens = train.update_once(lm, optimizer, batches, None, clip=1.0)
+        batches = [collate(some[at : at + size]) for at, size in zip(starts, sizes)]
+        loss, norm, tokens = train.update_once(lm, optimizer, batches, clip=1.0)
         states.append((loss, norm, tokens, lm))
     for loss, norm, tokens, lm in states[1:]:
         assert loss == pytest.approx(states[0][0], rel=1e-5) and tokens == states[0][2]

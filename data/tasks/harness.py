@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data.answer import Stop
-from data.batches import IGNORE, collate
+from data.batches import collate
 from data.disk import check_absent, check_writable, write_json
 from data.formats import check_messages, resolve_style
 from eval import solved
@@ -131,14 +131,14 @@ class Adapter(HarnessLM):
         mask = [0] * (len(ids) - len(rest)) + [1] * len(rest)
         # one document
         row = (ids, mask, [1] * len(ids))
-        batch = collate([row], next(self.model.parameters()).device)
-        where = (batch["targets"] != IGNORE).nonzero(as_tuple=True)
+        batch = collate([row]).to(next(self.model.parameters()).device)
+        targets = batch.counted.y
         if self.settings.steps:
             seed = zlib.crc32(repr(ids).encode())
-            p = solved(self.model, batch, where, self.settings, seed, self.draws)
+            p = solved(self.model, batch, self.settings, seed, self.draws)
         else:
-            p = self.lm(batch["ids"])[where].float().softmax(-1)         # (N, V)
-        targets = batch["targets"][where]
+            logits = self.lm(batch.ids)[batch.counted.where]
+            p = logits.float().softmax(-1)                              # (N, V)
         log_p = p.gather(1, targets[:, None]).clamp_min(1e-38).log()
         return float(log_p.sum()), bool((p.argmax(-1) == targets).all())
 
