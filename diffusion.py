@@ -30,11 +30,12 @@ from data.draws import RowDraws, draw_schedule, draw_times, draw_tokens
 from data.families import choices
 from data.figures import draw_points
 from data.kv_cache import KVCache
+from data.lora import fold_lora
 from data.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
 from data.positions import FREQUENCIES, sinusoid
 from data.tiny.oracle import LINE, Oracle
 from data.time_table import Modulation, TimeTable
-from model import LM, PathBlock, Reading, fold_lora, read_own, two_layers
+from model import LM, PathBlock, Reading, read_own, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")

@@ -25,6 +25,7 @@ from data.families import ACTIVATIONS, ModelConfig
 from data.hub import resolve
 from data.kv_cache import KVCache
 from data.log_p import log_p
+from data.lora import adapt
 from data.positions import positions_and_mask, rope_inv_freq, rotate
 
 
@@ -219,50 +220,6 @@ class Reading:
 
 # --- the same layer in the diffusion path ---------------------------------------------------------
 
-class LoRA(nn.Module):
-    """A frozen Linear plus a trainable low-rank correction (Hu et al. 2021).
-
-    A starts as N(0, 1)/r and B as zero, as in the L2D code: training starts from the frozen matrix.
-    """
-
-    def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        device = frozen.weight.device
-        a = torch.randn(frozen.in_features, rank, device=device) / rank
-        b = torch.zeros(rank, frozen.out_features, device=device)
-        self.frozen = frozen
-        self.scale = alpha / rank
-        self.A = nn.Parameter(a)
-        self.B = nn.Parameter(b)
-        self.folded = None             # W + (α/r)·BA, while sampling
-
-    def forward(self, x):
-        if self.folded is not None:
-            return F.linear(x, self.folded, self.frozen.bias)
-        low = x @ self.A.to(x.dtype)                                    # (..., r)
-        correction = low @ self.B.to(x.dtype)
-        # y = W·x + (α/r)·B·A·x
-        return self.frozen(x) + self.scale * correction
-
-    @torch.no_grad()
-    def sum(self):
-        """W + (α/r)·BA, in the frozen matrix's own type."""
-        weight = self.frozen.weight
-        correction = self.scale * (self.A @ self.B).T
-        return weight + correction.to(weight.dtype)
-
-    def fold(self, on: bool = True):
-        """One product instead of three, for a copy of W; the frozen matrix stays as it is."""
-        self.folded = self.sum() if on else None
-
-
-def fold_lora(module: nn.Module, on: bool):
-    """Fold every LoRA inside."""
-    for inside in module.modules():
-        if isinstance(inside, LoRA):
-            inside.fold(on)
-
-
 def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) -> nn.Sequential:
     """Linear, SiLU, Linear; `zero` starts the last layer at zero: at first it adds nothing."""
     first = nn.Linear(inside, middle)
@@ -271,21 +228,6 @@ def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) ->
         for p in last.parameters():
             nn.init.zeros_(p)
     return nn.Sequential(first, nn.SiLU(), last)
-
-
-def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
-    """A trainable stand-in for a frozen matrix: the matrix plus LoRA, or a full copy."""
-    # GPT-2 has no gate
-    if frozen is None:
-        return None
-    if rank is not None:
-        return LoRA(frozen, rank, alpha)
-    bias = frozen.bias is not None
-    device = frozen.weight.device
-    copy = nn.Linear(frozen.in_features, frozen.out_features, bias=bias, device=device)
-    # the path starts from what the frozen layer can do already
-    copy.load_state_dict(frozen.state_dict())
-    return copy
 
 
 class PathBlock(nn.Module):

@@ -13,6 +13,7 @@ import argparse
 import functools
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from data.command import command      # first: from here on Ctrl-C is one line
 import torch
 import torch.nn as nn
 
+from data import processes
 from data.average import Average
-from data.batches import Batch, Losses, collate, cut, draw_rows
+from data.batches import Batch, Losses, by_length, collate, draw_rows
 from data.checkpoint import copy_tokenizer, pick_device
 from data.disk import claimed, read_json
 from data.curriculum import Curriculum, growing_unroll
@@ -30,7 +32,9 @@ from data.draws import row_generator
 from data.families import ModelConfig
 from data.hub import resolve
 from data.interrupt import Interrupt
-from data.log import Log, by_tenth
+from data.log import Log, by_tenth, tenth_sums
+from data.lora import LoRA, merge_linear, replace_linears
+from data.optimizer import build_optimizer, learning_rate
 from data.path import L2DConfig
 from data.positions import check_length
 from data.state import (
@@ -42,10 +46,9 @@ from data.tokenizer import load_tokenizer
 from data.tokens import TokenFiles
 from data.train_flags import parse
 from diffusion import L2D
-from model import LM, LoRA
+from model import LM
 from sample import Settings, answer_problems
 
-BETAS = (0.9, 0.95)        # of AdamW, as in the paper
 PLANNED = 3                # updates that --plan measures
 
 
@@ -65,7 +68,8 @@ def build_model(args, classes: int):
     """(module to train, fingerprint of what stays frozen beside it): an L2D, or the LM itself."""
     # the only use of the global generator: torch fills new layers from it
     torch.manual_seed(args.seed)
-    device, dtype = pick_device(args.device, args.dtype and getattr(torch, args.dtype))
+    device = processes.card(args.device)
+    device, dtype = pick_device(device, args.dtype and getattr(torch, args.dtype))
     if args.init_from == "scratch":
         lm = LM(ModelConfig.from_hf(read_json(source_directory(args) / "config.json")))
         # on the CPU, so that every device starts from the same weights
@@ -90,23 +94,6 @@ def build_model(args, classes: int):
     return lm, frozen
 
 
-def replace_linears(lm: LM, kind, convert):
-    """Put convert(matrix) in the place of every matrix of every block, if it is of this kind."""
-    for block in lm.blocks:
-        for owner in (block, block.mlp):
-            # a list, since the loop replaces what it walks over
-            for name, module in list(owner.named_children()):
-                if isinstance(module, kind):
-                    setattr(owner, name, convert(module))
-
-
-@torch.no_grad()
-def merge_linear(adapted: LoRA) -> nn.Linear:
-    """The frozen matrix with its correction added for good."""
-    adapted.frozen.weight.copy_(adapted.sum())
-    return adapted.frozen
-
-
 def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
     """Of every token that counts (N,): L2D's, by its own steps where `backprop`; cross-entropy."""
     if isinstance(model, L2D):
@@ -118,25 +105,6 @@ def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
         hidden = model.read(batch.ids, batch.documents).hidden
         losses = -model.log_p(hidden[counted.where], counted.y)
         return Losses(losses, losses, None, counted.needs)
-
-
-def build_optimizer(trainable: dict, args):
-    """AdamW; matrices decay, biases and norms do not."""
-    # decay pulls towards zero, which is where a matrix may be but not the scale of a norm
-    matrices = [p for p in trainable.values() if p.dim() >= 2]
-    vectors = [p for p in trainable.values() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
-
-
-def learning_rate(update: int, args) -> float:
-    """Linear warm-up, then linear decay from lr to min_lr at the last update."""
-    if update < args.warmup:
-        return args.lr * (update + 1) / args.warmup
-    # a run as long as its warm-up has no decay to divide by
-    progress = (update - args.warmup) / max(1, args.updates - args.warmup)
-    return args.lr + progress * (args.min_lr - args.lr)
 
 
 # --- one update -----------------------------------------------------------------------------------
@@ -160,7 +128,9 @@ def refinement(args, update: int | None = None) -> tuple:
 def make_batches(model, rows: list, size: int, seed: int, first: int, unroll: int) -> list:
     """Batches of at most `size` of the rows, number `first` and on, with all that is random."""
     batches = []
-    for numbers in cut(rows, size):
+    mine = processes.share(by_length(rows))
+    for at in range(0, len(mine), size):
+        numbers = mine[at:at + size]
         batch = collate([rows[number] for number in numbers])
         if isinstance(model, L2D):
             # by the number of a row alone, whatever batch or process it is in
@@ -174,7 +144,8 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
                 curriculum: Curriculum | None = None):
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
     # counted before the first backward pass, because every batch is divided by all of them
-    tokens = sum(len(batch.counted.y) for batch in batches)
+    counted = sum(len(batch.counted.y) for batch in batches)
+    tokens = int(processes.total(torch.tensor(counted)))
     if not tokens:
         raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
                          "prepare the data again")
@@ -189,9 +160,10 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
         if curriculum:
             learned += curriculum.count(losses.needs, losses.last)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    processes.sum_gradients(trained)
     # 0 switches it off, as everywhere
     norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
-    total, norm = float(total), float(norm)
+    total, norm = float(processes.total(total)), float(processes.whole(norm))
     # before the step: what the weights are now can still be saved
     if not math.isfinite(total + norm):
         raise FloatingPointError(f"the loss is {total:g}, the norm of its gradient {norm:g}")
@@ -199,31 +171,31 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
     # dropped and not zeroed: the next backward pass writes them anew
     optimizer.zero_grad(set_to_none=True)
     if curriculum:
-        curriculum.note(*learned.tolist())
+        curriculum.note(*processes.total(learned).tolist())
     return total, norm, tokens
 
 
 @torch.no_grad()
 def validate(model, data, args, device) -> dict:
     """Mean loss over the first val_rows rows, and for the path its mean in each tenth of t."""
-    losses, times = [], []
     rows = [data[i] for i in range(min(args.val_rows, len(data)))]
+    unroll, backprop = refinement(args)
     # no class is hidden, as when the path is used
     model.eval()
-    unroll, backprop = refinement(args)
+    sums = torch.zeros(2, 10, dtype=torch.float64)
     # the same times and noise every time
     for batch in make_batches(model, rows, args.batch_size, 0, 0, unroll):
-        some = token_losses(model, batch.to(device), backprop)
-        losses.append(some.last)
-        times.append(some.t)
+        losses = token_losses(model, batch.to(device), backprop)
+        sums += tenth_sums(losses.last, losses.t)
     model.train()
+    sums = processes.total(sums)
     # of tokens, not of batches: the last batch may be short
-    losses = torch.cat(losses)
-    result = {"val_loss": round(float(losses.mean()), 4)}
+    loss, count = sums.sum(1).tolist()
+    result = {"val_loss": round(loss / count, 4)}
     if not math.isfinite(result["val_loss"]):
         raise FloatingPointError(f"the validation loss is {result['val_loss']:g}")
-    if times[0] is not None:
-        result["by_tenth"] = by_tenth(losses, torch.cat(times))
+    if losses.t is not None:
+        result["by_tenth"] = by_tenth(sums)
     return result
 
 
@@ -280,6 +252,10 @@ def set_up(args) -> Run:
     if args.data != "tiny":
         longest = max(data.longest, val.longest)
         check_length(lm.config, longest, "prepare the data with a smaller --block_size")
+    check_shares(args, len(val))
+    processes.same_start(p for p in model.parameters() if p.requires_grad)
+    if args.shard and processes.count() > 1:
+        processes.shard(lm, model.blocks if isinstance(model, L2D) else None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(trainable, args)
     run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer,
@@ -289,11 +265,26 @@ def set_up(args) -> Run:
         run.update = meta["update"]
         run.curriculum.restore(meta["curriculum"])
         run.history = meta["history"]
+        processes.saved.append(f"update {run.update} is still there; {go_on(run)}")
         if run.position != meta["position"]:
             raise ValueError(f"--batch_size {args.batch_size} times --accumulate "
                              f"{args.accumulate} are not the rows per update that this run had; "
                              "their product must stay")
     return run
+
+
+def check_shares(args, val_rows: int):
+    """Raise ValueError where the rows do not come out even among the processes."""
+    count = processes.count()
+    rows = args.batch_size * args.accumulate
+    if rows % count:
+        raise ValueError(f"--batch_size {args.batch_size} times --accumulate {args.accumulate} are "
+                         f"{rows} rows an update; allowed with {count} processes: a multiple")
+    rows = min(args.val_rows, val_rows)
+    # divided weights are gathered by all processes at once, so all need as many batches
+    if args.shard and rows % count:
+        raise ValueError(f"{rows} validation rows (--val_rows {args.val_rows}, {val_rows} in the "
+                         f"data); allowed with --shard and {count} processes: a multiple")
 
 
 def source_directory(args) -> Path:
@@ -310,6 +301,7 @@ def save_state(run: Run):
     meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen,
             "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
     write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.average.tensors)
+    processes.saved.append(f"update {run.update} is saved; {go_on(run)}")
 
 
 def save_model(run: Run, directory=None):
@@ -318,9 +310,12 @@ def save_model(run: Run, directory=None):
     if isinstance(run.model, L2D):
         run.model.save(out_dir, tokenizer=run.tokenizer.fingerprint, updates=run.update)
         return
+    processes.gather(run.model)
     if run.args.method == "lora":
         # merged, so that the directory is an ordinary model
         replace_linears(run.model, LoRA, merge_linear)
+    if processes.number():
+        return
     run.model.save_pretrained(out_dir)
     copy_tokenizer(source_directory(run.args), out_dir)
 
@@ -332,12 +327,14 @@ def train(args) -> dict:
 
     Raises ValueError, after the last good state was saved, where a loss is not finite.
     """
+    out_dir = Path(args.out_dir)
     if not args.resume:
-        check_out_dir(args.out_dir, source_directory(args), args.overwrite)
-    with claimed(Path(args.out_dir)):
+        check_out_dir(out_dir, source_directory(args), args.overwrite)
+    first = processes.number() == 0
+    with claimed(out_dir) if first else nullcontext():
         run = set_up(args)
-        if args.overwrite:
-            clear(Path(args.out_dir))
+        if args.overwrite and first:
+            clear(out_dir)
         try:
             return train_on(run)
         except FloatingPointError as error:
@@ -361,11 +358,12 @@ def train_on(run: Run) -> dict:
     run.model.train()
     while True:
         # validation stands before the update, so that the first line is the untrained path's
-        last = run.update >= args.updates or interrupt.asked
+        stopped = processes.any_of(interrupt.asked)
+        last = run.update >= args.updates or stopped
         if last or run.update % args.eval_every == 0:
             with log.looking():
                 # who pressed Ctrl-C does not want to wait for it
-                if not interrupt.asked:
+                if not stopped:
                     result = look(run, log)
                     last = last or out_of_patience(run.history, args.patience)
                 # only what could be validated; a state just read need not be written again
@@ -378,9 +376,8 @@ def train_on(run: Run) -> dict:
         run.update += 1
     log.close()
     interrupt.restore()
-    if interrupt.asked:
-        print(f"stopped after update {run.update}; go on with: "
-              f"python train.py --init_from=resume --out_dir={args.out_dir}")
+    if stopped:
+        print(f"stopped after update {run.update}; {go_on(run)}")
         raise SystemExit(130)
     # a whole model, and merging a LoRA ends its training: only when all is done
     run.average.put_in_place()
@@ -388,6 +385,10 @@ def train_on(run: Run) -> dict:
         save_model(run)
     print(f"saved to {args.out_dir} after {log.seconds:.0f} s")
     return {**result, "losses": log.losses, "model": run.model, "tokenizer": run.tokenizer}
+
+
+def go_on(run: Run) -> str:
+    return f"go on with: python train.py --init_from=resume --out_dir={run.args.out_dir}"
 
 
 def one_update(run: Run, objective) -> dict:
@@ -424,7 +425,7 @@ def look(run: Run, log: Log) -> dict:
 
 def save_paths(run: Run):
     """The path as it is, and the best so far: small, so it can be tried while training goes on."""
-    if run.args.method != "l2d":
+    if run.args.method != "l2d" or processes.number():
         return
     with run.average.in_place():
         save_model(run)
@@ -484,12 +485,13 @@ def report(model, tokenizer, problems: int):
 
 @command("train.py")
 def main(argv=None):
-    args = parse(argv, __doc__)
-    if args.plan:
-        return plan(args)
-    result = train(args)
-    if args.method == "l2d" and args.data == "tiny" and args.report:
-        report(result["model"], result["tokenizer"], args.report)
+    with processes.together("train.py"):
+        args = parse(argv, __doc__)
+        if args.plan:
+            return plan(args)
+        result = train(args)
+        if args.method == "l2d" and args.data == "tiny" and args.report:
+            report(result["model"], result["tokenizer"], args.report)
 
 
 if __name__ == "__main__":

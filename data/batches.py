@@ -144,11 +144,9 @@ def draw_rows(data, position: int, count: int, seed: int) -> list:
     return rows
 
 
-def cut(rows: list, size: int) -> list:
-    """Batches of at most `size` rows, as lists of their numbers; those of like length together."""
-    # a batch is as long as its longest row
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
-    return [order[at:at + size] for at in range(0, len(order), size)]
+def by_length(rows: list) -> list:
+    """The numbers of the rows, short ones first: a batch is as long as its longest row."""
+    return sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
 
 
 def main():

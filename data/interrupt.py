@@ -5,11 +5,14 @@ train.py asks after every update.
 
 import signal
 
+from data import processes
+
 
 class Interrupt:
     """Ctrl-C ends the run after the update under way, so that what is saved is whole.
 
-    A second one kills it.
+    A second one kills it, unless torchrun is there to do so: it passes on what each process has
+    heard already.
     """
 
     def __init__(self):
@@ -18,7 +21,8 @@ class Interrupt:
 
     def __call__(self, *_):
         self.asked = True
-        self.restore()
+        if processes.count() == 1:
+            self.restore()
 
     def restore(self):
         signal.signal(signal.SIGINT, self.before)

@@ -5,19 +5,33 @@ validations apart.
 """
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from data import processes
 
-def by_tenth(losses, times) -> list:
-    """Mean of the losses (N,) in each tenth of their times (N,); None where there is none."""
+
+def tenth_sums(losses, t) -> torch.Tensor:
+    """(2, 10) float64: the sum of the losses (N,) in each tenth of their times t (N,), how many."""
+    if t is None:
+        t = torch.zeros_like(losses)
     # t = 1 belongs to the last tenth
-    tenths = (times * 10).long().clamp_max(9)
-    parts = [losses[tenths == tenth] for tenth in range(10)]
-    return [round(float(part.mean()), 4) if len(part) else None for part in parts]
+    tenths = (t * 10).long().clamp_max(9).cpu()
+    losses = losses.cpu().double()
+    sums = torch.zeros(2, 10, dtype=torch.float64)
+    sums[0].index_add_(0, tenths, losses)
+    sums[1].index_add_(0, tenths, torch.ones_like(losses))
+    return sums
+
+
+def by_tenth(sums) -> list:
+    """Mean loss in each tenth; None where there is none."""
+    return [round(loss / count, 4) if count else None for loss, count in sums.T.tolist()]
 
 
 class Log:
@@ -30,7 +44,9 @@ class Log:
         self.looks = []         # seconds of every validation, saving included
         self.start = time.time()
         self.losses = []        # of this run
-        self.file = open(Path(out_dir) / "log.jsonl", "a", encoding="utf-8")
+        # one process writes
+        path = os.devnull if processes.number() else Path(out_dir) / "log.jsonl"
+        self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=updates, initial=done, disable=None, mininterval=0.5)
 
     @property

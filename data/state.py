@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from data import processes
 from data.checkpoint import check_finite
 from data.disk import check_absent, open_safetensors, parse_json, present, remove, write_safetensors
 
@@ -84,12 +85,18 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
     path = Path(out_dir) / "state.safetensors"
     tensors = {}
     for name, p in trainable.items():
-        check_finite(name, p.detach(), "this run")
-        tensors[f"weights/{name}"] = p.detach().cpu().contiguous()
+        tensors[f"weights/{name}"] = p
         for moment, value in optimizer.state[p].items():
-            tensors[f"{moment}/{name}"] = value.detach().cpu().contiguous()
+            tensors[f"{moment}/{name}"] = value
     for name, value in average.items():
-        tensors[f"average/{name}"] = value.cpu()
+        tensors[f"average/{name}"] = value
+    for name, value in tensors.items():
+        # all processes have a part of what is divided, and one of them writes
+        value = processes.whole(value.detach())
+        check_finite(name, value, "this run")
+        tensors[name] = value.cpu().contiguous()
+    if processes.number():
+        return
     write_safetensors(tensors, path, {"state": json.dumps(meta)})
 
 
@@ -134,14 +141,20 @@ def restore_state(run, facts: dict) -> dict:
     begun = meta["update"] > 0
     check_tensors(path, tensors, expected_tensors(run, begun))
     for name, p in run.trainable.items():
-        p.copy_(tensors[f"weights/{name}"])
+        p.copy_(processes.divided(tensors[f"weights/{name}"], p))
         if begun:
-            # copies: load_file maps the file, which the next save replaces
-            run.optimizer.state[p] = {
-                moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
+            run.optimizer.state[p] = restore_moments(tensors, name, p)
     for name, value in run.average.tensors.items():
-        value.copy_(tensors[f"average/{name}"])
+        value.copy_(processes.divided(tensors[f"average/{name}"], value))
     return meta
+
+
+def restore_moments(tensors: dict, name: str, p) -> dict:
+    # copies: load_file maps the file, which the next save replaces
+    moments = {moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
+    # the number of steps is the same everywhere
+    return {moment: value if moment == "step" else processes.divided(value, p)
+            for moment, value in moments.items()}
 
 
 def check_facts(args, stated: dict, found: dict):

@@ -7,6 +7,7 @@ would do nothing is refused, as is one that would make another run of the one th
 import argparse
 import math
 
+from data import processes
 from data.command import flag_parser, given_flags, refuse_idle
 from data.draws import check_seed
 from data.hub import check_not_a_model
@@ -78,6 +79,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the frozen weights (default: bfloat16 on CUDA)")
+    add("--shard", action=switch, default=False,
+        help="divide the weights among the processes of torchrun: for what one card cannot hold")
     add("--compile", action=switch, default=False,
         help="torch.compile the objective; slower on a CPU, where it breaks into pieces")
     return parser
@@ -176,5 +179,6 @@ def check_idle(args, given: dict):
         (("unroll", "backprop"), args.objective != "paper", "--objective=refine or both"),
         (("time_distribution",), args.objective != "refine", "--objective=paper or both"),
         (("report",), l2d and args.data == "tiny", "--method=l2d and --data=tiny"),
+        (("shard",), processes.count() > 1, "several processes (torchrun)"),
         (("overwrite",), not args.resume, "a new run"),
     ])

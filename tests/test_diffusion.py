@@ -17,8 +17,9 @@ from data.batches import IGNORE
 from data.classes import drop_classes
 from data.draws import RowDraws, draw_times, row_generator
 from data.families import ModelConfig
+from data.lora import LoRA
 from diffusion import L2D, L2DConfig, VelocityField
-from model import LM, LoRA
+from model import LM
 
 
 @pytest.fixture(autouse=True)

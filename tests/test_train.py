@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 import train
 from conftest import LLAMA, make_ids, make_lm
 from data.batches import Losses, collate, draw_rows
+from data.lora import LoRA
 from data.presets import PRESETS
 from data.state import out_of_patience, read_state
 from diffusion import L2D, L2DConfig
-from model import LM, LoRA
+from model import LM
 
 ROOT = Path(train.__file__).parent
 FLAGS = {

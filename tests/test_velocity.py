@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import make_ids, make_l2d
 
 from data.time_table import MOST
+from data.lora import LoRA
 from diffusion import VelocityField
-from model import LoRA
 
 
 @pytest.fixture(autouse=True)
