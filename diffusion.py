@@ -35,7 +35,7 @@ from data.path import L2DConfig, base_facts, check_base, fill, read_path, save_p
 from data.positions import FREQUENCIES, sinusoid
 from data.tiny.oracle import LINE, Oracle
 from data.time_table import Modulation, TimeTable
-from model import LM, PathBlock, Reading, read_own, two_layers
+from model import LM, PathBlock, Reading, read_own, run_layer, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")
@@ -50,6 +50,7 @@ class L2D(nn.Module):
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
         self.config = config
+        self.checkpointing = False
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
         # with the guess to read, the path starts as a working copy of the frozen model: see METHOD
@@ -150,14 +151,14 @@ class L2D(nn.Module):
 
     # --- the network ---
 
-    def read(self, ids, documents=None, cache: KVCache | None = None) -> Reading:
+    def read(self, ids, documents=None, cache: KVCache | None = None, kept=None) -> Reading:
         """What the path looks at: arguments and reading as of LM.read.
 
         With own reading, keys and values are those of the path's own layers, which run over the
         tokens once, at t = 0, with no class: guidance asks twice and reads once.
         """
         with torch.no_grad():
-            reading = self.lm.read(ids, documents, cache)
+            reading = self.lm.read(ids, documents, cache, kept)
         if not self.config.own_reading:
             return reading
         # t = 0: before anything is known of the next token
@@ -191,7 +192,7 @@ class L2D(nn.Module):
             h = self.lm.add_positions(h, positions)
             layers = zip(self.blocks, modulation.blocks, self.lm.blocks)
             for layer, (block, m, frozen) in enumerate(layers):
-                h = block(h, m, frozen, reading, layer, where)
+                h = run_layer(self.checkpointing, block, h, m, frozen, reading, layer, where)
         # h_LM + w_d(t)·h                                               (paper Eq. 6)
         return hidden + (modulation.w_d * h).to(hidden.dtype)
 
@@ -236,11 +237,12 @@ class L2D(nn.Module):
 
     # --- 2 the objectives ---
 
-    def draw(self, batch: Batch, generators: list, unroll: int = 0) -> Batch:
+    def draw(self, batch: Batch, generators: list, unroll: int = 0, hide: bool = True) -> Batch:
         """A batch on the CPU with all that is random in it, each row's from its own generator.
 
         A time and a noise for every position that counts: one pass teaches N noise levels.
         unroll  0: the paper's, one time a position; else the times of at most so many evaluations
+        hide    some of the classes, or guidance would have nothing to compare with
 
         Raises ValueError for classes that this path does not have.
         """
@@ -255,8 +257,7 @@ class L2D(nn.Module):
         class_ids = counted.class_ids
         if class_ids is not None:
             check_classes(class_ids, self.config.classes)
-            if self.training:
-                # some are hidden, or guidance would have nothing to compare with
+            if hide:
                 share = self.config.class_dropout
                 class_ids = drop_classes(class_ids, share, self.config.classes, draws)
         return replace(batch, counted=replace(counted, t=t, noise=noise, class_ids=class_ids))
@@ -268,7 +269,7 @@ class L2D(nn.Module):
         """
         counted = batch.counted
         # 1. The frozen model reads the text once, without gradient.
-        reading = self.read(batch.ids, batch.documents)
+        reading = self.read(batch.ids, batch.documents, kept=batch.kept)
         # 2. The noisy vector of the right token; the gradient also goes through V_y.
         t = counted.t                                                   # (N,)
         x_0 = self.config.sigma * counted.noise                         # (N, Z)
@@ -291,7 +292,7 @@ class L2D(nn.Module):
         """
         # 1. The frozen model reads the text. All positions end together, so those with the most
         #    evaluations begin, and the others join them.
-        reading = self.read(batch.ids, batch.documents)
+        reading = self.read(batch.ids, batch.documents, kept=batch.kept)
         count = (batch.counted.t > 0).sum(1)                            # (N,)
         order = count.argsort(descending=True)
         counted, count = batch.counted.at(order), count[order]

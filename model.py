@@ -12,12 +12,13 @@ key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion 
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import (
     fingerprint, load_weights, pick_device, plan_weights, read_config, save_weights, weight_files)
@@ -81,8 +82,12 @@ def attention(q, k, v, mask, cos_sin):
     """
     # the keys were turned when they were made, the queries are turned here
     q = split_heads(q, k.shape[-1], cos_sin)                            # (B, H, T, D)
+    if isinstance(mask, tuple):
+        return attend_documents(q, k, v, mask).transpose(1, 2).flatten(2)
     # one query is the newest token: it may look at everything there is
-    causal = mask is None and q.shape[2] > 1
+    causal = False
+    if mask is None and q.shape[2] > 1:
+        causal = True
     lines = len(q) // len(k)
     if lines > 1:
         q = torch.cat(q.chunk(lines), dim=2)                            # (B, H, lines·T, D)
@@ -98,6 +103,23 @@ def attention(q, k, v, mask, cos_sin):
     if lines > 1:
         out = torch.cat(out.chunk(lines, dim=2))                        # (lines·B, H, T, D)
     return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
+
+
+def attend_documents(q, k, v, borders):
+    """Packed rows, (B, heads, T, D) each: every document attends to itself, none to another.
+
+    A mask would have all pairs of the row computed, and most of them thrown away.
+    """
+    shape = q.shape
+    # the rows one behind the other, (heads, B·T, D)
+    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype)))
+    found = []
+    for start, end in pairwise(borders):
+        here = slice(start, end)
+        found.append(F.scaled_dot_product_attention(
+            q[:, here], k[:, here], v[:, here], is_causal=True, enable_gqa=len(k) != len(q)))
+    out = torch.cat(found, dim=1)                                       # (H, B·T, D)
+    return out.unflatten(1, (shape[0], shape[2])).transpose(0, 1)       # (B, H, T, D)
 
 
 def split_heads(x, head_dim: int, cos_sin=None):
@@ -143,6 +165,13 @@ class Block(nn.Module):
         return x, k, v
 
 
+def run_layer(checkpointing: bool, layer: nn.Module, *args):
+    """layer(*args); in training perhaps without what backward needs: it is computed again there."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
+
+
 # --- what was read --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -152,7 +181,8 @@ class Reading:
     hidden        (B, T, C) last hidden state of the tokens in question, before the final norm
     keys, values  L tensors (B, G, S, D) of everything read so far, keys already turned
     positions     (B or 1, T) of the tokens in question, each document counted from 0
-    mask          (B or 1, 1, T, S) True where a token may look, or None: plain causal
+    mask          (B or 1, 1, T, S) True where a token may look, or None: plain causal;
+                  or the borders of packed documents
     cos_sin       (B or 1, 2, T, D/2) of their rotary angles, or None
     inputs        (B, T, C) their embeddings
     """
@@ -160,7 +190,7 @@ class Reading:
     keys: tuple
     values: tuple
     positions: torch.Tensor
-    mask: torch.Tensor | None
+    mask: torch.Tensor | tuple | None
     cos_sin: torch.Tensor | None
     inputs: torch.Tensor
 
@@ -330,6 +360,8 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.directory = None
+        self.checkpointing = False
+        self.inv_freq = None           # made when it is first needed
         c = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, c)
         # GPT-2 has a table of positions; the others turn queries and keys instead
@@ -346,16 +378,13 @@ class LM(nn.Module):
         if self.config.tied:
             self.head.weight = self.embed.weight
 
-    @cached_property
-    def inv_freq(self):
-        return rope_inv_freq(self.config)
-
-    def read(self, ids, documents=None, cache: KVCache | None = None) -> Reading:
+    def read(self, ids, documents=None, cache: KVCache | None = None, kept=None) -> Reading:
         """Run the blocks over ids (B, T) and return what they made of them.
 
         documents  (B, T) integers: a token sees its own document only, padding is document 0;
-                   None: no borders
+                   a Packed, only without a cache; None: no borders
         cache      goes on after the tokens in it, and holds these too afterwards
+        kept       what the blocks have made of these tokens before: they need not run again
 
         Raises ValueError past the last learned position.
         """
@@ -365,34 +394,42 @@ class LM(nn.Module):
             past = cache.length
             documents = cache.extend(documents, tokens)
         positions, mask = positions_and_mask(tokens, past, documents, ids.device)
+        if self.embed_positions is not None and past + tokens > self.config.max_positions:
+            self.check_positions(positions)
         inputs = self.embed(ids)                                        # (B, T, C)
         x = self.add_positions(inputs, positions)
         cos_sin = None
         if self.embed_positions is None:
+            if self.inv_freq is None:
+                self.inv_freq = rope_inv_freq(self.config)
             angles = positions[..., None] * self.inv_freq.to(ids.device)
             # turned once here, for all layers and for the path
             cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
+        if kept is not None:
+            return Reading(kept.hidden, kept.keys, kept.values, positions, mask, cos_sin, inputs)
         # every layer's keys and values are kept: the path attends to them, layer by layer
         keys = []
         values = []
         for layer, block in enumerate(self.blocks):
-            x, k, v = block(x, mask, cos_sin, cache, layer)
+            x, k, v = run_layer(self.checkpointing, block, x, mask, cos_sin, cache, layer)
             keys.append(k)
             values.append(v)
         return Reading(x, tuple(keys), tuple(values), positions, mask, cos_sin, inputs)
 
-    def add_positions(self, x, positions):
-        """x (..., C) plus learned embeddings of its positions, if the model has such.
+    def check_positions(self, positions):
+        """Raise ValueError past the last learned position.
 
-        Raises ValueError where there are not so many.
+        A table has an end, and an index beyond it would be an error far from its cause.
         """
-        if self.embed_positions is None:
-            return x
-        # a table has an end, and an index beyond it would be an error far from its cause
         most = self.config.max_positions
-        if positions.numel() and positions.max() >= most:
+        if positions.max() >= most:
             longest = int(positions.max()) + 1
             raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
+
+    def add_positions(self, x, positions):
+        """x (..., C) plus learned embeddings of its positions, if the model has such."""
+        if self.embed_positions is None:
+            return x
         return x + self.embed_positions(positions)
 
     def logits(self, hidden):

@@ -24,14 +24,15 @@ import torch.nn as nn
 
 from data import processes
 from data.average import Average
-from data.batches import Batch, Losses, by_length, collate, draw_rows
+from data.batches import Batch, Losses
 from data.checkpoint import copy_tokenizer, pick_device
-from data.disk import claimed, read_json
+from data.disk import claimed, read_json, remove
 from data.curriculum import Curriculum, growing_unroll
-from data.draws import row_generator
 from data.families import ModelConfig
+from data.frozen import NAMES, FrozenCache
 from data.hub import resolve
 from data.interrupt import Interrupt
+from data.loader import Loader
 from data.log import Log, by_tenth, tenth_sums
 from data.lora import LoRA, merge_linear, replace_linears
 from data.optimizer import build_optimizer, learning_rate
@@ -125,21 +126,6 @@ def refinement(args, update: int | None = None) -> tuple:
     return unroll, args.backprop
 
 
-def make_batches(model, rows: list, size: int, seed: int, first: int, unroll: int) -> list:
-    """Batches of at most `size` of the rows, number `first` and on, with all that is random."""
-    batches = []
-    mine = processes.share(by_length(rows))
-    for at in range(0, len(mine), size):
-        numbers = mine[at:at + size]
-        batch = collate([rows[number] for number in numbers])
-        if isinstance(model, L2D):
-            # by the number of a row alone, whatever batch or process it is in
-            generators = [row_generator(seed, first + number) for number in numbers]
-            batch = model.draw(batch, generators, unroll)
-        batches.append(batch)
-    return batches
-
-
 def update_once(model, optimizer, batches: list, clip: float, objective=token_losses,
                 curriculum: Curriculum | None = None):
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
@@ -176,16 +162,12 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
 
 
 @torch.no_grad()
-def validate(model, data, args, device) -> dict:
-    """Mean loss over the first val_rows rows, and for the path its mean in each tenth of t."""
-    rows = [data[i] for i in range(min(args.val_rows, len(data)))]
-    unroll, backprop = refinement(args)
-    # no class is hidden, as when the path is used
+def validate(model, batches: list, backprop: int) -> dict:
+    """Mean loss over all tokens that count, and for the path its mean in each tenth of t."""
     model.eval()
     sums = torch.zeros(2, 10, dtype=torch.float64)
-    # the same times and noise every time
-    for batch in make_batches(model, rows, args.batch_size, 0, 0, unroll):
-        losses = token_losses(model, batch.to(device), backprop)
+    for batch in batches:
+        losses = token_losses(model, batch, backprop)
         sums += tenth_sums(losses.last, losses.t)
     model.train()
     sums = processes.total(sums)
@@ -212,6 +194,7 @@ class Run:
     val: object
     trainable: dict
     optimizer: torch.optim.Optimizer
+    loader: Loader
     curriculum: Curriculum
     average: Average
     update: int = 0            # updates done
@@ -252,14 +235,16 @@ def set_up(args) -> Run:
     if args.data != "tiny":
         longest = max(data.longest, val.longest)
         check_length(lm.config, longest, "prepare the data with a smaller --block_size")
-    check_shares(args, len(val))
+    processes.check_shares(args, len(val))
     processes.same_start(p for p in model.parameters() if p.requires_grad)
+    model.checkpointing = args.checkpointing
     if args.shard and processes.count() > 1:
         processes.shard(lm, model.blocks if isinstance(model, L2D) else None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(trainable, args)
     run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer,
-              Curriculum(max(LEVELS["chains"])), Average(trainable, args.ema))
+              build_loader(args, model, data), Curriculum(max(LEVELS["chains"])),
+              Average(trainable, args.ema))
     if args.resume:
         meta = restore_state(run, run.facts)
         run.update = meta["update"]
@@ -273,18 +258,21 @@ def set_up(args) -> Run:
     return run
 
 
-def check_shares(args, val_rows: int):
-    """Raise ValueError where the rows do not come out even among the processes."""
-    count = processes.count()
-    rows = args.batch_size * args.accumulate
-    if rows % count:
-        raise ValueError(f"--batch_size {args.batch_size} times --accumulate {args.accumulate} are "
-                         f"{rows} rows an update; allowed with {count} processes: a multiple")
-    rows = min(args.val_rows, val_rows)
-    # divided weights are gathered by all processes at once, so all need as many batches
-    if args.shard and rows % count:
-        raise ValueError(f"{rows} validation rows (--val_rows {args.val_rows}, {val_rows} in the "
-                         f"data); allowed with --shard and {count} processes: a multiple")
+def build_loader(args, model, data) -> Loader:
+    draw = kept = None
+    if isinstance(model, L2D):
+        draw = model.draw
+    if args.cache_frozen:
+        kept = FrozenCache(model.lm, data, args.out_dir)
+        if args.plan:
+            print(f"--cache_frozen: {kept.bytes / 1e9:.1f} GB on the disk, not made for a plan")
+            kept = None
+        elif processes.number() == 0:
+            kept.fill(args.batch_size)
+        # the others wait for the first
+        processes.any_of(False)
+    device = next(model.parameters()).device
+    return Loader(data, args, device, draw, lambda update: refinement(args, update)[0], kept)
 
 
 def source_directory(args) -> Path:
@@ -383,6 +371,9 @@ def train_on(run: Run) -> dict:
     run.average.put_in_place()
     if args.method != "l2d":
         save_model(run)
+    for name in NAMES:
+        # nobody reads on
+        remove(Path(args.out_dir) / name)
     print(f"saved to {args.out_dir} after {log.seconds:.0f} s")
     return {**result, "losses": log.losses, "model": run.model, "tokenizer": run.tokenizer}
 
@@ -402,10 +393,8 @@ def one_update(run: Run, objective) -> dict:
     curriculum = run.curriculum if unroll and args.data == "tiny" else None
     if curriculum:
         run.data.hardest = curriculum.hardest
-    rows = draw_rows(run.data, run.position, args.batch_size * args.accumulate, args.seed)
-    batches = make_batches(run.model, rows, args.batch_size, args.seed, run.position, unroll)
     loss, norm, tokens = update_once(
-        run.model, run.optimizer, [batch.to(run.device) for batch in batches], args.clip,
+        run.model, run.optimizer, run.loader.update(run.update), args.clip,
         functools.partial(objective, backprop=backprop), curriculum)
     run.average.follow()
     numbers = {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
@@ -415,7 +404,8 @@ def one_update(run: Run, objective) -> dict:
 def look(run: Run, log: Log) -> dict:
     """Validate, and remember it."""
     with run.average.in_place():
-        result = {"update": run.update, **validate(run.model, run.val, run.args, run.device)}
+        batches = run.loader.validation(run.val)
+        result = {"update": run.update, **validate(run.model, batches, refinement(run.args)[1])}
     # a resumed run looks again at what it has saved
     if not run.history or run.history[-1][0] < run.update:
         run.history.append([run.update, result["val_loss"]])

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from data.positions import Packed
+
 IGNORE = -100              # target of a position that does not count in the loss
 
 
@@ -40,19 +42,34 @@ class Counted:
         return self.each(lambda values: values[index])
 
 
+class Kept(NamedTuple):
+    """What a Reading holds of the blocks: hidden (B, T, C), L keys and values (B, G, T, D)."""
+    hidden: torch.Tensor
+    keys: tuple
+    values: tuple
+
+    def to(self, device) -> "Kept":
+        def move(tensors):
+            return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+        return Kept(*move([self.hidden]), move(self.keys), move(self.values))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of different lengths as one, padded on the right."""
     ids: torch.Tensor                  # (B, T)
-    documents: torch.Tensor | None     # (B, T), only where a row holds more than one
+    documents: Packed | torch.Tensor | None    # only where a row holds more than one
     counted: Counted
+    kept: Kept | None = None           # where the frozen model need not read (data/frozen.py)
 
     def to(self, device) -> "Batch":
         def move(values):
             return values.to(device, non_blocking=True)
 
-        documents = None if self.documents is None else move(self.documents)
-        return Batch(move(self.ids), documents, self.counted.each(move))
+        documents = None if self.documents is None else self.documents.to(device)
+        kept = self.kept and self.kept.to(device)
+        return Batch(move(self.ids), documents, self.counted.each(move), kept)
 
 
 class Losses(NamedTuple):
@@ -68,8 +85,11 @@ def pick(values, index):
     return None if values is None else values[index]
 
 
-def collate(rows) -> Batch:
-    """Rows -> a batch on the CPU, with nothing drawn yet."""
+def collate(rows, packed: bool = True) -> Batch:
+    """Rows -> a batch on the CPU, with nothing drawn yet.
+
+    packed  documents of one row by their borders, or else by the number of every token
+    """
     length = max(len(row[0]) for row in rows)
     table = torch.zeros(3, len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -85,8 +105,11 @@ def collate(rows) -> Batch:
     if len(rows[0]) > 4:
         needs = torch.tensor([row[4] for row in rows])
     # padding on the right needs no mask: nothing looks ahead
-    documents = documents[:, :-1] if documents.max() > 1 else None
-    return Batch(ids[:, :-1], documents, count(targets, class_ids, needs))
+    several = bool(documents.max() > 1)
+    documents = documents[:, :-1].contiguous() if several else None
+    if several and packed:
+        documents = Packed.of(documents)
+    return Batch(ids[:, :-1].contiguous(), documents, count(targets, class_ids, needs))
 
 
 def count(targets, class_ids=None, needs=None) -> Counted:
@@ -94,8 +117,9 @@ def count(targets, class_ids=None, needs=None) -> Counted:
 
     targets[b, k] is the token after ids[b, k].
     """
-    where = (targets != IGNORE).nonzero(as_tuple=True)
-    rows = where[0]
+    rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
+    # two tensors of their own: torch.compile would see them as views of one
+    where = (rows.clone(), columns.clone())
     return Counted(where, targets[where], pick(class_ids, rows), pick(needs, rows))
 
 
@@ -131,17 +155,16 @@ def epoch_order(size: int, seed: int):
     return torch.randperm(size, generator=generator)
 
 
-def draw_rows(data, position: int, count: int, seed: int) -> list:
-    """`count` rows from place `position` of the endless data, which is shuffled anew every epoch.
+def draw_places(size: int, first: int, count: int, seed: int) -> list:
+    """Which rows stand at `count` places of the endless data, which is shuffled every epoch.
 
-    What stands at a position depends on nothing else, so a resumed run reads on where it stopped.
+    What stands at a place depends on nothing else, so a resumed run reads on where it stopped.
     """
-    rows = []
-    for place in range(position, position + count):
-        epoch, index = divmod(place, len(data))
-        order = epoch_order(len(data), seed + epoch)
-        rows.append(data[int(order[index])])
-    return rows
+    places = []
+    for number in range(first, first + count):
+        epoch, index = divmod(number, size)
+        places.append(int(epoch_order(size, seed + epoch)[index]))
+    return places
 
 
 def by_length(rows: list) -> list:

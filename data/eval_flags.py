@@ -116,15 +116,15 @@ def check_numbers(args):
 def check_idle(args, given: dict, task, solvers: dict):
     """Refuse what would otherwise be ignored. solvers: "fixed" and "adaptive" -> asked for?"""
     tiny = args.task == "tiny"
-    kind = task.kind
-    generated = kind != "letters" or args.choices == "generate"
+    generated = task.kind != "letters" or args.choices == "generate"
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),
         (BENCHMARK, not tiny, "--task with a benchmark"),
+        (("data_dir",), tiny or task.folder, "a benchmark that is read from files"),
         (("rtol",), solvers["adaptive"], "--solvers dopri5"),
         (("stop_unchanged",), solvers["fixed"] or not args.stop_unchanged, "a fixed solver"),
-        (("choices",), kind == "letters", "a task of multiple choice"),
-        (("allow_code_execution", "code_seconds"), kind == "code", "a task of code"),
+        (("choices",), task.kind == "letters", "a task of multiple choice"),
+        (("allow_code_execution", "code_seconds"), task.kind == "code", "a task of code"),
         (("max_new_tokens", "samples", "search", "temperatures"), generated,
          "generated answers, --choices generate"),
         (("draws",), tiny or not generated, "--choices letters"),

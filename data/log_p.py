@@ -12,50 +12,70 @@ LOGITS = 1 << 26   # most logits held at once: with 128,256 words, 523 positions
 
 
 def log_p(n, head, targets):
-    """log p (N,) float32 of targets (N,), the logits being n·headᵀ for n (N, C) and head (V, C)."""
-    return HeadLogProbability.apply(n, head, targets)
+    """log p (N,) float32 of targets (N,), the logits being n·headᵀ for n (N, C), head (V, C)."""
+    learning = torch.is_grad_enabled() and (n.requires_grad or head.requires_grad)
+    return log_p_and_slope(n, head, targets, learning)[0]
 
 
-class HeadLogProbability(torch.autograd.Function):
-    """The gradient towards n is made in the forward pass: C numbers a position are kept, not V.
+# one operator, so that torch.compile does not look inside: its loop depends on N
+@torch.library.custom_op("nanol2d::log_p", mutates_args=())
+def log_p_and_slope(n: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
+                    learning: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, ∂ log p / ∂ n (N, C)): C numbers a position are kept for backward, not V."""
+    result = torch.empty(len(n), device=n.device)
+    slope = torch.empty_like(n if learning else n[:0])
+    for piece in pieces(n, head):
+        logits = F.linear(n[piece], head).float()                       # (size, V)
+        y = targets[piece, None]                                        # (size, 1)
+        chosen = logits.gather(1, y)                                    # (size, 1)
+        log_sum = logits.logsumexp(-1, keepdim=True)
+        # log p_y = logit_y − log Σ exp(logits)
+        result[piece] = (chosen - log_sum).squeeze(1)
+        if learning:
+            slope[piece] = residual(logits, y).to(head.dtype) @ head
+    return result, slope
 
-    A head that is trained itself needs the logits once more in the backward pass.
-    """
 
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx, n, head, targets):
-        result = torch.empty(len(n), device=n.device)
-        slope = torch.empty_like(n)                                     # (N, C) ∂ log p_y / ∂ n
-        for piece in pieces(n, head):
-            logits = F.linear(n[piece], head).float()                   # (size, V)
-            y = targets[piece, None]                                    # (size, 1)
-            chosen = logits.gather(1, y)                                # (size, 1)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            # log p_y = logit_y − log Σ exp(logits)
-            result[piece] = (chosen - log_sum).squeeze(1)
-            if ctx.needs_input_grad[0]:
-                step = residual(logits, y).to(head.dtype)
-                slope[piece] = step @ head
-        ctx.save_for_backward(n, head, targets, slope)
-        return result
+@log_p_and_slope.register_fake
+def shapes(n, head, targets, learning):
+    log_p = n.new_empty(n.shape[0], dtype=torch.float32)
+    return log_p, torch.empty_like(n if learning else n[:0])
 
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
-    def backward(ctx, gradient):
-        n, head, targets, slope = ctx.saved_tensors
-        gradient = gradient[:, None]                                    # (N, 1)
+
+@torch.library.custom_op("nanol2d::head_gradient", mutates_args=())
+def head_gradient(gradient: torch.Tensor, n: torch.Tensor, head: torch.Tensor,
+                  targets: torch.Tensor) -> torch.Tensor:
+    """(V, C): a head that is trained itself needs the logits once more."""
+    result = torch.zeros_like(head)
+    for piece in pieces(n, head):
+        logits = F.linear(n[piece], head).float()
+        step = gradient[piece] * residual(logits, targets[piece, None])
+        result += step.to(n.dtype).T @ n[piece]
+    return result
+
+
+@head_gradient.register_fake
+def head_shape(gradient, n, head, targets):
+    return torch.empty_like(head)
+
+
+def keep(ctx, inputs, output):
+    n, head, targets, _ = inputs
+    ctx.save_for_backward(n, head, targets, output[1])
+
+
+def backward(ctx, gradient, _):
+    n, head, targets, slope = ctx.saved_tensors
+    gradient = gradient[:, None]                                        # (N, 1)
+    to_n = to_head = None
+    if ctx.needs_input_grad[0]:
         to_n = (gradient * slope).to(n.dtype)
-        to_head = None
-        if ctx.needs_input_grad[1]:
-            to_head = torch.zeros_like(head)
-            for piece in pieces(n, head):
-                logits = F.linear(n[piece], head).float()
-                y = targets[piece, None]
-                step = gradient[piece] * residual(logits, y)
-                step = step.to(n.dtype)
-                to_head += step.T @ n[piece]
-        return to_n, to_head, None
+    if ctx.needs_input_grad[1]:
+        to_head = head_gradient(gradient, n, head, targets)
+    return to_n, to_head, None, None
+
+
+log_p_and_slope.register_autograd(backward, setup_context=keep)
 
 
 def pieces(n, head):

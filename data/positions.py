@@ -6,6 +6,7 @@ and packed rows, with a worked example. model.py uses all of it; read that next.
 
 import math
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -83,10 +84,32 @@ def rotate(x, cos_sin):
     return torch.cat((y1, y2), dim=-1).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Several documents in each row of a training batch, known before the model reads it.
+
+    numbers  (B, T) the document of every token; padding on the right is document 0
+    borders  where each document starts, the rows being one behind the other, and the end
+    """
+    numbers: torch.Tensor
+    borders: tuple
+
+    @classmethod
+    def of(cls, numbers) -> "Packed":
+        new = torch.ones_like(numbers, dtype=torch.bool)
+        new[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        starts = new.flatten().nonzero()[:, 0].tolist()
+        return cls(numbers, (*starts, numbers.numel()))
+
+    def to(self, device) -> "Packed":
+        return Packed(self.numbers.to(device, non_blocking=True), self.borders)
+
+
 def positions_and_mask(tokens: int, past: int, documents, device):
     """Where the newest `tokens` of past + tokens stand, and which keys each of them may see.
 
-    documents  (B, past + tokens) the document of every token, or None where a row is one document
+    documents  (B, past + tokens) the document of every token, or None where a row is one document;
+               of a Packed the borders are returned in place of a mask
     Returns positions (B or 1, tokens), counted from 0 in every document, and the mask
     (B or 1, 1, tokens, past + tokens), or None where plain causal attention is meant.
 
@@ -110,6 +133,16 @@ def positions_and_mask(tokens: int, past: int, documents, device):
         if past == 0 or tokens == 1:
             return positions, None
         return positions, mask[None, None]
+    if isinstance(documents, Packed):
+        return document_positions(documents.numbers, index), documents.borders
+    positions = document_positions(documents, index)
+    same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
+    mask = mask & same
+    return positions[:, past:], mask[:, None]
+
+
+def document_positions(documents, index):
+    """(B, S) of tokens at `index` (S,), counted from 0 in every document."""
     # a token counts from the last place where the document changed
     starts = torch.zeros_like(documents)
     after = documents[:, 1:]
@@ -117,7 +150,4 @@ def positions_and_mask(tokens: int, past: int, documents, device):
     starts[:, 1:] = after != before
     places = index * starts
     last_start = places.cummax(dim=1).values
-    positions = index - last_start                                      # (B, S)
-    same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
-    mask = mask & same
-    return positions[:, past:], mask[:, None]
+    return index - last_start

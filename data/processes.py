@@ -42,6 +42,19 @@ def share(rows: list) -> list:
     return rows[number()::count()]
 
 
+def check_shares(args, val_rows: int):
+    """Raise ValueError where the rows do not come out even among the processes."""
+    rows = args.batch_size * args.accumulate
+    if rows % count():
+        raise ValueError(f"--batch_size {args.batch_size} times --accumulate {args.accumulate} are "
+                         f"{rows} rows an update; allowed with {count()} processes: a multiple")
+    rows = min(args.val_rows, val_rows)
+    # divided weights are gathered by all processes at once, so all need as many batches
+    if args.shard and rows % count():
+        raise ValueError(f"{rows} validation rows (--val_rows {args.val_rows}, {val_rows} in the "
+                         f"data); allowed with --shard and {count()} processes: a multiple")
+
+
 # --- sums -----------------------------------------------------------------------------------------
 
 def total(values: torch.Tensor) -> torch.Tensor:

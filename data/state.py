@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from data import processes
 from data.checkpoint import check_finite
+from data.frozen import NAMES
 from data.disk import check_absent, open_safetensors, parse_json, present, remove, write_safetensors
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
@@ -44,7 +45,7 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
 
 def clear(out_dir: Path):
     """Remove an earlier run, so that no file of it is taken for one of the next."""
-    for name in (*RESULTS, "log.jsonl"):
+    for name in (*RESULTS, *NAMES, "log.jsonl"):
         remove(out_dir / name)
     for path in out_dir.glob(f"{BEST}*"):
         remove(path)

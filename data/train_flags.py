@@ -81,6 +81,10 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="of the frozen weights (default: bfloat16 on CUDA)")
     add("--shard", action=switch, default=False,
         help="divide the weights among the processes of torchrun: for what one card cannot hold")
+    add("--cache_frozen", action=switch, default=False,
+        help="keep what the frozen model makes of the data, in --out_dir: for several epochs")
+    add("--checkpointing", action=switch, default=False,
+        help="compute activations again in the backward pass: less memory, more time")
     add("--compile", action=switch, default=False,
         help="torch.compile the objective; slower on a CPU, where it breaks into pieces")
     return parser
@@ -179,6 +183,7 @@ def check_idle(args, given: dict):
         (("unroll", "backprop"), args.objective != "paper", "--objective=refine or both"),
         (("time_distribution",), args.objective != "refine", "--objective=paper or both"),
         (("report",), l2d and args.data == "tiny", "--method=l2d and --data=tiny"),
+        (("cache_frozen",), l2d and args.data != "tiny", "--method=l2d and --data=DIR"),
         (("shard",), processes.count() > 1, "several processes (torchrun)"),
         (("overwrite",), not args.resume, "a new run"),
     ])

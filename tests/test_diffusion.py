@@ -10,6 +10,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+
 from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
@@ -18,6 +20,7 @@ from data.classes import drop_classes
 from data.draws import RowDraws, draw_times, row_generator
 from data.families import ModelConfig
 from data.lora import LoRA
+from data.positions import Packed, rope_inv_freq
 from diffusion import L2D, L2DConfig, VelocityField
 from model import LM
 
@@ -158,7 +161,7 @@ def attention(lm, q, keys, values, position):
     found = []
     for head, v in enumerate(q.view(config.heads, config.head_dim)):
         if lm.embed_positions is None:
-            angles = position * lm.inv_freq
+            angles = position * rope_inv_freq(lm.config)
             cos, sin = angles.cos(), angles.sin()
             a, b = v.chunk(2)
             v = torch.cat((a * cos - b * sin, b * cos + a * sin))
@@ -335,8 +338,9 @@ def test_a_target_moves_the_loss_of_its_own_position_only(family):
     assert int(differs.sum()) == len(ids)
 
 
+@pytest.mark.parametrize("pack", [Packed.of, lambda documents: documents])
 @torch.no_grad()
-def test_packed_examples_have_the_losses_they_have_alone(family):
+def test_packed_examples_have_the_losses_they_have_alone(family, pack):
     l2d = make_l2d(family)
     ids = make_ids(1, 10)
     targets = make_ids(1, 10, seed=1)
@@ -344,7 +348,7 @@ def test_packed_examples_have_the_losses_they_have_alone(family):
     noise = torch.randn(1, 10, 16)
     documents = torch.tensor([[1] * 4 + [2] * 6])
     packed, *_ = l2d.token_losses(
-        make_batch(ids, targets, documents=documents, t=t, noise=noise))
+        make_batch(ids, targets, documents=pack(documents), t=t, noise=noise))
     alone = []
     for s in (slice(0, 4), slice(4, 10)):
         given = dict(t=t[:, s], noise=noise[:, s])
@@ -369,7 +373,7 @@ def test_token_losses_are_those_of_the_whole_forward(family, options):
     targets = make_ids(seed=1)
     targets[torch.rand(ids.shape) < 0.5] = IGNORE
     classes = torch.tensor([0, 2, 3]) if "classes" in options else None
-    batch = l2d.draw(make_batch(ids, targets, classes), generators(3, 5))
+    batch = l2d.draw(make_batch(ids, targets, classes), generators(3, 5), hide=False)
     losses, _, times, _ = l2d.token_losses(batch)
 
     t = torch.zeros(ids.shape)
@@ -470,6 +474,67 @@ def test_shapes_that_do_not_fit_are_refused():
             l2d(ids, bad_x, bad_t)
 
 
+def gradients(l2d, batch, objective):
+    l2d.zero_grad()
+    losses = objective(l2d, batch).values
+    losses.mean().backward()
+    found = {name: p.grad for name, p in l2d.path_parameters().items() if p.grad is not None}
+    return losses.detach(), found
+
+
+def three_documents():
+    """Two rows with padding, three documents in the first."""
+    ids, targets = make_ids(2, 12), make_ids(2, 12, seed=1)
+    numbers = torch.tensor([[1] * 3 + [2] * 4 + [3] * 5, [1] * 6 + [2] * 2 + [0] * 4])
+    return ids, targets.masked_fill(numbers == 0, IGNORE), numbers
+
+
+@pytest.mark.parametrize("options", [{}, {"own_reading": True, "self_conditioning": True}])
+def test_documents_by_their_borders_teach_what_a_mask_teaches(family, options):
+    l2d = make_l2d(family, perturb=0.05, **options)
+    ids, targets, numbers = three_documents()
+    drawn = [l2d.draw(make_batch(ids, targets, documents=documents), generators(2))
+             for documents in (numbers, Packed.of(numbers))]
+    assert drawn[1].documents.borders == (0, 3, 7, 12, 18, 20, 24)
+    (dense, expected), (parts, found) = (gradients(l2d, batch, L2D.token_losses)
+                                         for batch in drawn)
+    torch.testing.assert_close(parts, dense, atol=1e-5, rtol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        difference = (gradient - expected[name]).abs().max()
+        assert difference <= 1e-5 + 1e-4 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("options", [{}, {"own_reading": True, "self_conditioning": True}])
+def test_checkpointing_changes_no_gradient(family, options):
+    l2d = make_l2d(family, **options)
+    batch = l2d.draw(make_batch(*three_documents()[:2]), generators(2))
+    losses, expected = gradients(l2d, batch, L2D.token_losses)
+    l2d.checkpointing = True
+    again, found = gradients(l2d, batch, L2D.token_losses)
+    assert torch.equal(again, losses)
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"own_reading": True, "self_conditioning": True}])
+def test_the_objective_is_one_graph_whatever_the_shapes(options):
+    """torch.compile finds nothing to break at, and nothing to compile again."""
+    torch._dynamo.reset()
+    l2d = make_l2d(**options)
+    graphs = CompileCounter()
+    compiled = torch.compile(L2D.token_losses, dynamic=True, fullgraph=True, backend=graphs)
+    for seed in range(3):
+        targets = make_ids(2 + seed, 7 + seed, seed=seed)
+        targets[:, :seed + 1] = IGNORE
+        batch = l2d.draw(make_batch(make_ids(2 + seed, 7 + seed), targets),
+                         generators(2 + seed, seed))
+        # first as it is: the rotary angles are kept from then on
+        expected = l2d.token_losses(batch).values
+        torch.testing.assert_close(compiled(l2d, batch).values, expected)
+    assert graphs.frame_count == 1
+
+
 # --- classes --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes, given, message", [
@@ -514,10 +579,10 @@ def test_dropped_classes_stay_what_they_were_otherwise():
 
 
 def test_the_objective_drops_classes():
-    """In training the class embedding of no class learns too, though nobody passed it."""
+    """So the class embedding of no class learns too, though nobody passed it."""
     l2d = make_l2d(classes=3)
     batch = make_batch(make_ids(), make_ids(seed=1), torch.tensor([0, 1, 2]))
-    for training in (False, True):
-        l2d.train(training).zero_grad()
-        mean_loss(l2d, l2d.draw(batch, generators(3))).backward()
-        assert bool(l2d.class_embedding.weight.grad[3].any()) == training
+    for hide in (False, True):
+        l2d.zero_grad()
+        mean_loss(l2d, l2d.draw(batch, generators(3), hide=hide)).backward()
+        assert bool(l2d.class_embedding.weight.grad[3].any()) == hide

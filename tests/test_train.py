@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import LLAMA, make_ids, make_lm
-from data.batches import Losses, collate, draw_rows
+from data.batches import Losses, collate
+from data.loader import Loader
 from data.lora import LoRA
 from data.presets import PRESETS
 from data.state import out_of_patience, read_state
@@ -75,16 +76,15 @@ def updates(out):
 
 def ctrl_c_after(monkeypatch, count):
     """Send ourselves SIGINT while update number `count` is under way."""
-    draw, calls = train.make_batches, []
+    update, calls = train.one_update, []
 
-    def draw_and_interrupt(*args):
+    def interrupt_and_update(*args):
         calls.append(1)
-        # the first is the validation's
-        if len(calls) == 1 + count:
+        if len(calls) == count:
             signal.raise_signal(signal.SIGINT)
-        return draw(*args)
+        return update(*args)
 
-    monkeypatch.setattr(train, "make_batches", draw_and_interrupt)
+    monkeypatch.setattr(train, "one_update", interrupt_and_update)
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_one_batch_is_learned_by_heart(method, base):
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = train.build_optimizer(trainable, args), []
     for _ in range(60):
-        (batch,) = train.make_batches(model, rows(4, 12), 4, 0, 0, 0)
+        (batch,) = loader(rows(4, 12), model).update(0)
         loss = train.token_losses(model, batch).values.mean()
         loss.backward()
         optimizer.step()
@@ -385,10 +385,17 @@ def rows(count, length, spread=5):
     return result
 
 
-def drawn(data, position, seed=5):
+def loader(data, model=None, **changes):
+    """Of batches of four rows, as train.py has one for data of one's own."""
+    args = Namespace(**{"data": "rows", "batch_size": 4, "accumulate": 1, "seed": 5, "updates": 9,
+                        "val_rows": 100, "compile": False, **changes})
+    draw = model.draw if isinstance(model, L2D) else None
+    return Loader(data, args, "cpu", draw, lambda update: 0)
+
+
+def drawn(data, update, seed=5):
     """The first tokens of the rows in the two batches of an update, which tell the rows apart."""
-    some = draw_rows(data, position, 6, seed)
-    batches = train.make_batches(make_lm(), some, 3, seed, position, 0)
+    batches = loader(data, batch_size=3, accumulate=2, seed=seed).update(update)
     assert [len(batch.ids) for batch in batches] == [3, 3]
     return [row for batch in batches for row in batch.ids[:, 0].tolist()]
 
@@ -396,19 +403,28 @@ def drawn(data, position, seed=5):
 def test_every_row_is_seen_once_an_epoch_and_in_another_order_in_the_next():
     # of one length, so that they stay in the order they are drawn in
     data = rows(10, 12, spread=1)
-    seen = [row for position in range(0, 30, 6) for row in drawn(data, position)]
+    seen = [row for update in range(5) for row in drawn(data, update)]
     epochs = [seen[:10], seen[10:20], seen[20:]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3 and list(range(10)) not in epochs
-    # what comes at a position depends on nothing else
-    assert drawn(data, 18) == seen[18:24]
+    # what comes in an update depends on nothing else
+    assert drawn(data, 3) == seen[18:24]
     assert drawn(data, 0) == seen[0:6]
     assert drawn(data, 0, seed=6) != seen[0:6]
 
 
+def test_what_is_made_ahead_is_what_would_be_made_then():
+    data, l2d = rows(10, 12), L2D(make_lm(), L2DConfig(8, 8, rank=2))
+    ahead = loader(data, l2d)
+    for update in (0, 1, 2, 7, 8):
+        (batch,), (alone,) = ahead.update(update), loader(data, l2d).update(update)
+        assert torch.equal(batch.ids, alone.ids)
+        assert torch.equal(batch.counted.noise, alone.counted.noise)
+    assert not ahead.coming
+
+
 def test_rows_of_like_length_come_together():
-    data = rows(6, 12, spread=6)
-    batches = train.make_batches(make_lm(), data, 2, 0, 0, 0)
+    batches = loader(rows(6, 12, spread=6), batch_size=2, accumulate=3).update(0)
     assert [batch.ids.shape[1] for batch in batches] == [7, 9, 11]
     assert sorted(row for batch in batches for row in batch.ids[:, 0].tolist()) == list(range(6))
 
@@ -425,7 +441,8 @@ def test_targets_are_the_next_tokens_of_the_response():
 def test_packed_rows_keep_their_documents():
     batch = collate(
         [([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])])
-    assert batch.documents.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
+    assert batch.documents.numbers.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
+    assert batch.documents.borders == (0, 2, 4, 7, 8)
     assert [place.tolist() for place in batch.counted.where] == [[0, 0, 0, 1, 1], [0, 2, 3, 0, 1]]
     assert batch.counted.y.tolist() == [2, 4, 5, 2, 3] and batch.counted.class_ids is None
 
@@ -469,8 +486,7 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
 
     monkeypatch.setattr(train, "token_losses", losses)
     model = nn.Linear(1, 1)
-    args = Namespace(batch_size=4, val_rows=7, objective="paper")
-    result = train.validate(model, rows(9, 8), args, "cpu")
+    result = train.validate(model, loader([], val_rows=7).validation(rows(9, 8)), 0)
     assert calls == [(4, False), (3, False)] and model.training
     assert result["by_tenth"] == pytest.approx([i + 1 for i in range(9)] + [10.125], abs=1e-3)
     assert result["val_loss"] == pytest.approx(float(10 * times.mean()) + 0.5, abs=1e-3)
@@ -478,16 +494,15 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
 
 def test_validation_is_the_plain_loss_of_a_language_model_and_repeats(base):
     lm, data = make_lm(), rows(9, 12)
-    args = Namespace(batch_size=4, val_rows=100, objective="paper")
     with torch.no_grad():
         expected = torch.cat(
             [train.token_losses(lm, collate([row]))[0] for row in data]
         ).mean()
-    assert train.validate(lm, data, args, "cpu") == {
+    assert train.validate(lm, loader([]).validation(data), 0) == {
         "val_loss": pytest.approx(float(expected), abs=1e-3)
     }
     l2d = L2D(lm, L2DConfig(8, 8, rank=2))
-    first, second = (train.validate(l2d, data, args, "cpu") for _ in range(2))
+    first, second = (train.validate(l2d, loader([], l2d).validation(data), 0) for _ in range(2))
     assert first == second and first["val_loss"] == pytest.approx(
         float(expected), abs=1e-3
     )  # a fresh path changes nothing
@@ -785,3 +800,70 @@ def test_a_plan_trains_nothing_and_writes_nothing(method, base, tmp_path, capsys
     said = capsys.readouterr().out
     assert "trainable parameters" in said and "GB frozen" in said and "min in all" in said
     assert not out.exists()
+
+
+# --- what the frozen model makes, kept ------------------------------------------------------------
+
+
+class Rows(list):
+    """As data.tokens has them, with a fingerprint."""
+    fingerprint = "rows"
+
+    @property
+    def longest(self):
+        return max(len(row[0]) for row in self)
+
+
+@pytest.fixture
+def packed_rows(monkeypatch):
+    """Rows of two documents each, in place of data from a directory."""
+    def packed(count, seed):
+        found = Rows()
+        for row, (ids, mask, _) in enumerate(rows(count, 14)):
+            numbers = (torch.arange(len(ids)) > 4 + row % 3).long() + 1
+            found.append(([seed, *ids[1:]], mask, numbers))
+        return found
+
+    monkeypatch.setattr(train, "load_data", lambda *args: (packed(8, 1), packed(4, 2)))
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "refine", "own_reading": True, "unroll": 3}])
+def test_a_kept_reading_teaches_what_reading_again_teaches(options, base, tmp_path, packed_rows):
+    own = ["--own_reading"] if options.pop("own_reading", False) else []
+    words = [f"--init_from={base}", "--data=rows", *flags(**options, accumulate=2), *own]
+    for name, more in (("read", []), ("kept", ["--cache_frozen"])):
+        train.train(train.parse([*words, f"--out_dir={tmp_path / name}", *more]))
+    found, expected = (updates(tmp_path / name) for name in ("kept", "read"))
+    for entry, other in zip(found, expected, strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], abs=2e-5)
+    # derived from other files, so it goes when nobody needs it any more
+    assert not list((tmp_path / "kept").glob("frozen*"))
+
+
+def test_readings_are_kept_when_a_run_stops_and_used_when_it_goes_on(
+    base, tmp_path, packed_rows, monkeypatch, capsys
+):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    words = [f"--init_from={base}", "--data=rows", "--cache_frozen", *flags()]
+    train.train(train.parse([*words, f"--out_dir={whole}"]))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        ctrl_c_after(patch, 3)
+        train.train(train.parse([*words, f"--out_dir={out}"]))
+    before = (out / "frozen.bin").stat()
+    assert "keeping what the frozen model makes of" in capsys.readouterr().out
+    train.main(["--init_from=resume", f"--out_dir={out}"])
+    assert "keeping" not in capsys.readouterr().out and before.st_size > 0
+    assert updates(out) == updates(whole)
+    # it is no secret how large it is going to be
+    train.main([*words, f"--out_dir={tmp_path / 'plan'}", "--plan"])
+    assert "--cache_frozen: 0.0 GB" in capsys.readouterr().out
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_disk_without_room_is_said_before(base, tmp_path, packed_rows, monkeypatch, capsys):
+    monkeypatch.setattr("data.frozen.shutil.disk_usage", lambda path: Namespace(free=10))
+    message = refused(capsys, f"--init_from={base}", "--data=rows", "--cache_frozen", *flags(),
+                      f"--out_dir={tmp_path / 'out'}")
+    assert "--cache_frozen needs 0.0 GB" in message and not (tmp_path / "out").exists()
+    assert "--cache_frozen would do nothing" in refused(
+        capsys, f"--init_from={base}", "--cache_frozen", f"--out_dir={tmp_path / 'out'}")
