@@ -86,7 +86,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--checkpointing", action=switch, default=False,
         help="compute activations again in the backward pass: less memory, more time")
     add("--compile", action=switch, default=False,
-        help="torch.compile the objective; slower on a CPU, where it breaks into pieces")
+        help="torch.compile the objective: the paper's is one graph, ours breaks into a few")
     return parser
 
 
@@ -163,6 +163,9 @@ def check(args):
                 raise ValueError(f"--{name} {value} is out of range; allowed: {least} or more")
     if not args.ema < 1:
         raise ValueError(f"--ema {args.ema} is out of range; allowed: 0 to 1, without 1")
+    if args.cache_frozen and args.shard:
+        raise ValueError("--cache_frozen and --shard exclude each other: one process makes the "
+                         "readings and needs the whole model for it; drop one of them")
     check_seed(args.seed)
     check_not_a_model(args.out_dir)
     if args.init_from == "scratch" and args.method != "pretrain":

@@ -19,8 +19,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from data.batches import IGNORE, Batch, count  # noqa: E402
+from data.batches import IGNORE, Batch, Kept, count  # noqa: E402
 from data.kv_cache import KVCache  # noqa: E402
+from data.positions import Packed  # noqa: E402
 from diffusion import L2D, VelocityField  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
 
@@ -86,10 +87,10 @@ def evaluation_table(model, batch: int, context: int, timed):
     print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
 
 
-def drawn(model, ids, targets, unroll=0, needs=None):
+def drawn(model, ids, targets, unroll=0, needs=None, documents=None):
     """A batch with all that is random in it, as train.py makes one."""
     cpu = targets.cpu()
-    batch = Batch(ids.cpu(), None, count(cpu, None, needs))
+    batch = Batch(ids.cpu(), documents, count(cpu, None, needs))
     generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
     return model.draw(batch, generators, unroll).to(ids.device)
 
@@ -221,6 +222,73 @@ def print_parts(model, ids, targets, whole: float, update, timed):
     print(f"  {'full finetuning of the same model':38} {ms:8.1f} ms  {ms / whole:6.2f}")
 
 
+@torch.enable_grad()
+def savings_table(model, rows: int, length: int, timed):
+    """Packed rows, what is kept of the frozen model, recomputing, compiling; time and memory."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.lm.config.vocab_size
+    ids, targets = torch.randint(vocab_size, (2, rows, length), generator=generator).to(device)
+    # as in chat data, where only the answers count
+    targets[:, ::2] = IGNORE
+    model.train()
+    # four documents in each row
+    numbers = (torch.arange(length) * 4 // length + 1).repeat(rows, 1)
+    plain = drawn(model, ids, targets)
+    reading = model.lm.read(ids)
+    kept = Kept(reading.hidden, reading.keys, reading.values)
+    compiled = torch.compile(L2D.token_losses, dynamic=True)
+
+    def again(batch):
+        model.checkpointing = True
+        losses = model.token_losses(batch)
+        model.checkpointing = False
+        return losses
+
+    works = {
+        "one document, half of it counted": (L2D.token_losses, plain),
+        "four documents by their borders": (
+            L2D.token_losses, drawn(model, ids, targets, documents=Packed.of(numbers))),
+        "four documents by a mask": (
+            L2D.token_losses, drawn(model, ids, targets, documents=numbers)),
+        "what the frozen model makes is kept": (
+            L2D.token_losses, dataclasses.replace(plain, kept=kept)),
+        "--checkpointing": (lambda _, batch: again(batch), plain),
+        "--compile": (compiled, plain),
+    }
+    print(f"forward and backward on {rows} rows of {length} tokens; memory for backward:")
+    first = None
+    for name, (objective, batch) in works.items():
+        def learn():
+            objective(model, batch.to(ids.device)).values.mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        ms = timed(learn)
+        first = first or ms
+        size = saved_bytes(lambda: objective(model, batch.to(ids.device)))
+        print(f"  {name:38} {ms:8.1f} ms  {ms / first:6.2f}  {size / 1e6:8.1f} MB")
+    ms = timed(lambda: drawn(model, ids, targets))
+    print(f"  {'times and noise, made an update ahead':38} {ms:8.1f} ms  {ms / first:6.2f}")
+    model.eval()
+    model.fold_lora(True)
+
+
+def saved_bytes(forward) -> int:
+    """What autograd keeps of a forward pass, without the weights."""
+    sizes = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = forward()
+    del held
+    return sum(sizes.values())
+
+
 def peak(device, timed, size: int = 1536) -> float:
     """GFLOP/s of a product of two square matrices."""
     a = torch.randn(size, size, device=device)
@@ -241,32 +309,11 @@ def full_update(lm, ids, targets):
     return update
 
 
-@torch.no_grad()
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init_from", default="tiny")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--context", type=int, nargs="+", default=[64, 1024, 2048],
-                        help="tokens before the one that is drawn")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device")
-    args = parser.parse_args(argv)
-    model, tokenizer = load_model(args.init_from, device=args.device)
-    lm, device = model.lm, next(model.parameters()).device
-    print(f"{platform.platform()}, {device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, medians of {args.repeats}")
-
-    def timed(work):
-        return median_ms(work, args.repeats, device)
-
-    for batch in args.batch_size:
-        for context in args.context:
-            evaluation_table(model, batch, context, timed)
-    options_table(lm, model.config, 8, 64, timed)
-    training_table(model, 32, 64, timed)
-    ids = torch.randint(lm.config.vocab_size, (args.batch_size[0], 8),
-                        generator=torch.Generator().manual_seed(0)).to(device)
+def texts_table(model, rows: int, timed):
+    """Whole texts by several solvers, against the frozen model's."""
+    lm = model.lm
+    ids = torch.randint(lm.config.vocab_size, (rows, 8),
+                        generator=torch.Generator().manual_seed(0))
     prompts = ids.tolist()
     speed = {}
     for steps, solver in ((0, "euler"), (1, "euler"), (8, "euler"), (32, "euler"), (1, "dopri5")):
@@ -282,6 +329,45 @@ def main(argv=None):
         ms = speed[steps, solver]
         print(f"generate 16 tokens, {name:9} NFE {nfe:6.1f}  {ms:9.1f} ms  "
               f"{ms / speed[0, 'euler']:6.2f} times the frozen model")
+
+
+PARTS = ("evaluations", "options", "updates", "savings", "texts")
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init_from", default="tiny")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[64, 1024, 2048],
+                        help="tokens before the one that is drawn")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--train", type=int, nargs=2, default=[32, 64],
+                        help="rows and tokens of an update (default: 32 64)")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    model, tokenizer = load_model(args.init_from, device=args.device)
+    lm, device = model.lm, next(model.parameters()).device
+    print(f"{platform.platform()}, {device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, medians of {args.repeats}")
+
+    def timed(work):
+        return median_ms(work, args.repeats, device)
+
+    if "evaluations" in args.parts:
+        for batch in args.batch_size:
+            for context in args.context:
+                evaluation_table(model, batch, context, timed)
+    if "options" in args.parts:
+        options_table(lm, model.config, 8, 64, timed)
+    if "updates" in args.parts:
+        training_table(model, *args.train, timed)
+    if "savings" in args.parts:
+        savings_table(model, *args.train, timed)
+    if "texts" in args.parts:
+        texts_table(model, args.batch_size[0], timed)
 
 
 if __name__ == "__main__":

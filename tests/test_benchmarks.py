@@ -16,7 +16,7 @@ import torch
 
 import eval as evaluation
 from conftest import LLAMA, exit_status, make_lm
-from data import records, scores
+from data import records, repeat, scores
 from data.formats import render_llama3
 from data.tasks import BENCHMARKS, TASKS
 from data.tasks import files, finetune
@@ -618,14 +618,22 @@ def test_a_finetune_trains_and_measures_each_way_once(models, data_dir, tmp_path
         said.append([str(word) for word in words])
         out = next((word for word in said[-1] if word.startswith("--out_dir=")), None)
         if out:
-            Path(out.partition("=")[2]).mkdir()
+            folder = Path(out.partition("=")[2])
+            folder.mkdir()
+            entries = [{"update": 0, "val_loss": 2.0, "by_tenth": [2.0] * 10},
+                       {"update": 1, "loss": 1.0, "seconds": 3.0},
+                       {"update": 1, "val_loss": 1.5, "by_tenth": [1.5] * 10}]
+            (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
     monkeypatch.setattr(finetune, "run", note)
+    monkeypatch.setattr(repeat, "run", note)
     flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
-             "--updates=3"]
+             "--updates=3", "--task=arc_easy"]
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in said] == ["-m", "train.py", "train.py", "eval.py", "eval.py"]
     assert "--method=l2d" in said[1] and "--method=lora" in said[2]
-    assert "the same before and after: True" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "the same before and after: True" in text
+    assert "lora     held-out loss 2.000 -> 1.500, 3 s" in text
     rows = [json.loads(line) for line in (tmp_path / "o" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]

@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 def find_folder(name: str, data_dir: str | None) -> Path:
     """Where a benchmark's files are. Raises ValueError that says how to get them."""
     root = Path(data_dir).expanduser() if data_dir else cache_folder()
-    if (root / name).is_dir():
+    if not name or (root / name).is_dir():      # no name: nothing will be read
         return root / name
     # the folder of the benchmark itself
     if data_dir and root.is_dir() and root.name == name:

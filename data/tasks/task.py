@@ -1,6 +1,6 @@
 """What every benchmark has: data/tasks/gsm8k.py is the shortest example.
 
-    name, folder       how it is called, and the folder of its files
+    name, folder       how it is called, and the folder of its files, "" where it has none
     kind               "text", "letters" (multiple choice) or "code"
     shots              style -> worked examples in a prompt
     max_new_tokens     longest answer, unless another is asked for

@@ -8,15 +8,13 @@ reader would type), and prints the mean over seeds with its range.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 from data.disk import read_json
 from data.presets import PRESETS
+from data.repeat import run, train_once
 from data.statistics import mean, unique
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # a LoRA of rank 98 has as many parameters as the path
 WAYS = {
     "refine": [],
@@ -33,26 +31,15 @@ BASES = {"lora_refine": "lora", "full_refine": "full"}
 MEASURE = ["--problems=100", "--steps", "1", "2", "4", "8", "16", "32", "64"]
 
 
-def run(script: str, *words):
-    print(">", script, *words, flush=True)
-    subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], check=True)
-
-
 def make(way: str, seed: int, out_dir: Path, more: list):
     """Train and measure one way with one seed, unless that has been done."""
     trained = out_dir / f"{way}-{seed}"
     found = out_dir / f"{way}-{seed}.json"
-    if not (trained / "done").exists():
-        words = [*WAYS[way], f"--seed={seed}", "--report=0", *more]
-        if way in BASES:
-            make(BASES[way], seed, out_dir, more)
-            words += [f"--init_from={out_dir / BASES[way]}-{seed}", *preset_flags()]
-        # of a run that was stopped
-        if (trained / "state.safetensors").exists():
-            words = ["--init_from=resume"]
-        run("train.py", *words, f"--out_dir={trained}")
-        # path.json is written at every validation, so it does not say that all is done
-        (trained / "done").touch()
+    words = [*WAYS[way], f"--seed={seed}", "--report=0", *more]
+    if way in BASES:
+        make(BASES[way], seed, out_dir, more)
+        words += [f"--init_from={out_dir / BASES[way]}-{seed}", *preset_flags()]
+    train_once(trained, *words)
     if not found.exists():
         run("eval.py", f"--init_from={trained}", *MEASURE, f"--out={found}")
 
@@ -99,7 +86,7 @@ def main(argv=None):
     parser.add_argument("--out_dir", default="headline", help="default: headline")
     parser.add_argument("--print", action="store_true", help="only what there is")
     args, more = parser.parse_known_args(argv)
-    out_dir = Path(args.out_dir)
+    out_dir = Path(args.out_dir).absolute()
     if not args.print:
         out_dir.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
