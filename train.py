@@ -22,7 +22,7 @@ from data.command import command      # first: from here on Ctrl-C is one line
 import torch
 import torch.nn as nn
 
-from data import processes
+from data import processes, sharding
 from data.average import Average
 from data.batches import Batch, Losses
 from data.checkpoint import copy_tokenizer, pick_device
@@ -149,7 +149,7 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
     processes.sum_gradients(trained)
     # 0 switches it off, as everywhere
     norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
-    total, norm = float(processes.total(total)), float(processes.whole(norm))
+    total, norm = float(processes.total(total)), float(sharding.whole(norm))
     # before the step: what the weights are now can still be saved
     if not math.isfinite(total + norm):
         raise FloatingPointError(f"the loss is {total:g}, the norm of its gradient {norm:g}")
@@ -239,7 +239,7 @@ def set_up(args) -> Run:
     processes.same_start(p for p in model.parameters() if p.requires_grad)
     model.checkpointing = args.checkpointing
     if args.shard and processes.count() > 1:
-        processes.shard(lm, model.blocks if isinstance(model, L2D) else None)
+        sharding.shard(lm, model.blocks if isinstance(model, L2D) else None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(trainable, args)
     run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer,
@@ -298,7 +298,7 @@ def save_model(run: Run, directory=None):
     if isinstance(run.model, L2D):
         run.model.save(out_dir, tokenizer=run.tokenizer.fingerprint, updates=run.update)
         return
-    processes.gather(run.model)
+    sharding.gather(run.model)
     if run.args.method == "lora":
         # merged, so that the directory is an ordinary model
         replace_linears(run.model, LoRA, merge_linear)

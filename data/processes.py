@@ -3,9 +3,8 @@
     torchrun --nproc_per_node=4 train.py --init_from=gpt2-xl --data=DIR
 
 Tokens, losses and gradients are summed over all processes, so that every one makes the step that a
-single process would have made. Where a model does not fit one card, `shard` divides its weights
-among them (PyTorch's FSDP2). With one process nothing here does anything. train.py calls it all;
-read that next.
+single process would have made. With one process nothing here does anything. Read data/sharding.py
+next, for a model that does not fit one card; train.py calls it all.
 """
 
 import os
@@ -13,14 +12,11 @@ import signal
 import socket
 import sys
 import threading
-import warnings
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from data.command import visible
 
@@ -95,67 +91,6 @@ def same_start(parameters):
         dist.broadcast(p.detach(), 0)
 
 
-# --- weights divided among the processes ----------------------------------------------------------
-
-def shard(lm, path_blocks=None):
-    """Divide the weights of every layer, one layer whole at a time; what is trained in a frozen
-    model, and what reads it, stays whole.
-
-    path_blocks  the layers of a diffusion path: each works with the weights of its frozen one
-    """
-    mesh = init_device_mesh(lm.embed.weight.device.type, (count(),))
-    # a layer gives back its keys and values, which nobody changes in place
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    trained = {p for p in lm.parameters() if p.requires_grad}
-    frozen = not lm.embed.weight.requires_grad
-    for layer, block in enumerate(lm.blocks):
-        if path_blocks is None:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True,
-                        ignored_params=trained if frozen else None)
-        else:
-            shard_pair(block, path_blocks[layer], mesh)
-    if not frozen:
-        # embedding, final norm and head: they stay whole from the reading to the loss
-        fully_shard(lm, mesh=mesh)
-        register_fsdp_forward_method(lm, "read")
-    for module in lm.modules():
-        if isinstance(module, FSDPModule):
-            # sums, as everywhere here, and no means
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-
-
-def shard_pair(block, path_block, mesh):
-    """A frozen layer and the path's beside it, which takes the frozen one's weights along."""
-    path_block.frozen = block
-    trained = {p for p in path_block.parameters() if p.requires_grad}
-    fully_shard(path_block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
-    register_fsdp_forward_method(path_block, "read")
-    # the frozen layer reads before the path does, without a gradient
-    block.register_forward_pre_hook(lambda *_: path_block.unshard() and None)
-    block.register_forward_hook(lambda *_: path_block.reshard())
-
-
-def gather(lm):
-    """All weights whole again on every process, to be saved."""
-    for module in lm.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a divided tensor; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def divided(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole one, if `like` is divided."""
-    tensor = tensor.to(like.device)
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor, like.device_mesh, like.placements)
-    return tensor
-
-
 # --- from start to end ----------------------------------------------------------------------------
 
 def card(device: str | None) -> str | None:
@@ -174,16 +109,10 @@ def together(name: str):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    store, rank, size = next(dist.rendezvous("env://"))
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, store=dist.PrefixStore("sums", store), rank=rank,
-                            world_size=size)
+    store = join()
     when_told_to_end(lambda: end(store, f"{name}: {LOST}; {saved[-1]}"))
     output = sys.stdout, sys.stderr
-    if rank:
+    if number():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         yield
@@ -195,6 +124,18 @@ def together(name: str):
             end(store, f"{name}: {LOST}; {saved[-1]}")
         sys.stdout, sys.stderr = output
         raise
+
+
+def join():
+    """Returns the store in which torchrun keeps what the processes tell one another."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=dist.PrefixStore("sums", store), rank=rank,
+                            world_size=size)
+    return store
 
 
 def end(store, line: str):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data import processes
+from data import processes, sharding
 from data.checkpoint import check_finite
 from data.frozen import NAMES
 from data.disk import check_absent, open_safetensors, parse_json, present, remove, write_safetensors
@@ -93,7 +93,7 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
         tensors[f"average/{name}"] = value
     for name, value in tensors.items():
         # all processes have a part of what is divided, and one of them writes
-        value = processes.whole(value.detach())
+        value = sharding.whole(value.detach())
         check_finite(name, value, "this run")
         tensors[name] = value.cpu().contiguous()
     if processes.number():
@@ -142,11 +142,11 @@ def restore_state(run, facts: dict) -> dict:
     begun = meta["update"] > 0
     check_tensors(path, tensors, expected_tensors(run, begun))
     for name, p in run.trainable.items():
-        p.copy_(processes.divided(tensors[f"weights/{name}"], p))
+        p.copy_(sharding.divided(tensors[f"weights/{name}"], p))
         if begun:
             run.optimizer.state[p] = restore_moments(tensors, name, p)
     for name, value in run.average.tensors.items():
-        value.copy_(processes.divided(tensors[f"average/{name}"], value))
+        value.copy_(sharding.divided(tensors[f"average/{name}"], value))
     return meta
 
 
@@ -154,7 +154,7 @@ def restore_moments(tensors: dict, name: str, p) -> dict:
     # copies: load_file maps the file, which the next save replaces
     moments = {moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
     # the number of steps is the same everywhere
-    return {moment: value if moment == "step" else processes.divided(value, p)
+    return {moment: value if moment == "step" else sharding.divided(value, p)
             for moment, value in moments.items()}
 
 

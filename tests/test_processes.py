@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from data import processes
+from data import processes, sharding
 from data.state import read_state
 from diffusion import L2D
 from test_train import ROOT, flags, updates
@@ -141,7 +141,7 @@ def test_divided_weights_give_the_same_losses_and_files(options, base, tmp_path,
     assert together(2, tmp_path / "whole", *words) == [0, 0]
 
     def count_parts(rank):
-        shard = processes.shard
+        shard = sharding.shard
 
         def counted(lm, *args):
             shard(lm, *args)
@@ -149,7 +149,7 @@ def test_divided_weights_give_the_same_losses_and_files(options, base, tmp_path,
             matrix = getattr(matrix, "frozen", matrix).weight
             print("PART", matrix.to_local().shape[0] / matrix.shape[0])
 
-        processes.shard = counted
+        sharding.shard = counted
 
     assert together(2, tmp_path / "parts", *words, "--shard", prepare=count_parts) == [0, 0], \
         said(tmp_path / "parts", 0, 2)
