@@ -1,9 +1,13 @@
-"""Every picture of the project: in text, and as PNG where matplotlib is installed.
+"""Every picture of the project, each with one thing to say: in text, and as PNG by matplotlib.
 
-    python -m data.figures eval.json            the curves of eval.py's results, as eval.png
-    python -m data.figures refine.json paper.json lora.json --out compare.png
-                                                several ways to train, side by side
-    python -m data.figures log out/log.jsonl    loss and learning rate of a training
+    python -m data.figures levels eval.json           harder problems need more evaluations
+    python -m data.figures nfe eval.json              and adaptive ways spend them there
+    python -m data.figures curves eval.json           accuracy of every row of a results file
+    python -m data.figures ways a.json b.json         several ways to train, side by side
+    python -m data.figures trace trace.html           one token's guesses on the way from noise
+    python -m data.figures mask                       what a noisy token may look at
+    python -m data.figures log out/log.jsonl          loss and learning rate of a training
+    python -m data.figures tenths out/log.jsonl       its validation loss by time
 
 Pictures are made from numbers that somebody else has measured; nothing here runs a model.
 """
@@ -236,31 +240,130 @@ def plot_log(entries: list, path: Path):
     pyplot.close(figure)
 
 
+def plot_tenths(entries: list, path: Path):
+    """What was learned at which time: the validation loss in each tenth of t, a line a look."""
+    pyplot = import_pyplot()
+    looks = [entry for entry in entries if isinstance(entry.get("by_tenth"), list)]
+    if not looks:
+        raise ValueError("this log holds no loss by tenth of t; allowed: the log.jsonl of a path")
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    middles = [(tenth + 0.5) / 10 for tenth in range(10)]
+    for place, look in enumerate(looks):
+        colour = pyplot.cm.viridis(place / len(looks))
+        # a tenth may be empty
+        losses = [math.nan if loss is None else loss for loss in look["by_tenth"]]
+        axis.plot(middles, losses, "o-", color=colour, label=f"update {look['update']}")
+    axis.set(xlabel="t (0: noise, 1: the token)", ylabel="validation loss", xlim=(0, 1),
+             title="near t = 1 the noisy vector gives the token away")
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+# --- difficulty -----------------------------------------------------------------------------------
+
+def plot_levels(records: list, topic: str, path: Path):
+    """Greedy accuracy against evaluations, a line per level of one topic."""
+    pyplot = import_pyplot()
+    some = [r for r in records if r["topic"] == topic and r["temperature"] == 0]
+    levels = unique(r["level"] for r in some)
+    if not levels:
+        raise ValueError(f"no greedy results on {topic} in this file; "
+                         f"allowed: {', '.join(unique(r['topic'] for r in records))}")
+    figure, axis = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    for place, level in enumerate(levels):
+        cells = of_first_solver([r for r in some if r["level"] == level])
+        colour = pyplot.cm.viridis(place / len(levels))
+        draw_curve(axis, sorted(cells, key=lambda r: r["nfe_per_token"]), str(level), colour)
+    axis.set(xlabel="evaluations of the path per token (0: the frozen model)", ylabel="accuracy",
+             xscale="symlog", title=f"{topic}: harder problems need more evaluations")
+    axis.set_xlim(left=-0.1)
+    axis.legend(title="level", fontsize=8)
+    save(figure, path)
+
+
+def plot_nfe(records: list, topic: str, path: Path):
+    """Evaluations of an answer's first token by level, a line per adaptive way."""
+    pyplot = import_pyplot()
+    some = [r for r in records if r["topic"] == topic and r["temperature"] == 0
+            and r["kind"] == "adaptive"]
+    if not some:
+        raise ValueError(f"no greedy adaptive results on {topic} in this file; "
+                         "measure with --solvers dopri5 or --stop_unchanged 2")
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for column in unique(r["column"] for r in some):
+        cells = [r for r in some if r["column"] == column]
+        axis.plot([r["level"] for r in cells], [r["nfe_first"] for r in cells], "o-", label=column)
+    axis.set(xlabel="level", ylabel="evaluations, mean", ylim=(0, None),
+             title=f"{topic}: adaptive ways spend more on harder problems")
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+def plot_mask(path: Path, words=("the", "cat", "sat", "on", "the", "mat")):
+    """Which frozen keys each noisy token sees in training: a triangle, and no noisy token."""
+    pyplot = import_pyplot()
+    count = len(words)
+    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    # the frozen model's keys, then the path's own tokens
+    seen = [[int(key <= query) for key in range(count)] + [0] * count for query in range(count)]
+    axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.4, aspect="equal")
+    axis.set_xticks(range(2 * count), [*words, *(f"x{n + 2}" for n in range(count))])
+    axis.set_yticks(range(count), [f"x{n + 2} after {word!r}" for n, word in enumerate(words)])
+    for edge in range(2 * count):
+        axis.axvline(edge + 0.5, color="0.4", linewidth=2 if edge == count - 1 else 0.2)
+        axis.axhline(min(edge, count - 1) + 0.5, color="0.4", linewidth=0.2)
+    axis.set(xlabel="keys: of the frozen model, and of the noisy tokens",
+             ylabel="queries: noisy vectors of the next token",
+             title="a noisy token sees its own past, and no other noisy token")
+    save(figure, path)
+
+
+PICTURES = ("levels", "nfe", "curves", "ways", "mask", "log", "tenths")
+
+
+def draw(args, out: Path):
+    """One picture, from the files it is of. Raises ValueError for files of another kind."""
+    files = [Path(name) for name in args.files]
+    if (args.kind == "mask") == bool(files) or (args.kind != "ways" and len(files) > 1):
+        raise ValueError(f"{args.kind} takes {'no' if args.kind == 'mask' else 'one'} file "
+                         f"(ways takes several), not {len(files)}")
+    if args.kind == "mask":
+        return plot_mask(out)
+    if args.kind in ("log", "tenths"):
+        plot = plot_log if args.kind == "log" else plot_tenths
+        return plot(read_log(files[0]), out)
+    results = {file.stem: read_accuracy(file) for file in files}
+    first = results[files[0].stem]
+    try:
+        if args.kind == "ways":
+            plot_ways(results, args.topic, out)
+        elif args.kind == "curves":
+            plot_accuracy(first, out)
+        else:
+            plot = plot_levels if args.kind == "levels" else plot_nfe
+            plot(first, args.topic, out)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{', '.join(args.files)}: a record has an unexpected form: {error!r}")
+
+
 @command("data.figures")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+",
-                        help="what eval.py wrote, of several one picture; or `log` and a log.jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=PICTURES)
+    parser.add_argument("files", nargs="*", help="what eval.py or train.py wrote")
     parser.add_argument("--topic", default="chains",
-                        help="of a picture of several files (default: chains)")
-    parser.add_argument("--out", help="the picture (default: beside the first file)")
+                        help="of levels, nfe and ways (default: chains)")
+    parser.add_argument("--out", help="the picture (default: KIND.png beside the first file)")
     parser.add_argument("--overwrite", action="store_true", help="of an earlier picture")
     args = parser.parse_args(argv)
-    training = args.results[0] == "log" and len(args.results) == 2
-    out = Path(args.out or Path(args.results[-1 if training else 0]).with_suffix(".png"))
+    folder = Path(args.files[0]).parent if args.files else Path()
+    out = Path(args.out or folder / f"{args.kind}.png")
     check_absent(out, args.overwrite)
     check_writable(out)
-    if training:
-        plot_log(read_log(Path(args.results[1])), out)
-        return print(out)
-    results = {Path(name).stem: read_accuracy(Path(name)) for name in args.results}
-    try:
-        if len(results) == 1:
-            plot_accuracy(*results.values(), out)
-        else:
-            plot_ways(results, args.topic, out)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{', '.join(args.results)}: a record has an unexpected form: {error!r}")
+    draw(args, out)
     print(out)
 
 

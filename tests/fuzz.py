@@ -215,7 +215,7 @@ def evaluate(work: Path):
 
 
 def draw(work: Path):
-    figures.main([str(work / "eval.json")])
+    figures.main(["curves", str(work / "eval.json")])
     print(content_of(work, "*.png"))
 
 

@@ -77,7 +77,7 @@ def test_results_that_are_none_are_one_line(tmp_path, capsys):
     path = tmp_path / "eval.json"
     path.write_text("{}")
     with pytest.raises(SystemExit) as end:
-        main([str(path)])
+        main(["curves", str(path)])
     assert end.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

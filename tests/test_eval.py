@@ -378,22 +378,45 @@ def test_pictures_of_one_result_and_of_several(tmp_path):
     columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("dopri5", "adaptive", 2)]
     fake_results(tmp_path / "path.json", columns)
     fake_results(tmp_path / "lora.json", columns[:1])
-    figures.main([str(tmp_path / "path.json")])
-    figures.main([str(tmp_path / name) for name in ("path.json", "lora.json")]
-                 + ["--out", str(tmp_path / "both.png")])
-    for name in ("path.png", "both.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    kinds = {"curves": ["path.json"], "levels": ["path.json"], "nfe": ["path.json"],
+             "ways": ["path.json", "lora.json"], "mask": []}
+    for kind, names in kinds.items():
+        out = tmp_path / f"{kind}.png"
+        files = [str(tmp_path / name) for name in names]
+        assert exit_status(figures.main, [kind, *files, f"--out={out}"]) == 0
+        assert out.read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("words, message", [
+    (["nfe", "lora.json"], "no greedy adaptive results on chains"),
+    (["levels", "path.json", "--topic=math"], "no greedy results on math in this file; allowed: c"),
+    (["curves", "path.json", "lora.json"], "curves takes one file"),
+    (["mask", "path.json"], "mask takes no file"),
+    (["levels"], "levels takes one file"),
+])
+def test_a_picture_of_something_else_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    columns = [("frozen", "frozen", 0), ("dopri5", "adaptive", 2)]
+    fake_results(tmp_path / "path.json", columns)
+    fake_results(tmp_path / "lora.json", columns[:1])
+    assert exit_status(figures.main, words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not list(tmp_path.glob("*.png"))
 
 
 def test_the_picture_of_a_training(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "log.jsonl"
     lines = [{"args": {}}, {"update": 0, "val_loss": 2.0},
+             {"update": 1, "val_loss": 2.0, "by_tenth": [2.0, None, *range(8)]},
              *({"update": n, "loss": 2 / n, "lr": 0.1} for n in range(1, 30))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert exit_status(figures.main, ["log", str(path)]) == 0
-    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    assert exit_status(figures.main, ["tenths", str(path)]) == 0
+    for kind in ("log", "tenths"):
+        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     # what was done again after a resume counts once
     assert figures.points([*lines, {"update": 3, "loss": 9.0}], "loss")[1][2] == 9.0
     for content in ("", "[1]\n", "{\n", '{"update": 1}\n', '{"update": 1, "loss": "x"}\n'):
