@@ -8,7 +8,7 @@ layers stand beside the model's.
 Shapes, in every file: B batch, T tokens (queries), S tokens (keys), C hidden width, H heads, G
 key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion space.
 
-    python -c "from model import LM; print(LM.from_pretrained('tiny').config)"
+    python model.py
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,8 @@ from data.hub import resolve
 from data.kv_cache import KVCache
 from data.log_p import log_p
 from data.lora import adapt
-from data.positions import positions_and_mask, rope_inv_freq, rotate
+from data.positions import check_positions, positions_and_mask, rope_inv_freq, rotate
+from data.tokenizer import load_tokenizer
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ class LM(nn.Module):
             documents = cache.extend(documents, tokens)
         positions, mask = positions_and_mask(tokens, past, documents, ids.device)
         if self.embed_positions is not None and past + tokens > self.config.max_positions:
-            self.check_positions(positions)
+            check_positions(positions, self.config.max_positions)
         inputs = self.embed(ids)                                        # (B, T, C)
         x = self.add_positions(inputs, positions)
         cos_sin = None
@@ -415,16 +416,6 @@ class LM(nn.Module):
             keys.append(k)
             values.append(v)
         return Reading(x, tuple(keys), tuple(values), positions, mask, cos_sin, inputs)
-
-    def check_positions(self, positions):
-        """Raise ValueError past the last learned position.
-
-        A table has an end, and an index beyond it would be an error far from its cause.
-        """
-        most = self.config.max_positions
-        if positions.max() >= most:
-            longest = int(positions.max()) + 1
-            raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
 
     def add_positions(self, x, positions):
         """x (..., C) plus learned embeddings of its positions, if the model has such."""
@@ -476,3 +467,25 @@ class LM(nn.Module):
     def save_pretrained(self, directory: str | Path):
         """Write config.json and model.safetensors in Hugging Face layout, each appearing whole."""
         save_weights(self, Path(directory))
+
+
+# --- run alone ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def main():
+    """The embedded model reads a map and a start, and says where one step leads."""
+    lm = LM.from_pretrained("tiny", torch.float32, "cpu")
+    tokenizer = load_tokenizer(resolve("tiny"), lm.config.vocab_size)
+    ids = torch.tensor([tokenizer.encode_start("kb cc pp ln mm ad hg np ja fm eo df;h")])
+    at_once = lm(ids)[:, -1].softmax(-1)
+    for p, token in zip(*(found[0].tolist() for found in at_once.topk(3))):
+        print(f"{tokenizer.decode([token])!r}  p = {p:.3f}")
+    cache = KVCache()
+    for token in ids.split(1, dim=1):
+        reading = lm.read(token, cache=cache)
+    one_by_one = lm.logits(reading.hidden)[:, -1].softmax(-1)
+    print("the same with a KV cache:", torch.allclose(one_by_one, at_once, atol=1e-5))
+
+
+if __name__ == "__main__":
+    main()

@@ -254,7 +254,7 @@ def plot_tenths(entries: list, path: Path):
         losses = [math.nan if loss is None else loss for loss in look["by_tenth"]]
         axis.plot(middles, losses, "o-", color=colour, label=f"update {look['update']}")
     axis.set(xlabel="t (0: noise, 1: the token)", ylabel="validation loss", xlim=(0, 1),
-             title="near t = 1 the noisy vector gives the token away")
+             title="what was learned at which time")
     axis.legend(fontsize=8)
     save(figure, path)
 
@@ -262,22 +262,25 @@ def plot_tenths(entries: list, path: Path):
 # --- difficulty -----------------------------------------------------------------------------------
 
 def plot_levels(records: list, topic: str, path: Path):
-    """Greedy accuracy against evaluations, a line per level of one topic."""
+    """Greedy accuracy of one topic, a row per level, a column per number of evaluations."""
     pyplot = import_pyplot()
     some = [r for r in records if r["topic"] == topic and r["temperature"] == 0]
     levels = unique(r["level"] for r in some)
     if not levels:
         raise ValueError(f"no greedy results on {topic} in this file; "
                          f"allowed: {', '.join(unique(r['topic'] for r in records))}")
-    figure, axis = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    for place, level in enumerate(levels):
+    rows = []
+    for level in levels:
         cells = of_first_solver([r for r in some if r["level"] == level])
-        colour = pyplot.cm.viridis(place / len(levels))
-        draw_curve(axis, sorted(cells, key=lambda r: r["nfe_per_token"]), str(level), colour)
-    axis.set(xlabel="evaluations of the path per token (0: the frozen model)", ylabel="accuracy",
-             xscale="symlog", title=f"{topic}: harder problems need more evaluations")
-    axis.set_xlim(left=-0.1)
-    axis.legend(title="level", fontsize=8)
+        rows.append(sorted(cells, key=lambda r: r["nfe_per_token"]))
+    figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    shown = axis.imshow([[100 * r["accuracy"] for r in row] for row in rows], cmap="viridis",
+                        vmin=0, vmax=100, aspect="auto", origin="lower")
+    axis.set_xticks(range(len(rows[0])), [f"{r['nfe_per_token']:.0f}" for r in rows[0]])
+    axis.set_yticks(range(len(levels)), levels)
+    axis.set(xlabel="evaluations of the path per token (0: the frozen model)", ylabel="level",
+             title=f"{topic}: harder problems need more evaluations")
+    figure.colorbar(shown, label="right, in %")
     save(figure, path)
 
 

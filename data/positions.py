@@ -30,6 +30,16 @@ def check_length(config: ModelConfig, longest: int, remedy: str):
     warn(f"warning: {line} (max_position_embeddings); expect nonsense beyond")
 
 
+def check_positions(positions, most: int):
+    """Raise ValueError past the last learned position.
+
+    A table has an end, and an index beyond it would be an error far from its cause.
+    """
+    if positions.max() >= most:
+        longest = int(positions.max()) + 1
+        raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
+
+
 @lru_cache
 def warn(line: str):
     """Once, however many texts are too long."""
