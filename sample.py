@@ -2,6 +2,7 @@
 
     python sample.py --steps 8 --solver euler                       worked answers
     python sample.py --solver dopri5 --trace --prompt "(7*8)+15?"   what each token cost
+    python sample.py --trace --html trace.html --prompt "gcab?"     the same as a page
     python sample.py --class sort --guidance 2 --prompt "gcab?"     pushed towards a topic
     python sample.py --steps 0 --prompt "(7*8)+15?"                 the frozen model
 
@@ -20,15 +21,16 @@ from data.command import command, given_flags      # first: from here on Ctrl-C 
 
 import torch
 
-from data.answer import Answer, Stop
+from data.answer import Answer, Stop, Trace
 from data.batches import common_start, left_pad
 from data.classes import check_classes
-from data.disk import present
+from data.disk import check_absent, check_writable, present
 from data.draws import draw_noise_each, draw_tokens
 from data.families import choices
 from data.figures import trace_text
 from data.hub import resolve
 from data.kv_cache import KVCache
+from data.page import write_page
 from data.path import check_tokenizer, check_trained, read_path
 from data.positions import check_length
 from data.prompts import encode_prompt, note_style, read_prompts
@@ -61,7 +63,7 @@ class Settings:
     top_p: float | None = None
     guidance: float = 1.0
     max_new_tokens: int = 64
-    trace_token: int | None = None       # keep this token's guesses (of the first sequence)
+    trace_token: int | None = None       # keep the first sequence's guesses, to show this token's
     score: bool = False                  # keep every token's log p under the frozen model
 
     def __post_init__(self):
@@ -177,10 +179,13 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
     batch = Batch(model, prompts, seeds or range(len(prompts)), class_ids)
     for n in range(settings.max_new_tokens):
         # 2. Noise flows to the vector of the next token; a last look makes logits of it.
-        watch = None
-        if n == settings.trace_token and batch.numbers[0] == 0:
-            watch = keep_guesses(answers[0].guesses)
-        logits, nfe, finished = next_logits(model, batch, settings, watch)
+        trace = None
+        if settings.trace_token is not None and batch.numbers[0] == 0:
+            trace = Trace()
+            answers[0].traces.append(trace)
+            if n == settings.trace_token:
+                answers[0].guesses = trace.guesses
+        logits, nfe, finished = next_logits(model, batch, settings, trace)
         check_logits(logits, batch, answers)
         # 3. The token is chosen from the logits, as from any language model's.
         tokens = choose(logits, settings, batch.generators).tolist()
@@ -243,7 +248,7 @@ def check_logits(logits, batch: Batch, answers: list):
                      "weights damaged, or --guidance too large?")
 
 
-def next_logits(model, batch: Batch, settings: Settings, watch=None):
+def next_logits(model, batch: Batch, settings: Settings, trace: Trace | None = None):
     """(logits (B, V), NFE, finished?) of every row's next token, the last two as lists."""
     rows = len(batch.numbers)
     # no path: what the frozen model says is its answer
@@ -261,11 +266,12 @@ def next_logits(model, batch: Batch, settings: Settings, watch=None):
     # the solver counts calls; a guided call evaluates the network twice
     budget = settings.max_nfe and max(1, settings.max_nfe // velocity.cost)
     solution = odeint(velocity, x_0, settings.solver, settings.steps,
-                      settings.rtol, settings.atol, budget, settings.stop_unchanged, watch)
+                      settings.rtol, settings.atol, budget, settings.stop_unchanged, trace)
     logits = velocity.logits(solution.x, solution.guess)
-    # the last look costs an evaluation like any other, and is shown like any other
-    if watch:
-        watch(torch.arange(rows), 1.0, solution.x, logits)
+    if trace:
+        trace.judge(float(solution.t[0]), int(solution.rejected[0]))
+        # the last look costs an evaluation like any other, and is shown like any other
+        trace(torch.arange(rows), 1.0, solution.x, logits)
     nfe = (solution.nfe + 1) * velocity.cost
     return logits[:, 0], nfe.tolist(), solution.finished.tolist()
 
@@ -291,18 +297,6 @@ def frozen_log_p(model, batch: Batch, settings: Settings, logits, tokens: list) 
         logits = model.lm.logits(batch.reading.hidden)[:, 0].float()
     index = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.log_softmax(-1).gather(1, index)[:, 0].tolist()
-
-
-def keep_guesses(guesses: list):
-    """A watcher of the ODE that notes what the first sequence was taken for, and how surely."""
-    def watch(rows, t, x, logits):
-        # the adaptive solver moves some sequences and not others
-        if rows[0] != 0:
-            return
-        p, token = logits[0, 0].softmax(-1).max(-1)
-        first = float(t[0]) if torch.is_tensor(t) else t
-        guesses.append((first, int(token), float(p)))
-    return watch
 
 
 def choose(logits, settings: Settings, generators):
@@ -392,7 +386,7 @@ def worked_answers(model, tokenizer, settings: Settings, seed: int) -> tuple:
     return ours, seconds
 
 
-def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
+def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) -> tuple:
     """Print num_samples answers to every prompt; returns them all and the seconds they took."""
     label = None
     # checked before anything is read or drawn
@@ -400,10 +394,10 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
         classes = model.config.classes if isinstance(model, L2D) else 0
         label = TASKS["tiny"].class_number(args.label, classes)
     stop = Stop.of(tokenizer, args.stop)
-    given = read_prompts(args.prompt, args.prompt_file)
+    asked = read_prompts(args.prompt, args.prompt_file)
     if args.chat:
         note_style(tokenizer, args.chat)
-    texts = [text for text in given for _ in range(args.num_samples)]
+    texts = [text for text in asked for _ in range(args.num_samples)]
     prompts = [encode_prompt(text, tokenizer, args.chat) for text in texts]
     # all of them, and not batch by batch
     check_lengths(getattr(model, "lm", model), prompts, settings)
@@ -440,6 +434,9 @@ def prompted_answers(model, tokenizer, settings: Settings, args) -> tuple:
             show_answer(answer, before)
             if args.trace and place == 0:
                 print(trace_text(answer, tokenizer, args.trace_token))
+            if args.html is not None and place == 0:
+                write_page(args, given, texts[0], answer, tokenizer)
+                print(f"   page    {args.html}")
         answers += new
     return answers, seconds
 
@@ -475,11 +472,15 @@ def read_settings(args) -> Settings:
 def main(argv=None):
     args = build_parser().parse_args(argv)
     settings = read_settings(args)
-    check_flags(args, given_flags(build_parser(), argv), ADAPTIVE)
+    given = given_flags(build_parser(), argv)
+    check_flags(args, given, ADAPTIVE)
+    if args.html is not None:
+        check_absent(args.html, args.overwrite)
+        check_writable(args.html)
     model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
                                   args.base, args.fold_lora)
     if args.prompt or args.prompt_file:
-        answers, seconds = prompted_answers(model, tokenizer, settings, args)
+        answers, seconds = prompted_answers(model, tokenizer, settings, args, given)
     else:
         answers, seconds = worked_answers(model, tokenizer, settings, args.seed)
     tokens = sum(len(answer.nfe) for answer in answers)

@@ -53,6 +53,42 @@ class Stop:
 
 
 @dataclass
+class Trace:
+    """What one token was taken for on its way: the watcher of its ODE, in a batch's first row.
+
+    guesses   (t, token id, p) at every evaluation, in the order in which they were made
+    accepted  for each of them: was its step accepted?
+    reached   the t that steps led to; from there it went straight on to 1
+    """
+    guesses: list = field(default_factory=list)
+    accepted: list = field(default_factory=list)
+    reached: float = 0.0
+
+    def __call__(self, rows, t, x, logits):
+        """Note the likeliest token and how sure it is; called as solvers.odeint calls `watch`."""
+        # the adaptive solver moves some sequences and not others
+        if rows[0] != 0:
+            return
+        p, token = logits[0, 0].softmax(-1).max(-1)
+        first = t if isinstance(t, float) else float(t[0])
+        self.guesses.append((first, int(token), float(p)))
+        self.accepted.append(True)
+
+    def judge(self, reached: float, rejected: int):
+        """Once the ODE is solved: which guesses were made in one of its `rejected` steps?"""
+        self.reached = reached
+        # a fixed solver rejects nothing, and its times are rounded, too coarse for what follows
+        if not rejected:
+            return
+        # after a rejected step time goes back: whatever lies beyond a later moment led nowhere
+        earliest = reached
+        for place in reversed(range(len(self.guesses))):
+            t = self.guesses[place][0]
+            self.accepted[place] = t <= earliest
+            earliest = min(earliest, t)
+
+
+@dataclass
 class Answer:
     """ids: the new tokens, without the stop token; nfe: evaluations for every token drawn."""
     ids: list = field(default_factory=list)
@@ -62,7 +98,8 @@ class Answer:
     unfinished: int = 0                  # tokens whose ODE ran out of max_nfe
     log_p: list = field(default_factory=list)     # of every token, under the frozen model
     right: bool = False                  # where it was graded
-    guesses: list = field(default_factory=list)   # of the traced token: (t, token id, p)
+    traces: list = field(default_factory=list)    # where asked: the Trace of every token drawn
+    guesses: list = field(default_factory=list)   # those of the token that was asked for
 
     @property
     def score(self) -> float:

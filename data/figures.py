@@ -15,6 +15,7 @@ Pictures are made from numbers that somebody else has measured; nothing here run
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -323,7 +324,39 @@ def plot_mask(path: Path, words=("the", "cat", "sat", "on", "the", "mat")):
     save(figure, path)
 
 
-PICTURES = ("levels", "nfe", "curves", "ways", "mask", "log", "tenths")
+# --- one token ------------------------------------------------------------------------------------
+
+def read_trace(path: Path) -> dict:
+    """What sample.py --trace --html wrote about its tokens. Raises ValueError for another page."""
+    text = decode(path.read_bytes(), path)
+    found = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.S)
+    trace = parse_json(found[1], path) if found else None
+    if not isinstance(trace, dict) or not {"first", "tokens", "words"} <= trace.keys():
+        raise ValueError(f"{path} is no page of a trace; make one with: "
+                         "python sample.py --trace --html trace.html --prompt ...")
+    return trace
+
+
+def plot_trace(trace: dict, path: Path):
+    """The guesses of one token on the way from noise, in words above their probability."""
+    pyplot = import_pyplot()
+    token = trace["tokens"][trace["first"]]
+    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    kept = [guess for guess in token["guesses"] if guess[3]]
+    axis.plot([guess[0] for guess in kept], [guess[2] for guess in kept], color="0.8", zorder=0)
+    for t, guess, p, accepted in token["guesses"]:
+        axis.plot(t, p, "o" if accepted else "x", color="C0" if accepted else "0.6")
+        # a step that was rejected led nowhere
+        if accepted:
+            axis.annotate(trace["words"][str(guess)], (t, p), xytext=(0, 8), ha="center",
+                          textcoords="offset points", family="monospace")
+    axis.set(xlabel="t (0: noise, and the frozen model's answer; 1: the token)", xlim=(-0.03, 1.03),
+             ylabel="probability", ylim=(0, 1.15),
+             title=f"on the way to {token['word']!r}: a guess at every evaluation")
+    save(figure, path)
+
+
+PICTURES = ("levels", "nfe", "curves", "ways", "trace", "mask", "log", "tenths")
 
 
 def draw(args, out: Path):
@@ -334,6 +367,8 @@ def draw(args, out: Path):
                          f"(ways takes several), not {len(files)}")
     if args.kind == "mask":
         return plot_mask(out)
+    if args.kind == "trace":
+        return plot_trace(read_trace(files[0]), out)
     if args.kind in ("log", "tenths"):
         plot = plot_log if args.kind == "log" else plot_tenths
         return plot(read_log(files[0]), out)
@@ -356,7 +391,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=PICTURES)
-    parser.add_argument("files", nargs="*", help="what eval.py or train.py wrote")
+    parser.add_argument("files", nargs="*", help="what eval.py, train.py or sample.py wrote")
     parser.add_argument("--topic", default="chains",
                         help="of levels, nfe and ways (default: chains)")
     parser.add_argument("--out", help="the picture (default: KIND.png beside the first file)")

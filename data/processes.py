@@ -46,9 +46,10 @@ def check_shares(args, val_rows: int):
                          f"{rows} rows an update; allowed with {count()} processes: a multiple")
     rows = min(args.val_rows, val_rows)
     # divided weights are gathered by all processes at once, so all need as many batches
-    if args.shard and rows % count():
+    if rows < count() or (args.shard and rows % count()):
         raise ValueError(f"{rows} validation rows (--val_rows {args.val_rows}, {val_rows} in the "
-                         f"data); allowed with --shard and {count()} processes: a multiple")
+                         f"data); allowed with {count()} processes: at least as many, and with "
+                         "--shard a multiple")
 
 
 # --- sums -----------------------------------------------------------------------------------------

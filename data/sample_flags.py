@@ -56,6 +56,8 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
     add("--trace", action=switch, default=False,
         help="show the NFE of every token and the guesses of one")
     add("--trace_token", type=int, default=0, help="which token's guesses to show (default: 0)")
+    add("--html", help="write the trace of the first answer as a page, such as trace.html")
+    add("--overwrite", action="store_true", help="replace the page of an earlier run")
     add_model_flags(add)
     return parser
 
@@ -85,8 +87,8 @@ def check_flags(args, given: dict, adaptive):
     given = {"class" if name == "label" else name for name in given}
     random = args.steps > 0 or args.temperature > 0
     refuse_idle(given, [
-        (("chat", "class", "stop", "num_samples", "batch_size", "frozen", "trace"), prompted,
-         "--prompt or --prompt_file"),
+        (("chat", "class", "stop", "num_samples", "batch_size", "frozen", "html", "trace"),
+         prompted, "--prompt or --prompt_file"),
         (("solver", "rtol", "atol", "max_nfe", "stop_unchanged", "estimate",
           "estimate_temperature", "guidance", "class", "trace"), args.steps > 0,
          "a diffusion path, --steps of 1 or more"),
@@ -95,6 +97,7 @@ def check_flags(args, given: dict, adaptive):
         (("estimate_temperature",), args.estimate != "argmax", "--estimate sample or average"),
         (("top_k", "top_p"), args.temperature > 0, "--temperature of more than 0"),
         (("num_samples",), random or args.num_samples == 1, "--temperature of more than 0"),
-        (("trace_token",), args.trace, "--trace"),
+        (("trace_token", "html"), args.trace, "--trace"),
+        (("overwrite",), args.html is not None, "--html"),
         (("guidance",), args.label is not None or args.guidance == 1, "a topic, --class"),
     ])

@@ -378,7 +378,11 @@ def test_pictures_of_one_result_and_of_several(tmp_path):
     columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("dopri5", "adaptive", 2)]
     fake_results(tmp_path / "path.json", columns)
     fake_results(tmp_path / "lora.json", columns[:1])
-    kinds = {"curves": ["path.json"], "levels": ["path.json"], "nfe": ["path.json"],
+    trace = {"first": 0, "words": {"3": "a"}, "tokens": [
+        {"word": "a", "nfe": 2, "guesses": [[0.0, 3, 0.5, True], [0.5, 3, 0.2, False]]}]}
+    page = f'<p></p><script type="application/json" id="data">{json.dumps(trace)}</script>'
+    (tmp_path / "trace.html").write_text(page)
+    kinds = {"trace": ["trace.html"], "curves": ["path.json"], "levels": ["path.json"], "nfe": ["path.json"],
              "ways": ["path.json", "lora.json"], "mask": []}
     for kind, names in kinds.items():
         out = tmp_path / f"{kind}.png"
@@ -394,6 +398,7 @@ def test_pictures_of_one_result_and_of_several(tmp_path):
     (["curves", "path.json", "lora.json"], "curves takes one file"),
     (["mask", "path.json"], "mask takes no file"),
     (["levels"], "levels takes one file"),
+    (["trace", "path.json"], "path.json is no page of a trace; make one with: python sample.py"),
 ])
 def test_a_picture_of_something_else_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")

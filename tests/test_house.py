@@ -6,6 +6,8 @@ python -m pytest tests/test_house.py
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ def imports(tree) -> list:
             found += [(alias.name, node.lineno) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             found.append((node.module, node.lineno))
+            # `from data import log` names a file too
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
     return found
 
 
@@ -85,20 +89,24 @@ def test_a_file_has_at_most_500_lines_of_100_columns(path):
     assert max(map(len, lines), default=0) <= 100
 
 
-# --- README ---------------------------------------------------------------------------------------
+# --- the pages ------------------------------------------------------------------------------------
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"^python (?!-c).+$", README, re.M)))
+PAGES = [ROOT / name for name in (
+    "README.md", "CONTRIBUTING.md", "data/README.md", "data/RESULTS.md", "data/tiny/README.md")]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS[PAGES[0]]
+LINE = re.compile(r"^(?:python|torchrun --nproc_per_node=\d+) (?!-c).+$", re.M)
+COMMANDS = sorted({command for text in TEXTS.values() for command in LINE.findall(text)})
 
 
-def test_readme_has_commands():
+def test_the_pages_have_commands():
     """Or the test below would have nothing to check."""
-    assert len(COMMANDS) > 10
+    assert len(COMMANDS) > 20
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_the_readme_exist(command):
-    words = shlex.split(command, comments=True)[1:]
+def test_the_commands_of_the_pages_exist(command):
+    words = shlex.split(command.removeprefix("torchrun"), comments=True)[1:]
     if words[0] == "-m":
         module = ROOT / words[1].replace(".", "/")
         assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
@@ -109,8 +117,44 @@ def test_the_commands_of_the_readme_exist(command):
         PARSERS[words[0]].build_parser().parse_args(words[1:])
 
 
-def test_the_file_table_of_the_readme_is_true():
-    rows = re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| (\d+) \|", README, re.M)
-    assert len(rows) > 10
-    for name, lines in rows:
-        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
+def test_the_pages_are_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 220
+    assert len(TEXTS[ROOT / "CONTRIBUTING.md"].splitlines()) <= 40
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_line_counts_and_links_are_true(path):
+    text = TEXTS[path]
+    for name, link, lines in re.findall(r"^\| \[([^]]+)\]\(([^)]+)\) \| (\d+) \|", text, re.M):
+        found = (path.parent / link).read_text(encoding="utf-8").splitlines()
+        assert len(found) == int(lines), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (path.parent / link).exists(), link
+
+
+def test_every_file_stands_in_a_table():
+    """A reader who wonders what a file is for finds one line about it."""
+    tables = README + TEXTS[ROOT / "data" / "README.md"]
+    for path in SOURCES + sorted((ROOT / "tests").glob("*.py")):
+        name = str(path.relative_to(ROOT).as_posix())
+        assert path.stem.startswith("__") or f"| [{name}](" in tables, name
+
+
+def test_the_equations_of_the_readme_are_lines_of_the_code():
+    code = (ROOT / "diffusion.py").read_text(encoding="utf-8").splitlines()
+    lines = re.findall(r"^\|.*\| `([^`]+)` \|$", README[:README.index("## Two commands")], re.M)
+    assert len(lines) == 6
+    for line in lines:
+        # its shapes may stand behind it
+        assert any(code_line.strip().startswith(line) for code_line in code), line
+
+
+CHAPTERS = re.findall(r"^\| \[.*\| `python ([^`]+)` \| `([^`]+)`", README, re.M)
+
+
+@pytest.mark.parametrize("command, seen", CHAPTERS)
+def test_a_chapter_run_alone_shows_what_the_readme_says(command, seen):
+    assert len(CHAPTERS) >= 3
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True,
+                          text=True, encoding="utf-8", check=True)
+    assert seen in done.stdout
