@@ -63,7 +63,7 @@ class Settings:
     top_p: float | None = None
     guidance: float = 1.0
     max_new_tokens: int = 64
-    trace_token: int | None = None       # keep the first sequence's guesses, to show this token's
+    trace: bool = False                  # keep what the first sequence's tokens were taken for
     score: bool = False                  # keep every token's log p under the frozen model
 
     def __post_init__(self):
@@ -102,7 +102,6 @@ RANGES = {
     "top_k": (1, math.inf),
     "top_p": (1e-6, 1),
     "max_new_tokens": (1, math.inf),
-    "trace_token": (0, math.inf),
 }
 
 
@@ -180,11 +179,9 @@ def generate(model: L2D | LM, prompts: list, settings: Settings, stop: Stop | No
     for n in range(settings.max_new_tokens):
         # 2. Noise flows to the vector of the next token; a last look makes logits of it.
         trace = None
-        if settings.trace_token is not None and batch.numbers[0] == 0:
+        if settings.trace and batch.numbers[0] == 0:
             trace = Trace()
             answers[0].traces.append(trace)
-            if n == settings.trace_token:
-                answers[0].guesses = trace.guesses
         logits, nfe, finished = next_logits(model, batch, settings, trace)
         check_logits(logits, batch, answers)
         # 3. The token is chosen from the logits, as from any language model's.
@@ -461,11 +458,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_settings(args) -> Settings:
     known = vars(args)
-    settings = Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
-    # guesses are kept only for whoever looks at them
-    if not args.trace:
-        settings.trace_token = None
-    return settings
+    return Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
 
 
 @command("sample.py")

@@ -99,7 +99,6 @@ class Answer:
     log_p: list = field(default_factory=list)     # of every token, under the frozen model
     right: bool = False                  # where it was graded
     traces: list = field(default_factory=list)    # where asked: the Trace of every token drawn
-    guesses: list = field(default_factory=list)   # those of the token that was asked for
 
     @property
     def score(self) -> float:

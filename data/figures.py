@@ -66,14 +66,14 @@ def trace_text(answer, tokenizer, token: int) -> str:
     pieces = [tokenizer.decode([i]) for i in answer.ids]
     if len(pieces) < len(answer.nfe):
         pieces.append("<stop>")
-    if token >= len(answer.nfe):
+    if not 0 <= token < len(answer.nfe):
         raise ValueError(f"--trace_token {token} is out of range; this answer has "
                          f"{len(answer.nfe)} tokens, allowed: 0 to {len(answer.nfe) - 1}")
     lines = [
         f"   tokens: {coloured(pieces, answer.nfe)}",
         f"   token {token} ({pieces[token]!r}), guess at every evaluation:",
     ]
-    for t, guess, p in answer.guesses:
+    for t, guess, p in answer.traces[token].guesses:
         lines.append(f"     t = {t:.4f}  {tokenizer.decode([guess])!r:8} p = {p:.3f}")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from data.answer import Answer, Stop
+from data.answer import Answer, Trace, Stop
 from data.batches import left_pad
 from data.figures import draw_points, main, trace_text
 from data.hub import resolve
@@ -66,7 +66,8 @@ def test_points_are_counted_and_what_lies_outside_is_at_the_border():
 
 
 def test_a_trace_names_the_tokens_it_could_show(tokenizer):
-    answer = Answer(ids=tokenizer.encode("ab"), nfe=[3, 4], guesses=[(0.5, 65, 0.25)])
+    traces = [Trace(), Trace(guesses=[(0.5, 65, 0.25)])]
+    answer = Answer(ids=tokenizer.encode("ab"), nfe=[3, 4], traces=traces)
     text = trace_text(answer, tokenizer, 1)
     assert "'a':3 'b':4" in text and "t = 0.5000" in text
     with pytest.raises(ValueError, match="allowed: 0 to 1"):

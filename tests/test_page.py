@@ -134,7 +134,7 @@ def tiny():
 def slow(tiny):
     """The answer to CHAIN, with rejected steps."""
     model, tokenizer = tiny
-    settings = Settings(solver="dopri5", trace_token=0)
+    settings = Settings(solver="dopri5", trace=True)
     prompt = tokenizer.encode_start(CHAIN)
     (answer,) = generate(model, [prompt], settings, Stop.of(tokenizer), seeds=[0])
     return answer
@@ -166,22 +166,19 @@ LOOSE = dict(solver="dopri5", rtol=0.1, atol=0.1)
 def test_all_tokens_of_the_first_sequence_are_traced_and_none_changes(options):
     l2d = make_l2d()
     plain = generate(l2d, PROMPTS, Settings(max_new_tokens=3, **options))
-    for token in range(3):
-        settings = Settings(max_new_tokens=3, trace_token=token, **options)
-        traced = generate(l2d, PROMPTS, settings)
-        assert [a.ids for a in traced] == [a.ids for a in plain]
-        assert [len(t.guesses) for t in traced[0].traces] == traced[0].nfe == plain[0].nfe
-        assert traced[0].guesses == traced[0].traces[token].guesses
-        assert all(a.traces == [] for a in (*plain, *traced[1:]))
-        # greedily, the last look is the token
-        assert [t.guesses[-1][1] for t in traced[0].traces] == traced[0].ids
+    traced = generate(l2d, PROMPTS, Settings(max_new_tokens=3, trace=True, **options))
+    assert [a.ids for a in traced] == [a.ids for a in plain]
+    assert [len(t.guesses) for t in traced[0].traces] == traced[0].nfe == plain[0].nfe
+    assert all(a.traces == [] for a in (*plain, *traced[1:]))
+    # greedily, the last look is the token
+    assert [t.guesses[-1][1] for t in traced[0].traces] == traced[0].ids
 
 
 @pytest.mark.parametrize("solver", solvers.FIXED)
 def test_a_fixed_solver_rejects_nothing(solver):
     """Also where 3/10 + 1/10 is more than 4/10."""
     for options in (dict(), dict(max_nfe=12), dict(stop_unchanged=2)):
-        settings = Settings(solver=solver, steps=10, max_new_tokens=2, trace_token=0, **options)
+        settings = Settings(solver=solver, steps=10, max_new_tokens=2, trace=True, **options)
         (answer,) = generate(make_l2d(), PROMPTS[:1], settings)
         for trace in answer.traces:
             assert all(trace.accepted) and len(trace.accepted) == len(trace.guesses)
@@ -200,7 +197,7 @@ def test_rejected_steps_are_those_that_the_solver_rejected(options, monkeypatch)
             judged.extend([bool(good[0])] * (2 if last else 6))
         return accept(self, rows, t, step, good, last)
     monkeypatch.setattr(solvers.AdaptiveRun, "accept", note)
-    settings = Settings(solver="dopri5", max_new_tokens=1, trace_token=0, **options)
+    settings = Settings(solver="dopri5", max_new_tokens=1, trace=True, **options)
     for seed in range(4):
         judged.clear()
         answers = generate(make_l2d(), PROMPTS, settings, seeds=[seed, 8, 9])

@@ -382,33 +382,33 @@ def test_a_spent_budget_is_counted_and_the_text_goes_on(options, most):
 
 def test_guesses_of_the_traced_token_are_kept():
     l2d = make_l2d()
-    traced = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3, trace_token=1))
+    traced = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3, trace=True))
     plain = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3))
     assert ids_of(traced) == ids_of(plain) and all(
-        answer.guesses == [] for answer in (*plain, *traced[1:])
+        answer.traces == [] for answer in (*plain, *traced[1:])
     )
-    assert [t for t, _, _ in traced[0].guesses] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [t for t, _, _ in traced[0].traces[1].guesses] == [0.0, 0.25, 0.5, 0.75, 1.0]
     frozen = l2d.lm(torch.tensor([PROMPTS[0] + traced[0].ids[:1]]))[0, -1].softmax(
         -1
     )  # at t = 0 the guess is the frozen model's
-    assert traced[0].guesses[0][1:] == (
+    assert traced[0].traces[1].guesses[0][1:] == (
         int(frozen.argmax()),
         pytest.approx(float(frozen.max()), abs=1e-5),
     )
 
 
 def test_times_of_an_adaptive_trace_run_from_noise_to_data():
-    settings = Settings(max_new_tokens=1, trace_token=0, **ADAPTIVE)
+    settings = Settings(max_new_tokens=1, trace=True, **ADAPTIVE)
     for l2d in (make_l2d(perturb=0), make_l2d()):
         (traced,) = generate(l2d, PROMPTS[:1], settings)
-        times = [t for t, _, _ in traced.guesses]
+        times = [t for t, _, _ in traced.traces[0].guesses]
         assert times[0] == 0 and times[-1] == 1 and max(times[:-1]) < 1
         assert len(times) == traced.nfe[0]
     # a path that never hesitates: nodes of Dormand and Prince, three steps of 1/4, then ½ and ¾
     (calm,) = generate(make_l2d(perturb=0), PROMPTS[:1], settings)
     nodes = [1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
     expected = [0.0] + [k / 4 + c / 4 for k in range(3) for c in nodes] + [0.875, 0.9375, 1.0]
-    assert [t for t, _, _ in calm.guesses] == pytest.approx(expected)
+    assert [t for t, _, _ in calm.traces[0].guesses] == pytest.approx(expected)
 
 
 # --- choosing the token ---------------------------------------------------------------------------
