@@ -325,6 +325,12 @@ def train(args) -> dict:
             clear(out_dir)
         try:
             return train_on(run)
+        except RuntimeError as error:
+            # of torch.compile's own: no C++ compiler, say
+            if not args.compile or not type(error).__module__.startswith("torch._"):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--compile does not work here ({reason}); go without it") from None
         except FloatingPointError as error:
             lr = learning_rate(run.update, args)
             raise ValueError(f"update {run.update}, learning rate {lr:g}: {error}; the last good "

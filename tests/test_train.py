@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -678,6 +679,16 @@ def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_p
     assert "valid" in refused(
         capsys, f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags()
     )
+
+
+def test_a_compiler_that_does_not_work_is_one_line(base, tmp_path, capsys, monkeypatch):
+    def fails(*args, **options):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler here\nand more")
+
+    monkeypatch.setattr(train.torch, "compile", lambda objective, **options: fails)
+    message = refused(capsys, f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", "--compile",
+                      *flags(updates=1))
+    assert message == "train.py: --compile does not work here (no compiler here); go without it"
 
 
 # --- presets and one update -----------------------------------------------------------------------
