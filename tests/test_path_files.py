@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data.hub import resolve
+from data.optimizer import BETAS
 from data.presets import PRESETS
 from data.train_flags import build_parser
 from diffusion import L2D, L2DConfig
@@ -232,7 +233,7 @@ def test_defaults_are_the_papers_values():
         (paper["min_lr"], 1e-6),
         (paper["warmup"], 100),
         (paper["weight_decay"], 0.01),
-        (train.BETAS, (0.9, 0.95)),
+        (BETAS, (0.9, 0.95)),
         (flags.clip, 1.0),
         (flags.seed, 42),
         (flags.rank, 32),
