@@ -27,6 +27,10 @@ pytestmark = pytest.mark.skipif(
     reason="forked processes need Linux")
 
 
+# gloo would look for the address of this host by its name, and some name servers never answer
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+
+
 def work(rank, size, port, out, argv, prepare):
     """One process of torchrun, as it would be started."""
     for stream in (1, 2):
@@ -36,7 +40,7 @@ def work(rank, size, port, out, argv, prepare):
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      TORCHELASTIC_USE_AGENT_STORE="True")
+                      TORCHELASTIC_USE_AGENT_STORE="True", **LOOPBACK)
     if prepare:
         prepare(rank)
     try:
@@ -62,7 +66,7 @@ def start(size, out, *argv, prepare=None) -> list:
 def wait(members) -> list:
     """Their exit statuses."""
     for member in members:
-        member.join(60)
+        member.join(120)
         member.kill()
     return [member.exitcode for member in members]
 
@@ -236,7 +240,7 @@ def test_torchrun_starts_it(base, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
          str(ROOT / "train.py"), f"--init_from={base}", f"--out_dir={out}", *flags(updates=2)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        capture_output=True, text=True, env={**os.environ, **LOOPBACK, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved to") == 1
     assert L2D.load(out, device="cpu")
