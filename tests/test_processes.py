@@ -240,7 +240,8 @@ def test_torchrun_starts_it(base, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
          str(ROOT / "train.py"), f"--init_from={base}", f"--out_dir={out}", *flags(updates=2)],
-        capture_output=True, text=True, env={**os.environ, **LOOPBACK, "OMP_NUM_THREADS": "1"}, check=False)
+        capture_output=True, text=True, check=False,
+        env={**os.environ, **LOOPBACK, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved to") == 1
     assert L2D.load(out, device="cpu")
