@@ -263,7 +263,7 @@ def build_loader(args, model, data) -> Loader:
     if isinstance(model, L2D):
         draw = model.draw
     if args.cache_frozen:
-        kept = FrozenCache(model.lm, data, args.out_dir)
+        kept = FrozenCache(model.lm, model.base_sha256, data, args.out_dir)
         if args.plan:
             print(f"--cache_frozen: {kept.bytes / 1e9:.1f} GB on the disk, not made for a plan")
             kept = None

@@ -132,7 +132,7 @@ def plot_ways(results: dict, topic: str, path: Path):
     plt = import_pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for name, records in results.items():
-        some = [r for r in records if r["topic"] == topic and r["temperature"] == 0]
+        some = greedy(records, topic)
         line = mean_curve([r for r in some if not r["far"]])
         if len(line) == 1:
             left.axhline(line[0][1], linestyle="--", color=f"C{len(left.lines)}", label=name)
@@ -178,6 +178,13 @@ def save(figure, path: Path):
     """The picture appears whole, or the old one stays."""
     with appearing(path) as part:
         figure.savefig(part, dpi=150, format="png")
+    # pyplot keeps every figure until it is told
+    import_pyplot().close(figure)
+
+
+def greedy(records: list, topic: str) -> list:
+    """The results on a topic at temperature 0."""
+    return [r for r in records if r["topic"] == topic and r["temperature"] == 0]
 
 
 def read_accuracy(path: Path) -> list:
@@ -238,7 +245,6 @@ def plot_log(entries: list, path: Path):
     below.set_ylabel("learning rate")
     below.set_xlabel("update")
     save(figure, path)
-    pyplot.close(figure)
 
 
 def plot_tenths(entries: list, path: Path):
@@ -265,7 +271,7 @@ def plot_tenths(entries: list, path: Path):
 def plot_levels(records: list, topic: str, path: Path):
     """Greedy accuracy of one topic, a row per level, a column per number of evaluations."""
     pyplot = import_pyplot()
-    some = [r for r in records if r["topic"] == topic and r["temperature"] == 0]
+    some = greedy(records, topic)
     levels = unique(r["level"] for r in some)
     if not levels:
         raise ValueError(f"no greedy results on {topic} in this file; "
@@ -288,8 +294,7 @@ def plot_levels(records: list, topic: str, path: Path):
 def plot_nfe(records: list, topic: str, path: Path):
     """Evaluations of an answer's first token by level, a line per adaptive way."""
     pyplot = import_pyplot()
-    some = [r for r in records if r["topic"] == topic and r["temperature"] == 0
-            and r["kind"] == "adaptive"]
+    some = [r for r in greedy(records, topic) if r["kind"] == "adaptive"]
     if not some:
         raise ValueError(f"no greedy adaptive results on {topic} in this file; "
                          "measure with --solvers dopri5 or --stop_unchanged 2")

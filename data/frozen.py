@@ -19,9 +19,12 @@ NAMES = ("frozen.bin", "frozen.json")
 
 
 class FrozenCache:
-    """One line of numbers a token: its hidden state, then keys and values layer by layer."""
+    """One line of numbers a token: its hidden state, then keys and values layer by layer.
 
-    def __init__(self, lm, data, out_dir):
+    base_sha256  of the frozen weights, which the path has hashed already
+    """
+
+    def __init__(self, lm, base_sha256: str, data, out_dir):
         config = lm.config
         self.lm = lm
         self.data = data
@@ -33,12 +36,9 @@ class FrozenCache:
         self.starts = [0, *accumulate(len(data[row][0]) - 1 for row in range(len(data)))]
         self.dtype = lm.embed.weight.dtype
         self.bytes = self.starts[-1] * self.width * self.dtype.itemsize
-
-    @property
-    def facts(self) -> dict:
-        """What it was made of: another model's is made again."""
-        return {"base": self.lm.fingerprint(), "data": self.data.fingerprint,
-                "dtype": str(self.dtype), "bytes": self.bytes}
+        # what it was made of: another model's is made again
+        self.facts = {"base": base_sha256, "data": data.fingerprint, "dtype": str(self.dtype),
+                      "bytes": self.bytes}
 
     def fill(self, batch_size: int):
         """Make the file, unless an earlier run has. Raises ValueError where the disk is full."""

@@ -42,19 +42,20 @@ class Loader:
     def make(self, number: int) -> list:
         count = self.args.batch_size * self.args.accumulate
         first = number * count
-        places = draw_places(len(self.data), first, count, self.args.seed)
-        return self.batches(places, first, self.args.seed, self.unroll(number), self.kept)
+        seed = self.args.seed
+        places = draw_places(len(self.data), first, count, seed)
+        return self.batches(self.data, places, first, seed, self.unroll(number), self.kept)
 
     def validation(self, data) -> list:
         """The first rows of other data, with the same times and noise every time."""
         places = range(min(self.args.val_rows, len(data)))
         # no class is hidden, as when the path is used
-        return Loader(data, self.args, self.device, self.draw, self.unroll).batches(
-            places, 0, 0, self.unroll(None), hide=False)
+        return self.batches(data, places, 0, 0, self.unroll(None), hide=False)
 
-    def batches(self, places, first: int, seed: int, unroll: int, kept=None, hide=True) -> list:
+    def batches(self, data, places, first: int, seed: int, unroll: int, kept=None,
+                hide=True) -> list:
         """This process's share of the rows at these places of the data, number `first` and on."""
-        rows = [self.data[place] for place in places]
+        rows = [data[place] for place in places]
         mine = processes.share(by_length(rows))
         batches = []
         for at in range(0, len(mine), self.args.batch_size):

@@ -58,11 +58,14 @@ def total(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, on the device of `values`."""
     if count() == 1:
         return values
-    # NCCL sums on cards, gloo elsewhere
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    moved = values.to(device)
+    moved = values.to(meeting_place())
     dist.all_reduce(moved)
     return moved.to(values.device)
+
+
+def meeting_place() -> str:
+    """Where tensors can be exchanged: NCCL knows cards only, gloo the CPU."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def sum_gradients(parameters):
@@ -89,7 +92,9 @@ def same_start(parameters):
     if count() == 1:
         return
     for p in parameters:
-        dist.broadcast(p.detach(), 0)
+        moved = p.detach().to(meeting_place())
+        dist.broadcast(moved, 0)
+        p.data.copy_(moved)
 
 
 # --- from start to end ----------------------------------------------------------------------------
