@@ -10,9 +10,11 @@ hidden state with a weight that is exactly zero at t = 0.
     3 the velocity    Eq. 4 and 7
 
 Equation numbers are those of "Large Language Models to Diffusion Finetuning" (ICML 2025). Read
-solvers.py before and model.py after this file. Run alone it lets noise flow to tokens:
+solvers.py before and model.py after this file. Run alone it lets noise flow to tokens. In 8 steps:
 
     python diffusion.py
+       tokens                             o           o           o               o
+       t = 1.000                          7          o2          o6               3
 """
 
 import math
@@ -480,7 +482,7 @@ class VelocityField:
 
 def main():
     """Twenty noises, spread evenly, flow to four tokens by the oracle: a row per evaluation."""
-    print(f"   four tokens  {draw_points([place for place, in LINE[0]], -5, 5)}")
+    print(f"   tokens     {draw_points([place for place, in LINE[0]], -5, 5)}")
     quantiles = (torch.arange(20) + 0.5) / 20
     x_0 = 2.0 * torch.special.ndtri(quantiles).view(20, 1, 1)
     field = VelocityField(Oracle(*LINE, sigma=2.0), None, "average")

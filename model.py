@@ -9,6 +9,8 @@ Shapes, in every file: B batch, T tokens (queries), S tokens (keys), C hidden wi
 key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion space.
 
     python model.py
+    'g'  p = 0.999
+    the same with a KV cache: True
 """
 
 from dataclasses import dataclass, replace

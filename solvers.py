@@ -3,10 +3,12 @@
 Euler, midpoint, Heun, RK4 and adaptive Dormand-Prince, by hand. No network in sight: f is any
 function that returns (dx/dt, guess). The guess is what f takes the end point for: scores of
 candidates, handed on to the next evaluation. Read this file first, then diffusion.py, which
-supplies the f of the method (L2D paper, Algorithm 1). Run alone it prints the order of every
-solver:
+supplies the f of the method (L2D paper, Algorithm 1). Run alone it measures the order of every
+solver, the times that its error halves when its steps do:
 
     python solvers.py
+    midpoint     64  128   1.1e-03   1.97
+    rk4          64  255   2.4e-07   3.94
 
 First the rules, each one step long, then the table of solvers, then the two drivers.
 """

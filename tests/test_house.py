@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,16 @@ CHAPTERS = re.findall(r"^\| \[.*\| `python ([^`]+)` \| `([^`]+)`", README, re.M)
 
 
 @pytest.mark.parametrize("command, seen", CHAPTERS)
-def test_a_chapter_run_alone_shows_what_the_readme_says(command, seen):
-    assert len(CHAPTERS) >= 3
+def test_a_chapter_run_alone_shows_what_the_readme_and_its_docstring_say(command, seen):
+    assert len(CHAPTERS) >= 4
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True,
                           text=True, encoding="utf-8", check=True)
     assert seen in done.stdout
+    name = command.removeprefix("-m ").removesuffix(".py").replace(".", "/")
+    docstring = ast.get_docstring(parse(ROOT / f"{name}.py"))
+    # below the command, as far in as it is
+    _, _, after = docstring.partition(f"    python {command}\n")
+    promised = list(takewhile(str.strip, after.splitlines()))
+    assert promised
+    for line in promised:
+        assert line.removeprefix("    ").strip() in done.stdout, line

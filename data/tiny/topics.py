@@ -13,6 +13,7 @@ Every draw below is part of the data: a call of `rng` more or less, or in anothe
 problems after it are other problems. Read data/tasks/tiny.py next, which grades them. Print some:
 
     python -m data.tiny.topics
+    math      1  math      (3*5)+81?                                      15+81=96 #### 96
 """
 
 import random
