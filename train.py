@@ -29,7 +29,7 @@ from data.checkpoint import copy_tokenizer, pick_device
 from data.disk import claimed, read_json, remove
 from data.curriculum import Curriculum, growing_unroll
 from data.families import ModelConfig
-from data.frozen import NAMES, FrozenCache
+from data.frozen import NAMES, keep_readings
 from data.hub import resolve
 from data.interrupt import Interrupt
 from data.loader import Loader
@@ -236,6 +236,8 @@ def set_up(args) -> Run:
         longest = max(data.longest, val.longest)
         check_length(lm.config, longest, "prepare the data with a smaller --block_size")
     processes.check_shares(args, len(val))
+    if args.cache_frozen:
+        data, val = keep_readings(args, model, [data, val])
     processes.same_start(p for p in model.parameters() if p.requires_grad)
     model.checkpointing = args.checkpointing
     if args.shard and processes.count() > 1:
@@ -259,20 +261,9 @@ def set_up(args) -> Run:
 
 
 def build_loader(args, model, data) -> Loader:
-    draw = kept = None
-    if isinstance(model, L2D):
-        draw = model.draw
-    if args.cache_frozen:
-        kept = FrozenCache(model.lm, model.base_sha256, data, args.out_dir)
-        if args.plan:
-            print(f"--cache_frozen: {kept.bytes / 1e9:.1f} GB on the disk, not made for a plan")
-            kept = None
-        elif processes.number() == 0:
-            kept.fill(args.batch_size)
-        # the others wait for the first
-        processes.any_of(False)
+    draw = model.draw if isinstance(model, L2D) else None
     device = next(model.parameters()).device
-    return Loader(data, args, device, draw, lambda update: refinement(args, update)[0], kept)
+    return Loader(data, args, device, draw, lambda update: refinement(args, update)[0])
 
 
 def source_directory(args) -> Path:

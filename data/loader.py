@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from data import processes
 from data.batches import by_length, collate, draw_places
 from data.draws import row_generator
+from data.frozen import FrozenRows
 
 
 class Loader:
@@ -16,16 +17,14 @@ class Loader:
 
     draw    L2D.draw, or None for a model that nothing is drawn for
     unroll  most evaluations by the number of an update, None for the validation; 0: the paper's
-    kept    what the frozen model has made of the rows already (data/frozen.py), or None
     """
 
-    def __init__(self, data, args, device, draw, unroll, kept=None):
+    def __init__(self, data, args, device, draw, unroll):
         self.data = data
         self.args = args
         self.device = device
         self.draw = draw
         self.unroll = unroll
-        self.kept = kept
         # problems of the embedded topics grow harder with what is learned, which nobody knows yet
         self.ahead = args.data != "tiny"
         self.pool = ThreadPoolExecutor(1)
@@ -44,16 +43,19 @@ class Loader:
         first = number * count
         seed = self.args.seed
         places = draw_places(len(self.data), first, count, seed)
-        return self.batches(self.data, places, first, seed, self.unroll(number), self.kept)
+        return self.batches(self.data, places, first, seed, self.unroll(number))
 
     def validation(self, data) -> list:
-        """The first rows of other data, with the same times and noise every time."""
+        """The first rows of other data, with the same times and noise every time.
+
+        They are drawn again at every look: next to what the look costs that is nothing, and held
+        they would fill memory for all of the training.
+        """
         places = range(min(self.args.val_rows, len(data)))
         # no class is hidden, as when the path is used
         return self.batches(data, places, 0, 0, self.unroll(None), hide=False)
 
-    def batches(self, data, places, first: int, seed: int, unroll: int, kept=None,
-                hide=True) -> list:
+    def batches(self, data, places, first: int, seed: int, unroll: int, hide=True) -> list:
         """This process's share of the rows at these places of the data, number `first` and on."""
         rows = [data[place] for place in places]
         mine = processes.share(by_length(rows))
@@ -65,7 +67,7 @@ class Loader:
             if self.draw:
                 generators = [row_generator(seed, first + number) for number in numbers]
                 batch = self.draw(batch, generators, unroll, hide)
-            if kept:
-                batch = kept.recall(batch, [places[number] for number in numbers])
+            if isinstance(data, FrozenRows):
+                batch = data.recall(batch, [places[number] for number in numbers])
             batches.append(batch.to(self.device))
         return batches

@@ -242,13 +242,18 @@ class TokenFiles:
                 raise self.damaged("borders that do not rise")
         if not len(self):
             return
-        if np.diff(self.examples[self.rows]).max() > self.block_size:
+        if self.lengths.max() > self.block_size:
             raise self.damaged(f"a row longer than {self.block_size} tokens")
         if self.mask.min() < 0 or self.mask.max() != 1:
             raise self.damaged("a mask without a counted token, or not of zeros and ones")
         largest = int(self.ids.max())
         if self.ids.min() < 0 or (tokenizer is not None and largest >= tokenizer.vocab_size):
             raise self.damaged(f"token id {largest} is beyond the vocabulary")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row."""
+        return np.diff(self.examples[self.rows].astype(np.int64))
 
     @property
     def longest(self) -> int:

@@ -12,6 +12,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -821,6 +822,10 @@ class Rows(list):
     fingerprint = "rows"
 
     @property
+    def lengths(self):
+        return np.array([len(row[0]) for row in self])
+
+    @property
     def longest(self):
         return max(len(row[0]) for row in self)
 
@@ -847,6 +852,9 @@ def test_a_kept_reading_teaches_what_reading_again_teaches(options, base, tmp_pa
     found, expected = (updates(tmp_path / name) for name in ("kept", "read"))
     for entry, other in zip(found, expected, strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], abs=2e-5)
+    looks = [[entry["val_loss"] for entry in log(tmp_path / name) if "val_loss" in entry]
+             for name in ("kept", "read")]
+    assert len(looks[0]) > 1 and looks[0] == pytest.approx(looks[1], abs=2e-4)
     # derived from other files, so it goes when nobody needs it any more
     assert not list((tmp_path / "kept").glob("frozen*"))
 
@@ -860,10 +868,11 @@ def test_readings_are_kept_when_a_run_stops_and_used_when_it_goes_on(
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         ctrl_c_after(patch, 3)
         train.train(train.parse([*words, f"--out_dir={out}"]))
-    before = (out / "frozen.bin").stat()
+    before = [(out / f"frozen-{split}.bin").stat() for split in ("train", "val")]
     assert "keeping what the frozen model makes of" in capsys.readouterr().out
     train.main(["--init_from=resume", f"--out_dir={out}"])
-    assert "keeping" not in capsys.readouterr().out and before.st_size > 0
+    assert "keeping" not in capsys.readouterr().out
+    assert before[0].st_size > before[1].st_size > 0
     assert updates(out) == updates(whole)
     # it is no secret how large it is going to be
     train.main([*words, f"--out_dir={tmp_path / 'plan'}", "--plan"])
