@@ -439,7 +439,7 @@ def plan(args):
     trained = sum(p.numel() for p in run.trainable.values())
     held = sum(p.numel() * p.element_size() for p in frozen)
     # a weight, its gradient and two moments, of four bytes each
-    print(f"memory: {held / 1e9:.2f} GB frozen, {16 * trained / 1e9:.2f} GB of what is trained, "
+    print(f"memory: {held / 1e6:,.0f} MB frozen, {16 * trained / 1e6:,.0f} MB of what is trained, "
           "activations beside them")
     run.model.train()
     tokens, start = 0, 0.0

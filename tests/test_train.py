@@ -810,7 +810,7 @@ def test_a_plan_trains_nothing_and_writes_nothing(method, base, tmp_path, capsys
     out = tmp_path / "out"
     train.main([f"--init_from={base}", f"--out_dir={out}", "--plan", *flags(method=method)])
     said = capsys.readouterr().out
-    assert "trainable parameters" in said and "GB frozen" in said and "min in all" in said
+    assert "trainable parameters" in said and "MB frozen" in said and "min in all" in said
     assert not out.exists()
 
 
