@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data.command import command
 from data.disk import appearing, check_absent, check_writable, decode, parse_json, read_json
-from data.statistics import mean, unique
+from data.statistics import mean, only, unique
 
 WIDTH = 81      # columns of a text picture
 
@@ -101,13 +101,13 @@ def plot_accuracy(records: list, path: Path):
     size = (6 * len(temperatures), 4)
     figure, axes = plt.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
     for axis, temperature in zip(axes[0], temperatures):
-        panel = [r for r in records if r["temperature"] == temperature]
+        panel = only(records, temperature=temperature)
         shown = of_first_solver(panel)
         groups = unique(r["group"] for r in shown)
         for place, group in enumerate(groups):
-            line = [r for r in shown if r["group"] == group]
+            line = by_nfe(only(shown, group=group))
             colour = plt.cm.viridis(place / len(groups))
-            draw_curve(axis, sorted(line, key=lambda r: r["nfe_per_token"]), group, colour)
+            draw_curve(axis, line, group, colour)
         title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         axis.set(xlabel="NFE per token (0: frozen model)", xscale="symlog", title=title)
     axes[0][0].set(ylabel="accuracy")
@@ -118,9 +118,13 @@ def plot_accuracy(records: list, path: Path):
 
 def of_first_solver(records: list) -> list:
     """The frozen model and the fixed steps of the first solver that has such."""
-    solver = next((r["settings"]["solver"] for r in records if r["kind"] == "fixed"), None)
-    return [r for r in records if r["kind"] == "frozen"
-            or (r["kind"] == "fixed" and r["settings"]["solver"] == solver)]
+    frozen = only(records, kind="frozen")
+    fixed = only(records, kind="fixed")
+    return frozen + [r for r in fixed if r["settings"]["solver"] == fixed[0]["settings"]["solver"]]
+
+
+def by_nfe(records: list) -> list:
+    return sorted(records, key=lambda r: r["nfe_per_token"])
 
 
 def plot_ways(results: dict, topic: str, path: Path):
@@ -133,16 +137,12 @@ def plot_ways(results: dict, topic: str, path: Path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for name, records in results.items():
         some = greedy(records, topic)
-        line = mean_curve([r for r in some if not r["far"]])
+        line = mean_curve(only(some, far=False))
         if len(line) == 1:
             left.axhline(line[0][1], linestyle="--", color=f"C{len(left.lines)}", label=name)
         else:
             left.plot(*zip(*line), marker="o", color=f"C{len(left.lines)}", label=name)
-        for column in unique(r["column"] for r in some if r["kind"] == "adaptive"):
-            cells = [r for r in some if r["column"] == column]
-            levels = [r["level"] for r in cells]
-            right.plot(levels, [r["nfe_first"] for r in cells], marker="o",
-                       label=f"{name}, {column}")
+        draw_efforts(right, some, f"{name}, ")
     left.set(xlabel="evaluations of the path per token (0: frozen model)", xscale="symlog",
              ylabel="accuracy", title=f"{topic}: mean over the levels, greedy")
     left.set_xlim(left=-0.1)
@@ -153,14 +153,25 @@ def plot_ways(results: dict, topic: str, path: Path):
     save(figure, path)
 
 
+def draw_efforts(axis, records: list, prefix: str = ""):
+    """NFE by level, a line per adaptive way."""
+    adaptive = only(records, kind="adaptive")
+    for column in unique(r["column"] for r in adaptive):
+        cells = only(adaptive, column=column)
+        levels = [r["level"] for r in cells]
+        nfe = [r["nfe_first"] for r in cells]
+        axis.plot(levels, nfe, marker="o", label=f"{prefix}{column}")
+
+
 def mean_curve(records: list) -> list:
     """(NFE, mean accuracy) of the frozen model and of the first fixed solver, by NFE."""
     shown = of_first_solver(records)
     points = []
     for column in unique(r["column"] for r in shown):
-        cells = [r for r in shown if r["column"] == column]
-        points.append((mean(r["nfe_per_token"] for r in cells),
-                       mean(r["accuracy"] for r in cells)))
+        cells = only(shown, column=column)
+        nfe = mean(r["nfe_per_token"] for r in cells)
+        accuracy = mean(r["accuracy"] for r in cells)
+        points.append((nfe, accuracy))
     return sorted(points)
 
 
@@ -184,7 +195,7 @@ def save(figure, path: Path):
 
 def greedy(records: list, topic: str) -> list:
     """The results on a topic at temperature 0."""
-    return [r for r in records if r["topic"] == topic and r["temperature"] == 0]
+    return only(records, topic=topic, temperature=0)
 
 
 def read_accuracy(path: Path) -> list:
@@ -276,13 +287,10 @@ def plot_levels(records: list, topic: str, path: Path):
     if not levels:
         raise ValueError(f"no greedy results on {topic} in this file; "
                          f"allowed: {', '.join(unique(r['topic'] for r in records))}")
-    rows = []
-    for level in levels:
-        cells = of_first_solver([r for r in some if r["level"] == level])
-        rows.append(sorted(cells, key=lambda r: r["nfe_per_token"]))
+    rows = [by_nfe(of_first_solver(only(some, level=level))) for level in levels]
     figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    shown = axis.imshow([[100 * r["accuracy"] for r in row] for row in rows], cmap="viridis",
-                        vmin=0, vmax=100, aspect="auto", origin="lower")
+    accuracies = [[100 * r["accuracy"] for r in row] for row in rows]
+    shown = axis.imshow(accuracies, cmap="viridis", vmin=0, vmax=100, aspect="auto", origin="lower")
     axis.set_xticks(range(len(rows[0])), [f"{r['nfe_per_token']:.0f}" for r in rows[0]])
     axis.set_yticks(range(len(levels)), levels)
     axis.set(xlabel="evaluations of the path per token (0: the frozen model)", ylabel="level",
@@ -294,14 +302,12 @@ def plot_levels(records: list, topic: str, path: Path):
 def plot_nfe(records: list, topic: str, path: Path):
     """Evaluations of an answer's first token by level, a line per adaptive way."""
     pyplot = import_pyplot()
-    some = [r for r in greedy(records, topic) if r["kind"] == "adaptive"]
-    if not some:
+    some = greedy(records, topic)
+    if not only(some, kind="adaptive"):
         raise ValueError(f"no greedy adaptive results on {topic} in this file; "
                          "measure with --solvers dopri5 or --stop_unchanged 2")
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for column in unique(r["column"] for r in some):
-        cells = [r for r in some if r["column"] == column]
-        axis.plot([r["level"] for r in cells], [r["nfe_first"] for r in cells], "o-", label=column)
+    draw_efforts(axis, some)
     axis.set(xlabel="level", ylabel="evaluations, mean", ylim=(0, None),
              title=f"{topic}: adaptive ways spend more on harder problems")
     axis.legend(fontsize=8)

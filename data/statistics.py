@@ -16,6 +16,11 @@ def unique(values) -> list:
     return list(dict.fromkeys(values))
 
 
+def only(records: list, **wanted) -> list:
+    """The records that have all of these values."""
+    return [r for r in records if all(r[key] == value for key, value in wanted.items())]
+
+
 def wilson(right: int, n: int) -> tuple:
     """95 % interval of a proportion (Wilson 1927): inside [0, 1], and true near its ends."""
     # p ± z·√(p(1−p)/n), the usual one, has no width at all where every answer is right

@@ -3,7 +3,7 @@
 Nothing here measures; a record is a cell. Pictures of the same records are in data/figures.py.
 """
 
-from data.statistics import mean, rank_correlation, unique
+from data.statistics import mean, only, rank_correlation, unique
 
 COSTS = (       # rows below the accuracies: name, key, unit, format
     ("NFE/token", "nfe_per_token", 1, ".1f"),
@@ -20,48 +20,51 @@ def percent(cell) -> str:
 def print_accuracy(records: list):
     """A block per temperature: a row per group, a column per way, then what each column costs."""
     for temperature in unique(r["temperature"] for r in records):
-        block = [r for r in records if r["temperature"] == temperature]
+        block = only(records, temperature=temperature)
         columns = unique(r["column"] for r in block)
         decoding = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         print(f"\naccuracy in %, 95 % interval, {block[0]['n']} test problems a row, {decoding}")
         print(" " * 12 + "".join(f"{name:>18}" for name in columns))
         for group in unique(r["group"] for r in block):
-            cells = [percent(r) for r in block if r["group"] == group]
+            cells = [percent(r) for r in only(block, group=group)]
             print(f"{group:12}" + "".join(f"{cell:>18}" for cell in cells))
         for topic in unique(r["topic"] for r in block):
-            print_mean(topic, [r for r in block if r["topic"] == topic], columns)
+            print_mean(topic, only(block, topic=topic), columns)
         # the same in every row but for its length, so one line for all of them
         for name, key, unit, form in COSTS:
-            means = [mean(r[key] for r in block if r["column"] == column) for column in columns]
+            means = column_means(block, columns, key)
             print(f"{name:12}" + "".join(f"{value / unit:>18{form}}" for value in means))
+
+
+def column_means(records: list, columns: list, key: str) -> list:
+    return [mean(r[key] for r in only(records, column=column)) for column in columns]
 
 
 def print_mean(topic: str, records: list, columns: list):
     """One row: the mean over the levels of a topic that were trained on."""
-    trained = [r for r in records if not r["far"]]
+    trained = only(records, far=False)
     levels = len(unique(r["group"] for r in trained))
     if levels < 2:
         return
-    means = [100 * mean(r["accuracy"] for r in trained if r["column"] == c) for c in columns]
     name = f"{topic} 1-{levels}"
-    print(f"{name:12}" + "".join(f"{value:>18.1f}" for value in means))
+    means = column_means(trained, columns, "accuracy")
+    print(f"{name:12}" + "".join(f"{100 * value:>18.1f}" for value in means))
 
 
 def effort(records: list) -> list:
     """For every adaptive way and topic of three levels or more: NFE by level, rank correlation."""
     found = []
-    adaptive = [r for r in records if r["kind"] == "adaptive"]
-    for temperature, column, topic in unique(
-            (r["temperature"], r["column"], r["topic"]) for r in adaptive):
-        cells = [r for r in adaptive
-                 if (r["temperature"], r["column"], r["topic"]) == (temperature, column, topic)]
+    names = ("temperature", "column", "topic")
+    adaptive = only(records, kind="adaptive")
+    for values in unique(tuple(r[name] for name in names) for r in adaptive):
+        what = dict(zip(names, values))
+        cells = only(adaptive, **what)
         if len(cells) < 3:
             continue
         levels = [r["level"] for r in cells]
         nfe = [r["nfe_first"] for r in cells]
-        found.append({"temperature": temperature, "column": column, "topic": topic,
-                      "levels": levels, "nfe_first": nfe,
-                      "rank_correlation": rank_correlation(levels, nfe)})
+        correlation = rank_correlation(levels, nfe)
+        found.append({**what, "levels": levels, "nfe_first": nfe, "rank_correlation": correlation})
     return found
 
 
@@ -107,5 +110,5 @@ def print_guidance(records: list):
     print("\nguidance (euler, 8 steps): accuracy in %, 95 % interval; "
           "w = 0 does not see the class, w = 1 does")
     for group in unique(r["group"] for r in records):
-        cells = [f"w = {r['guidance']:g}: {percent(r)}" for r in records if r["group"] == group]
+        cells = [f"w = {r['guidance']:g}: {percent(r)}" for r in only(records, group=group)]
         print(f"{group}  " + "   ".join(cells))
