@@ -55,7 +55,7 @@ class L2D(nn.Module):
         self.checkpointing = False
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
-        # with the guess to read, the path starts as a working copy of the frozen model: see METHOD
+        # with words to read, the path starts as a copy of the frozen layers, which understand them
         working_copy = config.self_conditioning or config.own_reading
         self.from_z = two_layers(z, s, c, zero=working_copy)
         self.from_guess = None
