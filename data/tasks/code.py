@@ -188,7 +188,7 @@ class HumanEval(Code):
         """The problems as published. Raises FileNotFoundError or ValueError with one line."""
         needed = dict.fromkeys(
             ("task_id", "prompt", "entry_point", "canonical_solution", "test"), str)
-        rows = read_rows(folder / "HumanEval.jsonl", needed)
+        rows = read_jsonl(folder / "HumanEval.jsonl", needed)
         return [{"id": row["task_id"], **row} for row in rows]
 
     def examples(self, problems, problem, count: int, style: str) -> list:
@@ -260,7 +260,7 @@ class MBPP(Code):
     def load(self, folder: Path) -> list:
         """All parts, as published. Raises FileNotFoundError or ValueError with one line."""
         needed = {"task_id": int, "text": str, "code": str, "test_list": list}
-        rows = read_rows(folder / "mbpp.jsonl", needed)
+        rows = read_jsonl(folder / "mbpp.jsonl", needed)
         return [{"id": f"mbpp/{row['task_id']}", **row} for row in rows]
 
     def examples(self, problems, problem, count: int, style: str) -> list:
@@ -319,14 +319,6 @@ def mbpp_question(problem) -> dict:
 
 
 # --- files, messages, numbers ---------------------------------------------------------------------
-
-def read_rows(path: Path, needed: dict) -> list:
-    """The rows of a published file, packed or not."""
-    packed = path.with_name(path.name + ".gz")
-    if not path.exists() and not packed.exists():
-        raise FileNotFoundError(f"{path} does not exist, packed (.gz) or not; get it as published")
-    return read_jsonl(path, needed)
-
 
 def turn(role: str, content: str) -> dict:
     # trimmed: Llama's template would do it anyway, and so all models read the same

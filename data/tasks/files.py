@@ -84,7 +84,10 @@ def fetch(name: str) -> Path:
 # --- rows -----------------------------------------------------------------------------------------
 
 def read_file(path: Path) -> str:
-    """The text of a file, or of the same file with .gz behind its name."""
+    """The text of a file, or of the same file with .gz behind its name.
+
+    Raises FileNotFoundError, or ValueError for a damaged one.
+    """
     packed = path.with_name(path.name + ".gz")
     if present(path):
         return decode(path.read_bytes(), path)
@@ -93,7 +96,8 @@ def read_file(path: Path) -> str:
             return decode(gzip.decompress(packed.read_bytes()), packed)
         except (OSError, EOFError) as error:
             raise ValueError(f"{packed} is damaged ({error}); get it again") from None
-    raise ValueError(f"{path} does not exist; {path.parent} must hold the files as published")
+    raise FileNotFoundError(f"{path} does not exist, packed (.gz) or not; {path.parent} must hold "
+                            "the files as published")
 
 
 def read_jsonl(path: Path, needed: dict) -> list:
