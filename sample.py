@@ -21,7 +21,7 @@ from data.command import command, given_flags      # first: from here on Ctrl-C 
 
 import torch
 
-from data.answer import Answer, Stop, Trace
+from data.answer import Answer, Live, Stop, Trace
 from data.batches import common_start, left_pad
 from data.classes import check_classes
 from data.disk import check_absent, check_writable, present
@@ -385,57 +385,58 @@ def worked_answers(model, tokenizer, settings: Settings, seed: int) -> tuple:
 
 def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) -> tuple:
     """Print num_samples answers to every prompt; returns them all and the seconds they took."""
-    label = None
-    # checked before anything is read or drawn
-    if args.label is not None:
-        classes = model.config.classes if isinstance(model, L2D) else 0
-        label = TASKS["tiny"].class_number(args.label, classes)
+    label = read_label(model, args.label)
     stop = Stop.of(tokenizer, args.stop)
+    texts, prompts = read_asked(tokenizer, args)
+    # all of them, and not batch by batch
+    check_lengths(getattr(model, "lm", model), prompts, settings)
+    # one answer alone is shown as it comes, unless its end may have to be taken back
+    live = Live(texts[0], tokenizer) if len(prompts) == 1 and not stop.strings else None
+    answers = []
+    seconds = 0.0
+    for at in range(0, len(prompts), args.batch_size):
+        some = slice(at, at + args.batch_size)
+        batch = prompts[some]
+        # samples of one prompt have the seeds seed, seed + 1, ..., so each can be asked for again
+        seeds = [args.seed + place % args.num_samples for place in range(len(prompts))[some]]
+        labels = None if label is None else [label] * len(batch)
+        start = time.time()
+        new = generate(model, batch, settings, stop, labels, seeds, live)
+        seconds += time.time() - start
+        if live:
+            live.end()
+        frozen = frozen_answers(model, batch, settings, stop) if args.frozen else [None] * len(new)
+        for place, (text, answer, before) in enumerate(zip(texts[some], new, frozen), at):
+            if not live:
+                print(f"{text!r}\n   answer  {answer.text}")
+            show_answer(answer, before)
+            if place == 0:
+                show_trace(text, answer, tokenizer, args, given)
+        answers += new
+    return answers, seconds
+
+
+def read_asked(tokenizer, args) -> tuple:
+    """(texts, prompts): each as often as it is to be answered, and as token ids."""
     asked = read_prompts(args.prompt, args.prompt_file)
     if args.chat:
         note_style(tokenizer, args.chat)
     texts = [text for text in asked for _ in range(args.num_samples)]
-    prompts = [encode_prompt(text, tokenizer, args.chat) for text in texts]
-    # all of them, and not batch by batch
-    check_lengths(getattr(model, "lm", model), prompts, settings)
-    answers = []
-    seconds = 0.0
-    # one answer alone is shown as it comes, unless its end may have to be taken back
-    live = len(prompts) == 1 and not stop.strings
-    stream = tokenizer.stream()     # shows a character of several tokens when it is whole
+    return texts, [encode_prompt(text, tokenizer, args.chat) for text in texts]
 
-    def show_token(number, token):
-        print(stream(token), end="", flush=True)
 
-    for at in range(0, len(prompts), args.batch_size):
-        batch = prompts[at:at + args.batch_size]
-        places = range(at, at + len(batch))
-        # samples of one prompt have the seeds seed, seed + 1, ..., so each can be asked for again
-        seeds = [args.seed + place % args.num_samples for place in places]
-        labels = None if label is None else [label] * len(batch)
-        if live:
-            print(f"{texts[0]!r}\n   answer  ", end="", flush=True)
-        start = time.time()
-        new = generate(model, batch, settings, stop, labels, seeds, show_token if live else None)
-        seconds += time.time() - start
-        frozen = [None] * len(batch)
-        if args.frozen:
-            # the model's own best answer, whatever was asked of ours
-            greedy = Settings(steps=0, max_new_tokens=settings.max_new_tokens)
-            frozen = generate(model, batch, greedy, stop)
-        if live:
-            print(stream.flush())
-        for place, answer, before in zip(places, new, frozen):
-            if not live:
-                print(f"{texts[place]!r}\n   answer  {answer.text}")
-            show_answer(answer, before)
-            if args.trace and place == 0:
-                print(trace_text(answer, tokenizer, args.trace_token))
-            if args.html is not None and place == 0:
-                write_page(args, given, texts[0], answer, tokenizer)
-                print(f"   page    {args.html}")
-        answers += new
-    return answers, seconds
+def read_label(model, name: str | None) -> int | None:
+    """The number of a class. Raises ValueError for one that the model does not have."""
+    if name is None:
+        return None
+    classes = model.config.classes if isinstance(model, L2D) else 0
+    return TASKS["tiny"].class_number(name, classes)
+
+
+def frozen_answers(model, prompts: list, settings: Settings, stop: Stop) -> list:
+    """The frozen model's own best answers, whatever was asked of ours."""
+    greedy = Settings(steps=0, max_new_tokens=settings.max_new_tokens)
+    return generate(model, prompts, greedy, stop)
 
 
 def show_answer(answer: Answer, frozen: Answer | None):
@@ -447,6 +448,15 @@ def show_answer(answer: Answer, frozen: Answer | None):
     print(cost)
     if frozen:
         print(f"   frozen  {frozen.text}")
+
+
+def show_trace(text: str, answer: Answer, tokenizer, args, given: dict):
+    """How an answer came about, as text and as a page."""
+    if args.trace:
+        print(trace_text(answer, tokenizer, args.trace_token))
+    if args.html is not None:
+        write_page(args, given, text, answer, tokenizer)
+        print(f"   page    {args.html}")
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -119,3 +119,18 @@ class Answer:
             return
         self.ids.append(token)
         self.stopped = stop.found(self.ids)
+
+
+class Live:
+    """Shows an answer while it is written, a character of several tokens when it is whole."""
+
+    def __init__(self, prompt: str, tokenizer):
+        self.stream = tokenizer.stream()
+        print(f"{prompt!r}\n   answer  ", end="", flush=True)
+
+    def __call__(self, number: int, token: int):
+        """As `generate` calls on_token."""
+        print(self.stream(token), end="", flush=True)
+
+    def end(self):
+        print(self.stream.flush())
