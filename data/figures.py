@@ -120,7 +120,8 @@ def of_first_solver(records: list) -> list:
     """The frozen model and the fixed steps of the first solver that has such."""
     frozen = only(records, kind="frozen")
     fixed = only(records, kind="fixed")
-    return frozen + [r for r in fixed if r["settings"]["solver"] == fixed[0]["settings"]["solver"]]
+    solvers = [r["settings"]["solver"] for r in fixed]
+    return frozen + [r for r, solver in zip(fixed, solvers) if solver == solvers[0]]
 
 
 def by_nfe(records: list) -> list:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from data import processes
 from data.batches import Batch, Kept, collate
 from data.disk import appearing, present, read_json, write_json
+from data.tokens import SPLITS
 
-SPLITS = ("train", "val")
 NAMES = tuple(f"frozen-{split}.{kind}" for split in SPLITS for kind in ("bin", "json"))
 
 
@@ -87,15 +87,18 @@ class FrozenRows:
             raise ValueError(f"--cache_frozen needs {self.bytes / 1e9:.1f} GB in {folder}, which "
                              f"has {free / 1e9:.1f}; make room, or go without it")
         with appearing(self.path) as part:
-            lines = self.map(part)
+            lines = self.map(part, written=True)
             for first in tqdm(range(0, self.count, batch_size), disable=None, unit="batch"):
                 self.write(lines, range(first, min(first + batch_size, self.count)))
         write_json(self.facts, note)
 
-    def map(self, path) -> torch.Tensor:
-        """(tokens, width), in memory as far as the system likes."""
+    def map(self, path, written: bool) -> torch.Tensor:
+        """(tokens, width), in memory as far as the system likes.
+
+        written  the file is made where there is none; else one that is gone is an error, not zeros
+        """
         size = self.tokens * self.width
-        flat = torch.from_file(str(path), shared=True, size=size, dtype=self.dtype)
+        flat = torch.from_file(str(path), shared=written, size=size, dtype=self.dtype)
         return flat.view(-1, self.width)
 
     def span(self, place: int) -> slice:
@@ -117,7 +120,8 @@ class FrozenRows:
 
     def recall(self, batch: Batch, places: list) -> Batch:
         """The batch of the rows at these places, read already."""
-        lines = self.map(self.path)
+        # anew for every batch, one system call: Windows removes no file that is still mapped
+        lines = self.map(self.path, written=False)
         found = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)
         for row, place in zip(found, places):
             span = self.span(place)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from data import processes, sharding
 from data.checkpoint import check_finite
-from data.frozen import NAMES
 from data.disk import check_absent, open_safetensors, parse_json, present, remove, write_safetensors
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
@@ -44,8 +43,11 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
 
 
 def clear(out_dir: Path):
-    """Remove an earlier run, so that no file of it is taken for one of the next."""
-    for name in (*RESULTS, *NAMES, "log.jsonl"):
+    """Remove an earlier run, so that no file of it is taken for one of the next.
+
+    What data/frozen.py keeps stays: it has just been made, or found to be of the same model.
+    """
+    for name in (*RESULTS, "log.jsonl"):
         remove(out_dir / name)
     for path in out_dir.glob(f"{BEST}*"):
         remove(path)

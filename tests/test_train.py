@@ -857,6 +857,11 @@ def test_a_kept_reading_teaches_what_reading_again_teaches(options, base, tmp_pa
     assert len(looks[0]) > 1 and looks[0] == pytest.approx(looks[1], abs=2e-4)
     # derived from other files, so it goes when nobody needs it any more
     assert not list((tmp_path / "kept").glob("frozen*"))
+    # over an earlier run: what was made for this one stays
+    train.train(train.parse([*words, f"--out_dir={tmp_path / 'kept'}", "--cache_frozen",
+                             "--overwrite"]))
+    assert [entry["loss"] for entry in updates(tmp_path / "kept")] == [
+        entry["loss"] for entry in found]
 
 
 def test_readings_are_kept_when_a_run_stops_and_used_when_it_goes_on(
