@@ -1,0 +1,87 @@
+"""What the embedded problems are worth without any training: rows that stand beside every result.
+
+    python -m data.experiments.untrained              a minute of one core
+
+Three ways to answer that need no path. The frozen model makes one hop of a chain: its answer takes
+the place of the start, and it is called again. It knows the operations on strings by name: the
+operation is put before the word. And an end of a chain is seen at one look, because it is a doubled
+letter: one of the ends that something leads to, at random, is right more often than never.
+"""
+
+import argparse
+
+import torch
+
+from data.answer import Stop
+from data.hub import resolve
+from data.statistics import mean
+from data.tasks import TASKS
+from data.tiny.topics import LEVELS
+from data.tokenizer import load_tokenizer
+from model import LM
+from sample import Settings, generate
+
+CALLS = (1, 2, 3, 5, 9, 17)      # as many as evaluations at 0, 1, 2, 4, 8 and 16 Euler steps
+
+
+def answer(lm, tokenizer, prompts: list) -> list:
+    """The frozen model's greedy answers."""
+    ids = [tokenizer.encode_start(prompt) for prompt in prompts]
+    return [found.text for found in generate(lm, ids, Settings(steps=0), Stop.of(tokenizer))]
+
+
+def called_again(lm, tokenizer, problems: list) -> dict:
+    """Number of calls -> share of the chains whose end was reached by then."""
+    maps, places = zip(*(problem.prompt.split(";") for problem in problems))
+    found = {}
+    for call in range(1, max(CALLS) + 1):
+        # the answer is where one hop leads: from there once more
+        answers = answer(lm, tokenizer, [f"{m};{place}" for m, place in zip(maps, places)])
+        places = [text[:1] for text in answers]
+        if call in CALLS:
+            found[call] = mean(p == problem.answer for p, problem in zip(places, problems))
+    return found
+
+
+def shortcut(problem) -> float:
+    """The chance that an end which something leads to is the right one."""
+    pairs = problem.prompt.split(";")[0].split()
+    led_to = {after for before, after in pairs if before != after}
+    return 1 / sum(before == after and after in led_to for before, after in pairs)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=200, help="of each level (default: 200)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)        # small matrices: a second thread only waits
+    lm = LM.from_pretrained("tiny", torch.float32, "cpu")
+    tokenizer = load_tokenizer(resolve("tiny"), lm.config.vocab_size)
+    task = TASKS["tiny"]
+    print("accuracy in %: the frozen model after so many calls, and the shortcut's chance")
+    print(f"{'':15}" + "".join(f"{call:7}" for call in CALLS) + "  shortcut")
+    rows = []
+    for topic, level in task.groups:
+        problems = [task.problem((topic, level), i) for i in range(args.problems)]
+        if topic == "chains":
+            rows.append([*called_again(lm, tokenizer, problems).values(),
+                         mean(map(shortcut, problems))])
+            show(f"chains {level}", rows[-1])
+        if topic == "strings":
+            # in the words of the text that the base has read: "sort gcab: "
+            told = [f"{problem.label} {problem.prompt[:-1]}: " for problem in problems]
+            texts = answer(lm, tokenizer, told)
+            right = mean(text.strip() == p.answer for text, p in zip(texts, problems))
+            print(f"strings {level}, the operation told in words: {100 * right:.1f}")
+    trained = len(LEVELS["chains"])
+    show(f"chains 1-{trained}", map(mean, zip(*rows[:trained])))
+    show(f"chains {trained + 1}-{len(rows)}", map(mean, zip(*rows[trained:])))
+
+
+def show(name: str, shares):
+    print(f"{name:15}" + "".join(f"{100 * share:7.1f}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()
