@@ -1,5 +1,6 @@
-"""What several tests need: the repository on the path, and small random models of every family."""
+"""What several tests need: an environment of their own, and small random models of every family."""
 
+import os
 import shutil
 import signal
 import sys
@@ -12,12 +13,18 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# What a user's shell says of hubs, caches, proxies and languages is no matter of the tests.
+for name in list(os.environ):
+    if name.startswith(("HF_", "NANOL2D_CACHE", "LC_", "LANG")) or name.lower().endswith("_proxy"):
+        del os.environ[name]
+# of every process that a test starts; several small matrices: more threads only wait
+os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
+
 from data.batches import Batch, count  # noqa: E402
 from data.families import ModelConfig  # noqa: E402
 from diffusion import L2D, L2DConfig  # noqa: E402
 from model import LM  # noqa: E402
 
-# several small matrices: more threads wait for each other longer than they compute
 torch.set_num_threads(1)
 
 LLAMA = {

@@ -1,8 +1,10 @@
 """Several processes, one training: the same losses as with one, resumed by any number of them.
 
-The processes are forks of this one, which sum by gloo on the CPU; the last test is torchrun's own.
+Each process is started afresh by a server that has no threads, and sums by gloo on the CPU; the
+last test is torchrun's own.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -23,12 +25,17 @@ from diffusion import L2D
 from test_train import ROOT, flags, updates
 
 pytestmark = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin",
-    reason="forked processes need Linux")
+    "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin",
+    reason="gloo on the loopback device needs Linux")
+DEADLINE = 240       # seconds, for all processes of a training together
 
 
-# gloo would look for the address of this host by its name, and some name servers never answer
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+@functools.cache
+def starter():
+    """A fork of this process would have its threads' locks, held for ever."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    return context
 
 
 def work(rank, size, port, out, argv, prepare):
@@ -36,11 +43,14 @@ def work(rank, size, port, out, argv, prepare):
     for stream in (1, 2):
         file = os.open(f"{out}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream)
-    sys.stdout = os.fdopen(1, "w")
-    sys.stderr = sys.__stderr__ = os.fdopen(2, "w")
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8")
+    torch.set_num_threads(1)
+    # gloo would look for the address of this host by its name, and some name servers never answer
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      TORCHELASTIC_USE_AGENT_STORE="True", **LOOPBACK)
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+                      TORCHELASTIC_USE_AGENT_STORE="True")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare:
         prepare(rank)
     try:
@@ -52,22 +62,24 @@ def work(rank, size, port, out, argv, prepare):
 
 
 def start(size, out, *argv, prepare=None) -> list:
-    context = multiprocessing.get_context("fork")
     # torchrun keeps it too, so it outlives any of the processes
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    members = [context.Process(target=work, args=(rank, size, store.port, out, argv, prepare))
+    members = [starter().Process(target=work, args=(rank, size, store.port, out, argv, prepare))
                for rank in range(size)]
-    members[0].store = store
     for member in members:
         member.start()
+        member.store = store
     return members
 
 
 def wait(members) -> list:
-    """Their exit statuses."""
+    """Their exit statuses; -9 for one that did not end in time."""
+    deadline = time.monotonic() + DEADLINE
     for member in members:
-        member.join(120)
+        member.join(max(0, deadline - time.monotonic()))
+    for member in members:
         member.kill()
+        member.join()
     return [member.exitcode for member in members]
 
 
@@ -132,28 +144,30 @@ def test_a_run_is_resumed_by_another_number_of_processes(base, tmp_path):
     assert "generator" not in load_file(tmp_path / "many" / "state.safetensors")
 
 
+def count_parts(rank):
+    """What part of a matrix does this process hold?"""
+    shard = sharding.shard
+
+    def counted(lm, *args):
+        shard(lm, *args)
+        matrix = lm.blocks[0].q
+        matrix = getattr(matrix, "frozen", matrix).weight
+        print("PART", matrix.to_local().shape[0] / matrix.shape[0])
+
+    sharding.shard = counted
+
+
 @pytest.mark.parametrize("options", [
     {"method": "full", "accumulate": 2},
     {"method": "lora"},
     {"updates": 4},
     {"preset": "tiny", "unroll": 4, "ema": 0.9, "own_reading": True},
 ])
-def test_divided_weights_give_the_same_losses_and_files(options, base, tmp_path, monkeypatch):
+def test_divided_weights_give_the_same_losses_and_files(options, base, tmp_path):
     options = {"batch_size": 4, "lr": 2e-3, "updates": 6, "eval_every": 3, **options}
     own = options.pop("own_reading", None)
     words = [f"--init_from={base}", *flags(**options), *(["--own_reading"] if own else [])]
     assert together(2, tmp_path / "whole", *words) == [0, 0]
-
-    def count_parts(rank):
-        shard = sharding.shard
-
-        def counted(lm, *args):
-            shard(lm, *args)
-            matrix = lm.blocks[0].q
-            matrix = getattr(matrix, "frozen", matrix).weight
-            print("PART", matrix.to_local().shape[0] / matrix.shape[0])
-
-        sharding.shard = counted
 
     assert together(2, tmp_path / "parts", *words, "--shard", prepare=count_parts) == [0, 0], \
         said(tmp_path / "parts", 0, 2)
@@ -174,19 +188,19 @@ def test_divided_weights_give_the_same_losses_and_files(options, base, tmp_path,
 
 # --- ends -----------------------------------------------------------------------------------------
 
+def die_later(rank):
+    step = train.one_update
+
+    def one_update(run, *args):
+        if rank == 1 and run.update == 5:
+            os._exit(9)
+        return step(run, *args)
+
+    train.one_update = one_update
+
+
 def test_a_process_that_dies_ends_the_run_with_one_line(base, tmp_path):
     out = tmp_path / "out"
-
-    def die_later(rank):
-        step = train.one_update
-
-        def one_update(run, *args):
-            if rank == 1 and run.update == 5:
-                os._exit(9)
-            return step(run, *args)
-
-        train.one_update = one_update
-
     assert together(2, out, f"--init_from={base}", *flags(eval_every=2, updates=50),
                     prepare=die_later) == [2, 9]
     lines = [line for line in said(out, 0, 2).splitlines() if line.startswith("train.py:")]
@@ -241,7 +255,7 @@ def test_torchrun_starts_it(base, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
          str(ROOT / "train.py"), f"--init_from={base}", f"--out_dir={out}", *flags(updates=2)],
         capture_output=True, text=True, check=False,
-        env={**os.environ, **LOOPBACK, "OMP_NUM_THREADS": "1"})
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved to") == 1
     assert L2D.load(out, device="cpu")
