@@ -4,6 +4,7 @@ python -m pytest tests/test_data.py
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,10 +86,12 @@ def test_results_that_are_none_are_one_line(tmp_path, capsys):
 
 # --- the log --------------------------------------------------------------------------------------
 
-def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys):
+def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(time=lambda: 0.0)
+    monkeypatch.setattr("data.log.time", clock)
     log = Log(tmp_path, done=10, updates=110, eval_every=50)
     assert log.pace() == ""
-    log.start -= 20      # twenty seconds ago
+    clock.time = lambda: 20.0
     for update in range(11, 31):
         log.add(update, 1.0, lr=0.1)
     # 20 updates took 20 s; 80 are left
