@@ -26,17 +26,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.batches import Batch, Counted, Losses, pick
-from data.classes import check_classes, drop_classes, spread_classes
-from data.draws import RowDraws, draw_schedule, draw_times, draw_tokens
-from data.families import choices
-from data.figures import draw_points
-from data.kv_cache import KVCache
-from data.lora import fold_lora
-from data.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
-from data.positions import FREQUENCIES, sinusoid
+from data.checkpoints.families import choices
+from data.checkpoints.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
+from data.parts.classes import check_classes, drop_classes, spread_classes
+from data.parts.draws import RowDraws, draw_schedule, draw_times, draw_tokens
+from data.parts.kv_cache import KVCache
+from data.parts.lora import fold_lora
+from data.parts.modulation import Modulation, TimeTable
+from data.parts.positions import FREQUENCIES, sinusoid
+from data.results.figures import draw_points
 from data.tiny.oracle import LINE, Oracle
-from data.time_table import Modulation, TimeTable
+from data.training.batches import Batch, Counted, Losses, pick
 from model import LM, PathBlock, Reading, read_own, run_layer, two_layers
 from solvers import odeint
 

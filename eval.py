@@ -20,29 +20,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # first: from here on Ctrl-C is one line
-from data.command import command, given_flags
+from data.system.command import command, given_flags
 
 import torch
 from tqdm import tqdm
 
-from data.answer import Stop
-from data.batches import Batch, collate
-from data.checkpoint import fingerprint
-from data.circumstances import circumstances
-from data.disk import check_absent, check_writable, claimed, write_json
-from data.draws import RowDraws
-from data.eval_flags import check_idle, check_numbers, eval_flags, fill_defaults
-from data.figures import import_pyplot, plot_accuracy
-from data.flops import flops_per_token
-from data.records import Records, regrade
-from data.scores import parse_search, print_scores, read_letters, rows
-from data.statistics import calibration, changes, mean, wilson
-from data.tables import (
+from data.checkpoints.weights import fingerprint
+from data.flags.eval import check_idle, check_numbers, eval_flags, fill_defaults
+from data.parts.draws import RowDraws
+from data.results.circumstances import circumstances
+from data.results.figures import import_pyplot, plot_accuracy
+from data.results.flops import flops_per_token
+from data.results.records import Records, regrade
+from data.results.scores import parse_search, print_scores, read_letters, rows
+from data.results.statistics import calibration, changes, mean, wilson
+from data.results.tables import (
     effort, print_accuracy, print_calibration, print_changes, print_effort, print_guidance)
+from data.system.disk import check_absent, check_writable, claimed, write_json
 from data.tasks import TASKS
-from data.tasks.asking import Asked, ask_all, letter_tokens
 from data.tasks.grading import Grader
+from data.tasks.prompting import Asked, ask_all, letter_tokens
 from data.tasks.sandbox import NOTICE
+from data.text.answer import Stop
+from data.training.batches import Batch, collate
 from diffusion import ESTIMATES, L2D, VelocityField
 from sample import Settings, answer_problems, generate, load_model, next_p
 from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
@@ -375,7 +375,7 @@ def choose_letters(bench: Bench, settings: Settings, questions: list, seeds: lis
 # --- the command line -----------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
-    """See data/eval_flags.py."""
+    """See data/flags/eval.py."""
     return eval_flags(__doc__, TASKS, Settings(), SOLVERS, ESTIMATES)
 
 

@@ -1,9 +1,9 @@
 """The frozen language model: one decoder-only Transformer for GPT-2, Llama 3 and Qwen 2.5.
 
-What sets the families apart stands in data/families.py. Read solvers.py and diffusion.py first:
-they are the method. Here is what it is built on (L2D paper, section 3.1): `LM.read` runs the model
-over some tokens and returns a `Reading`, all that the diffusion path may look at. The path's own
-layers stand beside the model's.
+What sets the families apart stands in data/checkpoints/families.py. Read solvers.py and
+diffusion.py first: they are the method. Here is what it is built on (L2D paper, section 3.1):
+`LM.read` runs the model over some tokens and returns a `Reading`, all that the diffusion path may
+look at. The path's own layers stand beside the model's.
 
 Shapes, in every file: B batch, T tokens (queries), S tokens (keys), C hidden width, H heads, G
 key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion space.
@@ -22,15 +22,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import (
+from data.checkpoints.families import ACTIVATIONS, ModelConfig
+from data.checkpoints.hub import resolve
+from data.checkpoints.weights import (
     fingerprint, load_weights, pick_device, plan_weights, read_config, save_weights, weight_files)
-from data.families import ACTIVATIONS, ModelConfig
-from data.hub import resolve
-from data.kv_cache import KVCache
-from data.log_p import log_p
-from data.lora import adapt
-from data.positions import check_positions, positions_and_mask, rope_inv_freq, rotate
-from data.tokenizer import load_tokenizer
+from data.parts.kv_cache import KVCache
+from data.parts.log_p import log_p
+from data.parts.lora import adapt
+from data.parts.positions import check_positions, positions_and_mask, rope_inv_freq, rotate
+from data.text.tokenizer import load_tokenizer
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ class LM(nn.Module):
     # --- weights ---
 
     def fingerprint(self) -> str:
-        """sha256 of all weights, see data.checkpoint."""
+        """sha256 of all weights, see data.checkpoints.weights."""
         return fingerprint(self)
 
     @classmethod

@@ -17,26 +17,26 @@ import time
 import zlib
 from dataclasses import dataclass, fields
 
-from data.command import command, given_flags      # first: from here on Ctrl-C is one line
+from data.system.command import command, given_flags      # first: from here on Ctrl-C is one line
 
 import torch
 
-from data.answer import Answer, Live, Stop, Trace
-from data.batches import common_start, left_pad
-from data.classes import check_classes
-from data.disk import check_absent, check_writable, present
-from data.draws import draw_noise_each, draw_tokens
-from data.families import choices
-from data.figures import trace_text
-from data.hub import resolve
-from data.kv_cache import KVCache
-from data.page import write_page
-from data.path import check_tokenizer, check_trained, read_path
-from data.positions import check_length
-from data.prompts import encode_prompt, note_style, read_prompts
-from data.sample_flags import check_flags, sample_flags
+from data.checkpoints.families import choices
+from data.checkpoints.hub import resolve
+from data.checkpoints.path import check_tokenizer, check_trained, read_path
+from data.flags.sample import check_flags, sample_flags
+from data.parts.classes import check_classes
+from data.parts.draws import draw_noise_each, draw_tokens
+from data.parts.kv_cache import KVCache
+from data.parts.positions import check_length
+from data.results.figures import trace_text
+from data.results.page import write_page
+from data.system.disk import check_absent, check_writable, present
 from data.tasks import TASKS
-from data.tokenizer import load_tokenizer
+from data.text.answer import Answer, Live, Stop, Trace
+from data.text.prompts import encode_prompt, note_style, read_prompts
+from data.text.tokenizer import load_tokenizer
+from data.training.batches import common_start, left_pad
 from diffusion import ESTIMATES, L2D, VelocityField
 from model import LM
 from solvers import ADAPTIVE, SOLVERS, odeint
@@ -462,7 +462,7 @@ def show_trace(text: str, answer: Answer, tokenizer, args, given: dict):
 # --- the command line -----------------------------------------------------------------------------
 
 def build_parser() -> argparse.ArgumentParser:
-    """See data/sample_flags.py."""
+    """See data/flags/sample.py."""
     return sample_flags(__doc__, Settings(), SOLVERS, ADAPTIVE, ESTIMATES)
 
 

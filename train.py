@@ -1,7 +1,7 @@
 """Train a diffusion path beside a frozen model, or a baseline it is compared with. One loop.
 
     python train.py                                            the embedded model, minutes
-    python train.py --init_from=gpt2-xl --data=DIR             a real one; data by data/chat.py
+    python train.py --init_from=gpt2-xl --data=DIR             a real one; data by data/text/chat.py
     python train.py --init_from=resume --out_dir=out           go on after Ctrl-C, to the same bits
     python train.py --init_from=scratch --method=pretrain      make the embedded base again
 
@@ -17,35 +17,35 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.command import command      # first: from here on Ctrl-C is one line
+from data.system.command import command      # first: from here on Ctrl-C is one line
 
 import torch
 import torch.nn as nn
 
-from data import processes, sharding
-from data.average import Average
-from data.batches import Batch, Losses
-from data.checkpoint import copy_tokenizer, pick_device
-from data.disk import claimed, read_json, remove
-from data.curriculum import Curriculum, growing_unroll
-from data.families import ModelConfig
-from data.frozen import NAMES, keep_readings
-from data.hub import resolve
-from data.interrupt import Interrupt
-from data.loader import Loader
-from data.log import Log, by_tenth, tenth_sums
-from data.lora import LoRA, merge_linear, replace_linears
-from data.optimizer import build_optimizer, learning_rate
-from data.path import L2DConfig
-from data.positions import check_length
-from data.state import (
+from data.checkpoints.families import ModelConfig
+from data.checkpoints.hub import resolve
+from data.checkpoints.path import L2DConfig
+from data.checkpoints.state import (
     check_out_dir, clear, keep_best, out_of_patience, restore_state, write_state)
+from data.checkpoints.weights import copy_tokenizer, pick_device
+from data.flags.train import parse
+from data.parts.lora import LoRA, merge_linear, replace_linears
+from data.parts.positions import check_length
+from data.system import processes, sharding
+from data.system.disk import claimed, read_json, remove
+from data.system.interrupt import Interrupt
 from data.tasks import TASKS
-from data.tiny.start import init_weights
+from data.text.tokenizer import load_tokenizer
+from data.text.tokens import TokenFiles
 from data.tiny.topics import LEVELS, Documents, Problems
-from data.tokenizer import load_tokenizer
-from data.tokens import TokenFiles
-from data.train_flags import parse
+from data.training.average import Average
+from data.training.batches import Batch, Losses
+from data.training.curriculum import Curriculum, growing_unroll
+from data.training.frozen import NAMES, keep_readings
+from data.training.loader import Loader
+from data.training.log import Log, by_tenth, tenth_sums
+from data.training.optimizer import build_optimizer, learning_rate
+from data.training.start import init_weights
 from diffusion import L2D
 from model import LM
 from sample import Settings, answer_problems
@@ -56,8 +56,8 @@ PLANNED = 3                # updates that --plan measures
 # --- what is trained, on what ---------------------------------------------------------------------
 
 def load_data(args, tokenizer):
-    """(train, val) data sets, whose rows are as data/batches.py says."""
-    # of one's own: any text, prepared once by data/chat.py
+    """(train, val) data sets, whose rows are as data/training/batches.py says."""
+    # of one's own: any text, prepared once by data/text/chat.py
     if args.data != "tiny":
         return [TokenFiles(args.data, split, tokenizer) for split in ("train", "val")]
     # the base reads whole documents, a finetuning answers problems

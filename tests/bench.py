@@ -19,9 +19,9 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from data.batches import IGNORE, Batch, Kept, count  # noqa: E402
-from data.kv_cache import KVCache  # noqa: E402
-from data.positions import Packed  # noqa: E402
+from data.parts.kv_cache import KVCache  # noqa: E402
+from data.parts.positions import Packed  # noqa: E402
+from data.training.batches import IGNORE, Batch, Kept, count  # noqa: E402
 from diffusion import L2D, VelocityField  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
 
@@ -216,7 +216,7 @@ def print_parts(model, ids, targets, whole: float, update, timed):
         update()
     rate = counter.get_total_flops() / whole / 1e6
     best = peak(ids.device, timed)
-    print(f"    {rate:.1f} GFLOP/s, {100 * rate / best:.0f} % of the {best:.1f} of one large matrix "
+    print(f"    {rate:.1f} GFLOP/s, {100 * rate / best:.0f} % of the {best:.1f} of a large matrix "
           "product here")
     ms = timed(full_update(model.lm, ids, targets))
     print(f"  {'full finetuning of the same model':38} {ms:8.1f} ms  {ms / whole:6.2f}")

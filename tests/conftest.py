@@ -20,8 +20,8 @@ for name in list(os.environ):
 # of every process that a test starts; several small matrices: more threads only wait
 os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
 
-from data.batches import Batch, count  # noqa: E402
-from data.families import ModelConfig  # noqa: E402
+from data.checkpoints.families import ModelConfig  # noqa: E402
+from data.training.batches import Batch, count  # noqa: E402
 from diffusion import L2D, L2DConfig  # noqa: E402
 from model import LM  # noqa: E402
 

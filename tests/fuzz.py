@@ -50,9 +50,10 @@ from tqdm import tqdm
 import eval as evaluation
 import sample
 import train
-from data import chat, figures
-from data.records import read_lines
-from data.tokenizer import load_tokenizer
+from data.results import figures
+from data.results.records import read_lines
+from data.text import chat
+from data.text.tokenizer import load_tokenizer
 from diffusion import L2D, L2DConfig
 from model import LM
 

@@ -1,4 +1,4 @@
-"""Benchmarks: files, prompts, verdicts, records, search (data/tasks/, data/records.py, eval.py).
+"""Benchmarks: files, prompts, verdicts, records, search (data/tasks/, eval.py).
 
     python -m pytest tests/test_benchmarks.py
 
@@ -16,15 +16,15 @@ import torch
 
 import eval as evaluation
 from conftest import LLAMA, exit_status, make_lm
-from data import records, repeat, scores
-from data.formats import render_llama3
-from data.tasks import BENCHMARKS, TASKS
-from data.tasks import files, finetune
-from data.tasks.asking import choose_style, letter_tokens
+from data.experiments import finetune, repeat
+from data.results import records, scores
+from data.tasks import BENCHMARKS, TASKS, files
 from data.tasks.gsm8k import GSM8K
 from data.tasks.letters import find_letter
 from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
-from data.tokenizer import load_tokenizer
+from data.tasks.prompting import choose_style, letter_tokens
+from data.text.formats import render_llama3
+from data.text.tokenizer import load_tokenizer
 from diffusion import L2D, L2DConfig
 from model import LM
 from sample import generate, load_model

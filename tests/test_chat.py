@@ -1,4 +1,4 @@
-"""Chat formats and token files (data/formats.py, data/chat.py and data/tokens.py).
+"""Chat formats and token files (data/text/formats.py, data/text/chat.py and data/text/tokens.py).
 
 With a byte-level stand-in for the tokenizer.
 
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import exit_status
 
-from data import chat, formats, tokens
-from data.formats import encode_chat
-from data.tokens import SPLITS, TokenFiles
+from data.text import chat, formats, tokens
+from data.text.formats import encode_chat
+from data.text.tokens import SPLITS, TokenFiles
 
 LLAMA3 = formats.SPECIAL_TOKENS["llama3"]
 QWEN = formats.SPECIAL_TOKENS["qwen"]
@@ -499,7 +499,7 @@ def test_a_death_between_two_renames_cannot_be_read(tmp_path, run, monkeypatch):
 
     monkeypatch.setattr(tokens.os, "replace", dies_at_the_third)
     assert run([{"text": "new one"}], tmp_path / "out", "--val_fraction=0") == 2
-    with pytest.raises(FileNotFoundError, match="python -m data.chat"):
+    with pytest.raises(FileNotFoundError, match="python -m data.text.chat"):
         TokenFiles(tmp_path / "out", "train")
 
 
@@ -519,8 +519,8 @@ def out(tmp_path, run):
 
 
 def test_token_files_of_another_place_or_tokenizer_are_refused(out):
-    refusal(FileNotFoundError, "python -m data.chat", out.parent / "elsewhere")
-    refusal(FileNotFoundError, "python -m data.chat", out.parent / "out.jsonl")
+    refusal(FileNotFoundError, "python -m data.text.chat", out.parent / "elsewhere")
+    refusal(FileNotFoundError, "python -m data.text.chat", out.parent / "out.jsonl")
     refusal(ValueError, "another tokenizer, name", out, tokenizer=ByteTokenizer(QWEN))
     refusal(ValueError, "train, val", out, split="test")
 

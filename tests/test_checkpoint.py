@@ -1,4 +1,4 @@
-"""data/checkpoint.py and data/families.py: exact files, agreement with others, refusals.
+"""Weights and config.json on disk: exact files, agreement with others, refusals.
 
     python -m pytest tests/test_checkpoint.py
 
@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
-from data import checkpoint
-from data import disk
-from data.disk import read_json, write_json
-from data.families import ModelConfig, weight_map
-from data.kv_cache import KVCache
+from data.checkpoints import weights as checkpoint
+from data.checkpoints.families import ModelConfig, weight_map
+from data.parts.kv_cache import KVCache
+from data.system import disk
+from data.system.disk import read_json, write_json
 from model import LM
 
 

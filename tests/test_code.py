@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from data.results.statistics import pass_at_k
 from data.tasks import code
-from data.statistics import pass_at_k
 from data.tasks.code import MBPP, HumanEval
 
 PROMPT = '''import math

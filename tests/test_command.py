@@ -1,4 +1,4 @@
-"""data/command.py, and flags that cannot act: how commands end.
+"""data/system/command.py, and flags that cannot act: how commands end.
 
     python -m pytest tests/test_command.py
 """
@@ -12,7 +12,7 @@ import pytest
 import sample
 import train
 from conftest import exit_status
-from data.command import command, visible
+from data.system.command import command, visible
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -28,7 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ])
 def test_every_end_has_its_status_and_at_most_one_line(error, status, line, capsys, monkeypatch):
     # what it would do to the stream of all further tests
-    monkeypatch.setattr("data.command.silence", lambda: None)
+    monkeypatch.setattr("data.system.command.silence", lambda: None)
 
     @command("it")
     def main(argv):
@@ -77,7 +77,7 @@ def test_characters_that_the_terminal_lacks_are_written_as_escapes():
 def test_ctrl_c_in_eval_is_one_line_at_any_moment(wait_for, tmp_path):
     # a signal to itself: while torch is imported, or while problems are answered
     lines = {
-        "import": "import sys, os, signal, data.command\n"
+        "import": "import sys, os, signal, data.system.command\n"
                   "sys.modules['torch'] = None\n"
                   "os.kill(os.getpid(), signal.SIGINT)",
         "work": "import os, signal, sample, eval\n"

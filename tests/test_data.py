@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.answer import Answer, Trace, Stop
-from data.batches import left_pad
-from data.figures import draw_points, main, trace_text
-from data.hub import resolve
-from data.log import Log
+from data.checkpoints.hub import resolve
+from data.results.figures import draw_points, main, trace_text
 from data.tasks import TASKS
-from data.tokenizer import load_tokenizer
+from data.text.answer import Answer, Trace, Stop
+from data.text.tokenizer import load_tokenizer
+from data.training.batches import left_pad
+from data.training.log import Log
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_results_that_are_none_are_one_line(tmp_path, capsys):
 
 def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys, monkeypatch):
     clock = SimpleNamespace(time=lambda: 0.0)
-    monkeypatch.setattr("data.log.time", clock)
+    monkeypatch.setattr("data.training.log.time", clock)
     log = Log(tmp_path, done=10, updates=110, eval_every=50)
     assert log.pace() == ""
     clock.time = lambda: 20.0

@@ -15,12 +15,12 @@ from torch._dynamo.testing import CompileCounter
 from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
-from data.batches import IGNORE
-from data.classes import drop_classes
-from data.draws import RowDraws, draw_times, row_generator
-from data.families import ModelConfig
-from data.lora import LoRA
-from data.positions import Packed, rope_inv_freq
+from data.checkpoints.families import ModelConfig
+from data.parts.classes import drop_classes
+from data.parts.draws import RowDraws, draw_times, row_generator
+from data.parts.lora import LoRA
+from data.parts.positions import Packed, rope_inv_freq
+from data.training.batches import IGNORE
 from diffusion import L2D, L2DConfig, VelocityField
 from model import LM
 

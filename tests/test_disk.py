@@ -1,4 +1,4 @@
-"""data/disk.py and data/state.py: files that appear whole, and a directory that one run owns.
+"""Files that appear whole, and a directory that one run owns.
 
     python -m pytest tests/test_disk.py
 """
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from conftest import exit_status
-from data import disk, hub, state
-from data.prompts import read_prompts
+from data.checkpoints import hub, state
+from data.system import disk
+from data.text.prompts import read_prompts
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no modes and few links")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -67,7 +68,7 @@ def test_modes_follow_the_umask_whatever_library_writes(tmp_path, umask, mode):
 
 @POSIX
 def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path):
-    code = ("import os, signal; from data.disk import appearing\n"
+    code = ("import os, signal; from data.system.disk import appearing\n"
             f"with appearing({str(tmp_path / 'a.json')!r}) as part:\n"
             "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode != 0

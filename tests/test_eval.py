@@ -16,13 +16,13 @@ from solvers import odeint
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
-from data.batches import collate
-from data import figures, flops
-from data.figures import mean_curve
-from data.hub import resolve
-from data.statistics import calibration, changes, rank_correlation, wilson
+from data.checkpoints.hub import resolve
+from data.results import figures, flops
+from data.results.figures import mean_curve
+from data.results.statistics import calibration, changes, rank_correlation, wilson
 from data.tasks import TASKS
 from data.tiny.topics import make_problem
+from data.training.batches import collate
 from diffusion import L2D, VelocityField
 from sample import Settings, answer_problems, load_model
 
@@ -134,7 +134,8 @@ def test_the_shipped_base_is_small_and_the_path_was_trained_beside_it(tiny):
     assert sum(p.numel() for p in model.lm.parameters()) <= 1_000_000
 
 
-@pytest.mark.parametrize("topic, level, least", [("chains", 7, 0.9), ("math", 1, 0.6), ("strings", 1, 0.8)])
+@pytest.mark.parametrize("topic, level, least", [
+    ("chains", 7, 0.9), ("math", 1, 0.6), ("strings", 1, 0.8)])
 def test_the_shipped_path_answers_what_its_frozen_model_cannot(tiny, topic, level, least):
     """The claim of the README, on 40 test problems; the bounds lie far below what was measured."""
     model, tokenizer = tiny

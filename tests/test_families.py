@@ -1,4 +1,4 @@
-"""What a directory says of its network is all used or refused (data/families.py, checkpoint.py).
+"""What a directory says of its network is all used or refused (data/checkpoints/).
 
     python -m pytest tests/test_families.py
 """
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
-from data.chat import default_block
-from data.checkpoint import pick_device
-from data.families import ModelConfig
-from data.positions import check_length, warn
+from data.checkpoints.families import ModelConfig
+from data.checkpoints.weights import pick_device
+from data.parts.positions import check_length, warn
+from data.text.chat import default_block
 from test_checkpoint import change_file, load, refused, saved, shard, write_json
 
 

@@ -1,4 +1,4 @@
-"""Chat templates are recognised word by word or refused (data/formats.py), words are one token.
+"""Chat templates are recognised word by word or refused (formats.py), words are one token.
 
     python -m pytest tests/test_formats.py
 
@@ -14,9 +14,9 @@ import pytest
 
 import sample
 from conftest import LLAMA, exit_status, make_lm
-from data import formats
-from data.formats import RENDER, SYSTEM_PROMPTS, recognise, resolve_style
-from data.tokenizer import load_tokenizer
+from data.text import formats
+from data.text.formats import RENDER, SYSTEM_PROMPTS, recognise, resolve_style
+from data.text.tokenizer import load_tokenizer
 from test_tokenizer import DECODER, NAMES, SPECIAL, save, save_form, tokenizer_json
 
 # In the words of SmolLM and of Qwen2, the second with any system prompt.

@@ -14,8 +14,8 @@ import torch
 from conftest import make_batch
 from safetensors.torch import load_file
 
-from data.batches import IGNORE
-from data.families import ModelConfig, weight_map
+from data.checkpoints.families import ModelConfig, weight_map
+from data.training.batches import IGNORE
 from diffusion import L2D, L2DConfig, VelocityField
 from model import LM
 from solvers import odeint

@@ -1,4 +1,4 @@
-"""data/tasks/harness.py: what the harness is told of our models. Needs `pip install lm_eval`.
+"""data/experiments/harness.py: what the harness is told of our models. Needs `pip install lm_eval`.
 
     python -m pytest tests/test_harness.py
 """
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import exit_status
-from data.tasks import harness
-from data.tasks.harness import Adapter
+from data.experiments import harness
+from data.experiments.harness import Adapter
 from sample import Settings, generate, load_model
 from test_benchmarks import build_models
 

@@ -15,11 +15,24 @@ import pytest
 
 import eval as eval_script
 import sample
-from data import train_flags
+from data.flags import train as train_flags
 
 ROOT = Path(sample.__file__).parent
-# Every arrow points down: a file may import those after it. solvers.py stands alone.
-ORDER = ["harness", "eval", "train", "sample", "diffusion", "model", "data"]
+# Every arrow points down: a file may import what stands on a later line, or its own wing.
+ORDER = """
+experiments
+eval
+train
+sample
+diffusion
+model
+tasks training flags
+text
+parts
+checkpoints results
+system tiny
+"""
+LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
 SOURCES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "data").rglob("*.py"))
 PARSERS = {"train.py": train_flags, "sample.py": sample, "eval.py": eval_script}
 
@@ -41,20 +54,39 @@ def parse(path: Path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def home(name: str) -> str:
+    """The wing of a module below data/, or the script itself."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "data" and len(parts) > 1 else parts[0]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_import_arrow_points_down(path):
-    mine = path.relative_to(ROOT).with_suffix("").parts[0]
-    # commands above all others: nobody imports them
-    if path.stem == "harness" or path.parent.name == "experiments":
-        mine = "harness"
+    mine = home(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for name, line in imports(parse(path)):
-        theirs = name.split(".")[0]
+        theirs = home(name)
+        where = f"{path}:{line} imports {name}"
         if mine == "solvers":
-            assert theirs not in ORDER, f"{path}:{line}"
+            assert theirs not in LEVELS, where
         elif theirs == "solvers":
-            assert mine != "data", f"{path}:{line}"
-        elif theirs in ORDER and theirs != mine:
-            assert ORDER.index(mine) < ORDER.index(theirs), f"{path}:{line} imports {name}"
+            # the scripts alone
+            assert LEVELS[mine] < LEVELS["tasks"], where
+        elif theirs in LEVELS and theirs != mine:
+            assert LEVELS[mine] < LEVELS[theirs], where
+
+
+def test_the_wings_are_those_of_the_map():
+    wings = {path.name for path in (ROOT / "data").iterdir() if list(path.glob("*.py"))}
+    assert wings == LEVELS.keys() - {"eval", "train", "sample", "diffusion", "model"}
+    assert not list((ROOT / "data").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("__init__.py")),
+                         ids=lambda path: path.parent.name)
+def test_a_wing_says_what_its_files_are_for(path):
+    docstring = ast.get_docstring(parse(path))
+    for file in path.parent.glob("*.py"):
+        assert file.stem.startswith("__") or re.search(rf"\b{file.stem}\b", docstring), file
 
 
 def test_no_two_files_of_data_import_each_other():
@@ -131,14 +163,6 @@ def test_line_counts_and_links_are_true(path):
         assert len(found) == int(lines), name
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (path.parent / link).exists(), link
-
-
-def test_every_file_stands_in_a_table():
-    """A reader who wonders what a file is for finds one line about it."""
-    tables = README + TEXTS[ROOT / "data" / "README.md"]
-    for path in SOURCES + sorted((ROOT / "tests").glob("*.py")):
-        name = str(path.relative_to(ROOT).as_posix())
-        assert path.stem.startswith("__") or f"| [{name}](" in tables, name
 
 
 def test_the_equations_of_the_readme_are_lines_of_the_code():

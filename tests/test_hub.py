@@ -1,4 +1,4 @@
-"""data/hub.py and data/web.py against a real HTTP server on this machine.
+"""data/checkpoints/hub.py and data/checkpoints/web.py against a real HTTP server on this machine.
 
 It lays out files as the hub does, and misbehaves on request.
 
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import exit_status
 
-from data import hub, web
+from data.checkpoints import hub, web
 
 # two commits
 OLD = "a" * 40
@@ -596,7 +596,7 @@ def test_unknown_names_are_told_the_known_ones(fake, name):
 
 
 def test_resolve_tiny(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "checkpoints" / "hub.py"))
     with pytest.raises(FileNotFoundError, match="tiny is missing"):
         hub.resolve("tiny")
     (tmp_path / "tiny").mkdir()
@@ -623,7 +623,7 @@ def test_command(fake, tmp_path, capsys):
     assert exit_status(hub.main, ["gpt3"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("data.hub: unknown model 'gpt3'")
+    assert shown.err.startswith("data.checkpoints.hub: unknown model 'gpt3'")
     assert shown.err.count("\n") == 1
 
 

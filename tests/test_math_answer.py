@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data.tasks.math_answer import equal, extract, grade, last_box, strict_equal
-from data.tasks.math_form import clean, shape
-from data.tasks.math_value import same_value, values
+from data.tasks.math.equal import equal, extract, grade, last_box, strict_equal
+from data.tasks.math.latex import clean, shape
+from data.tasks.math.value import same_value, values
 
 # The first of a row is equal to all others of it.
 EQUAL = [

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
-from data import kv_cache
-from data.families import ModelConfig
-from data.kv_cache import MIN_ROOM, KVCache
-from data.tiny.start import init_weights
+from data.checkpoints.families import ModelConfig
+from data.parts import kv_cache
+from data.parts.kv_cache import MIN_ROOM, KVCache
+from data.training.start import init_weights
 from model import LM, positions_and_mask, rope_inv_freq
 
 
@@ -281,7 +281,7 @@ def test_text_beyond_gpt2s_positions_is_refused_and_counted_without_its_padding(
 @pytest.mark.parametrize("logits", [1 << 26, 5 * 258, 1])
 def test_log_p_in_pieces_is_that_of_plain_autograd(family, logits, monkeypatch):
     """Values, and the gradients of hidden state, final norm and head, all weighted unevenly."""
-    monkeypatch.setattr("data.log_p.LOGITS", logits)
+    monkeypatch.setattr("data.parts.log_p.LOGITS", logits)
     lm = make_lm(family)
     ids = make_ids(2, 12)
     targets = make_ids(2, 12, seed=1).flatten()
@@ -299,7 +299,7 @@ def test_log_p_in_pieces_is_that_of_plain_autograd(family, logits, monkeypatch):
 
 @pytest.mark.parametrize("trained", ["hidden", "head"])
 def test_log_p_where_only_one_of_the_two_is_trained(trained, monkeypatch):
-    monkeypatch.setattr("data.log_p.LOGITS", 5 * 258)
+    monkeypatch.setattr("data.parts.log_p.LOGITS", 5 * 258)
     lm = make_lm().requires_grad_(False)
     hidden = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
     targets = make_ids(1, 24)[0]
@@ -331,7 +331,7 @@ def test_no_piece_holds_more_logits_than_allowed(monkeypatch):
         sizes.append(len(x))
         return plain(x, *rest)
 
-    monkeypatch.setattr("data.log_p.LOGITS", 5 * 258)
+    monkeypatch.setattr("data.parts.log_p.LOGITS", 5 * 258)
     monkeypatch.setattr(F, "linear", counted)
     make_lm().log_p(torch.randn(24, 32), torch.arange(24))
     assert sizes == [5, 5, 5, 5, 4]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import generators
 
-from data.draws import RowDraws, draw_times, draw_tokens
+from data.parts.draws import RowDraws, draw_times, draw_tokens
 from data.tiny.oracle import LINE as FOUR_TOKENS
 from data.tiny.oracle import Oracle
 from diffusion import VelocityField

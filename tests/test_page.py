@@ -1,4 +1,4 @@
-"""data/page.py: what stands in the page of a trace, that any text is safe in it, and how it works.
+"""What stands in the page of a trace, that any text is safe in it, and how it works.
 
 The second half opens pages in a real browser, where chromium and chromedriver are installed:
 
@@ -20,8 +20,8 @@ from conftest import ROOT, exit_status, make_l2d
 
 import sample
 import solvers
-from data import page
-from data.answer import Answer, Stop, Trace
+from data.results import page
+from data.text.answer import Answer, Stop, Trace
 from sample import Settings, generate, load_model
 
 # one that the path of data/tiny solves slowly: its first token costs 94, most of it in vain

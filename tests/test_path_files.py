@@ -9,10 +9,10 @@ from conftest import make_ids, make_l2d, make_lm
 from safetensors.torch import load_file, save_file
 
 import train
-from data.hub import resolve
-from data.optimizer import BETAS
-from data.presets import PRESETS
-from data.train_flags import build_parser
+from data.checkpoints.hub import resolve
+from data.flags.presets import PRESETS
+from data.flags.train import build_parser
+from data.training.optimizer import BETAS
 from diffusion import L2D, L2DConfig
 from model import LM
 from sample import Settings

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from data import processes, sharding
-from data.state import read_state
+from data.checkpoints.state import read_state
+from data.system import processes, sharding
 from diffusion import L2D
 from test_train import ROOT, flags, updates
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
-from data.average import Average
-from data.batches import IGNORE
-from data.curriculum import Curriculum, growing_unroll
-from data.draws import RowDraws, draw_schedule
+from data.parts.draws import RowDraws, draw_schedule
+from data.training.average import Average
+from data.training.batches import IGNORE
+from data.training.curriculum import Curriculum, growing_unroll
 from diffusion import L2D, L2DConfig, VelocityField
 from sample import Settings, generate
 from solvers import odeint

@@ -12,8 +12,8 @@ from test_oracle import p_value
 
 from diffusion import L2D
 from model import LM
-from data.answer import Stop
-from data.tokenizer import load_tokenizer
+from data.text.answer import Stop
+from data.text.tokenizer import load_tokenizer
 from sample import Settings, generate
 from solvers import odeint
 

@@ -1,4 +1,4 @@
-"""What train.py finds is not trusted: states, values that are no numbers, data (data/state.py).
+"""What train.py finds is not trusted: states, values that are no numbers, data (state.py).
 
     python -m pytest tests/test_state.py
 """
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from conftest import exit_status
-from data import chat
-from data.disk import write_json
-from data.state import read_state
+from data.checkpoints.state import read_state
+from data.system.disk import write_json
+from data.text import chat
 from test_train import flags, log, refused, run
 
 
@@ -87,7 +87,7 @@ def test_rows_without_a_counted_token_are_one_line(base, tmp_path, capsys):
     np.save(data / "train.mask.npy", mask * 0)
     line = refused(capsys, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'o'}",
                    *flags())
-    assert "a mask without a counted token" in line and "python -m data.chat" in line
+    assert "a mask without a counted token" in line and "python -m data.text.chat" in line
 
 
 # --- states ---------------------------------------------------------------------------------------

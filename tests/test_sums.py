@@ -12,13 +12,14 @@ import torch
 
 import eval as evaluation
 from conftest import LLAMA, ROOT, exit_status, make_lm
-from data import records
-from data.formats import render_qwen
-from data.tasks import TASKS, finetune
+from data.experiments import finetune
+from data.results import records
+from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.sums import KINDS, MOST, RESULT, of_all_kinds, of_kind, split_of
 from data.tasks.task import of_split
-from data.tokenizer import load_tokenizer
+from data.text.formats import render_qwen
+from data.text.tokenizer import load_tokenizer
 from diffusion import L2D, L2DConfig
 from model import LM
 from test_formats import SMOLLM

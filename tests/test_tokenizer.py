@@ -1,4 +1,4 @@
-"""data/tokenizer.py and data/vocab.py.
+"""data/text/tokenizer.py and data/text/vocab.py.
 
 The same ids from every file form, exact round trips, one clear line per refusal.
 
@@ -21,8 +21,8 @@ import pytest
 from conftest import exit_status
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.tokenizer import Tokenizer, load_tokenizer, main  # noqa: E402
-from data.vocab import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
+from data.text.tokenizer import Tokenizer, load_tokenizer, main  # noqa: E402
+from data.text.vocab import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
 
 # A vocabulary small enough to encode by hand: 256 bytes (id = value), nine merges in the printable
 # alphabet, where "Ġ" is the space and "Ã©" the two bytes of "é"; then the special tokens.

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.hub import resolve
+from data.checkpoints.hub import resolve
+from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import (
     CLASSES,
     FAR,
@@ -24,7 +25,6 @@ from data.tiny.topics import (
     step_fact,
     steps_fact,
 )
-from data.tokenizer import load_tokenizer
 
 PAIRS = [(topic, level) for topic in LEVELS for level in LEVELS[topic]]
 SPLITS = ("train", "val", "test")

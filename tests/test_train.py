@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import LLAMA, make_ids, make_lm
-from data.batches import Losses, collate
-from data.loader import Loader
-from data.lora import LoRA
-from data.presets import PRESETS
-from data.state import out_of_patience, read_state
+from data.checkpoints.state import out_of_patience, read_state
+from data.flags.presets import PRESETS
+from data.parts.lora import LoRA
+from data.training.batches import Losses, collate
+from data.training.loader import Loader
 from diffusion import L2D, L2DConfig
 from model import LM
 
@@ -633,7 +633,7 @@ def test_bad_flags_are_refused_in_one_line(argv, message, capsys, tmp_path):
 def test_missing_data_and_missing_tokenizer_are_refused_in_one_line(base, capsys, tmp_path):
     out = f"--out_dir={tmp_path / 'out'}"
     message = refused(capsys, f"--init_from={base}", f"--data={tmp_path / 'none'}", out)
-    assert "no token file" in message and "python -m data.chat" in message
+    assert "no token file" in message and "python -m data.text.chat" in message
     (base / "tokenizer.model").unlink()
     assert str(base) in refused(capsys, f"--init_from={base}", out)
     assert not (tmp_path / "out").exists()
@@ -818,7 +818,7 @@ def test_a_plan_trains_nothing_and_writes_nothing(method, base, tmp_path, capsys
 
 
 class Rows(list):
-    """As data.tokens has them, with a fingerprint."""
+    """As data.text.tokens has them, with a fingerprint."""
     fingerprint = "rows"
 
     @property
@@ -886,7 +886,7 @@ def test_readings_are_kept_when_a_run_stops_and_used_when_it_goes_on(
 
 
 def test_a_disk_without_room_is_said_before(base, tmp_path, packed_rows, monkeypatch, capsys):
-    monkeypatch.setattr("data.frozen.shutil.disk_usage", lambda path: Namespace(free=10))
+    monkeypatch.setattr("data.training.frozen.shutil.disk_usage", lambda path: Namespace(free=10))
     message = refused(capsys, f"--init_from={base}", "--data=rows", "--cache_frozen", *flags(),
                       f"--out_dir={tmp_path / 'out'}")
     assert "--cache_frozen needs 0.0 GB" in message and not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_ids, make_l2d
 
-from data.time_table import MOST
-from data.lora import LoRA
+from data.parts.lora import LoRA
+from data.parts.modulation import MOST
 from diffusion import VelocityField
 
 

@@ -12,12 +12,12 @@ import argparse
 
 import torch
 
-from data.answer import Stop
-from data.hub import resolve
-from data.statistics import mean
+from data.checkpoints.hub import resolve
+from data.results.statistics import mean
 from data.tasks import TASKS
+from data.text.answer import Stop
+from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import LEVELS
-from data.tokenizer import load_tokenizer
 from model import LM
 from sample import Settings, generate
 

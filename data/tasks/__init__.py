@@ -1,8 +1,17 @@
-"""The tasks that eval.py can measure. A task is one file: load, prompt, grade.
+"""The tasks that eval.py can measure, one file each: load, prompt, grade.
 
-The embedded topics (data/tasks/tiny.py) and sums (data/tasks/sums.py) make their problems;
-benchmarks read them from the files in which they were published (data/tasks/files.py).
-data/tasks/task.py says what a benchmark has, and sums have it too.
+    task        what every benchmark has
+    tiny        the embedded topics
+    sums        sums and products as questions, made and not read
+    gsm8k       the shortest benchmark, read it first
+    math500     MATH-500; its grader is in math/
+    mmlu, arc   multiple choice; letters: which letter an answer means
+    code        HumanEval, MBPP; sandbox, sandbox_child: running what a model wrote
+    files       published data sets, fetched and read
+    prompting   problems to prompts, fewer shots where they do not fit
+    grading     records graded again
+
+May import text, parts, checkpoints, results, system, tiny.
 """
 
 from data.tasks.arc import ARC

@@ -2,7 +2,7 @@
 
 import argparse
 
-from data.command import command
+from data.system.command import command
 from data.tasks.files import BY_HAND, PUBLISHED, fetch
 
 

@@ -3,7 +3,7 @@
     python eval.py --task arc_easy --init_from=DIR --data_dir=DIR --limit 200
 
 In the form of MMLU, so that a letter is scored. The harness's `arc_easy` compares the probabilities
-of the options' texts instead; data/tasks/harness.py runs that.
+of the options' texts instead; data/experiments/harness.py runs that.
 """
 
 from pathlib import Path

@@ -20,10 +20,10 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from data.answer import cut
 from data.tasks.files import read_jsonl
 from data.tasks.sandbox import run, run_all
 from data.tasks.task import Task
+from data.text.answer import cut
 
 FENCE = re.compile(r"^[ \t]*```.*$", re.M)
 # A line that only a program has; "import" or "class" alone may begin a sentence.

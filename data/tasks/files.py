@@ -12,8 +12,8 @@ import gzip
 import io
 from pathlib import Path
 
-from data.disk import cache_root, decode, parse_json, present
-from data.hub import RemoteFile, fetch_files
+from data.checkpoints.hub import RemoteFile, fetch_files
+from data.system.disk import cache_root, decode, parse_json, present
 
 # Where they were published, with the sha256 of what was published.
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"

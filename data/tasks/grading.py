@@ -4,8 +4,8 @@ A record has benchmark, id and output. The problem comes from the published file
 are none, from the reference that the record keeps.
 """
 
-from data.families import choices
-from data.statistics import pass_at_k
+from data.checkpoints.families import choices
+from data.results.statistics import pass_at_k
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.sandbox import NOTICE

@@ -11,9 +11,9 @@ import re
 from operator import itemgetter
 from pathlib import Path
 
-from data.answer import cut
 from data.tasks.files import read_jsonl
 from data.tasks.task import Task, one_text, turns
+from data.text.answer import cut
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")

@@ -8,8 +8,8 @@ letter out of a generated text by `find_letter`.
 import re
 import string
 
-from data.answer import cut
 from data.tasks.task import Task, one_text, turns
+from data.text.answer import cut
 
 ALPHABET = "ABCDEFGHIJ"
 # A letter that no word goes on with, a small one only where a sentence ends: "a" is mostly a word.

@@ -4,16 +4,16 @@
 
 Never to be called MATH, which has 5,000. Shots are the four of Minerva (Lewkowycz et al. 2022): as
 turns for "chat", in the text of lm-evaluation-harness (`minerva_math500`, version 3.1) for "plain".
-When two answers are equal is a matter of its own: data/tasks/math_answer.py.
+When two answers are equal is a matter of its own: data/tasks/math/equal.py.
 """
 
 from operator import itemgetter
 from pathlib import Path
 
-from data.answer import cut
 from data.tasks.files import read_jsonl
-from data.tasks.math_answer import equal, extract, grade
+from data.tasks.math.equal import equal, extract, grade
 from data.tasks.task import Task, one_text, turns
+from data.text.answer import cut
 
 SHOTS = Path(__file__).with_name("minerva_shots.jsonl")
 ROW = {"problem": str, "solution": str, "answer": str}

@@ -10,11 +10,11 @@ lm-evaluation-harness. There MMLU-Pro is thought about step by step, which is an
 import re
 from pathlib import Path
 
-from data.answer import cut
-from data.disk import present
+from data.system.disk import present
 from data.tasks.files import read_csv, read_jsonl
 from data.tasks.letters import Letters
 from data.tasks.task import of_split, one_text, turns
+from data.text.answer import cut
 
 PRO_STRICT = re.compile(r"answer is \(?([A-J])\)?")
 

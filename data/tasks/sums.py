@@ -13,8 +13,8 @@ under whichever sign.
 import hashlib
 from pathlib import Path
 
-from data.answer import cut
 from data.tasks.gsm8k import GSM8K, last_number, same
+from data.text.answer import cut
 
 # kind -> sign, range of the smaller number, range of the larger one; no two kinds share a question
 KINDS = {

@@ -5,7 +5,7 @@ The problems themselves are made in data/tiny/topics.py; read that first and eva
     python eval.py --task tiny --problems 8
 """
 
-from data.families import choices
+from data.checkpoints.families import choices
 from data.tiny.topics import (
     CLASSES, FAR, LEVELS, Problem, encode_problem, final_answer, make_problem)
 
@@ -53,7 +53,7 @@ class Tiny:
         return ended and final_answer(text) == problem.answer
 
     def reference(self, problem: Problem, tokenizer) -> tuple:
-        """Prompt and right answer as a row for data.batches.collate."""
+        """Prompt and right answer as a row for data.training.batches.collate."""
         return encode_problem(problem, tokenizer)
 
     def title(self, group) -> str:

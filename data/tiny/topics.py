@@ -316,10 +316,10 @@ def make_document(rng) -> str:
 
 # --- as data sets ---------------------------------------------------------------------------------
 #
-# dataset[i] is a row as data/batches.py says; mask is 1 on the tokens to be predicted.
+# dataset[i] is a row as data/training/batches.py says; mask is 1 on the tokens to be predicted.
 
 def encode_problem(problem: Problem, tokenizer) -> tuple:
-    """A row for data.batches.collate: a problem and its answer, end token included."""
+    """A row for data.training.batches.collate: a problem and its answer, end token included."""
     prompt = tokenizer.encode_start(problem.prompt)
     # encoded apart from the prompt, as it will be when a model has to write it
     response = tokenizer.encode(problem.response)

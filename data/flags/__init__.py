@@ -1,0 +1,9 @@
+"""Every command line, and which flags cannot act together.
+
+    train     train.py
+    presets   the values of a training where its command line is silent
+    sample    sample.py
+    eval      eval.py
+
+May import text, parts, checkpoints, results, system.
+"""

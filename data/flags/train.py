@@ -1,0 +1,193 @@
+"""The flags of train.py: what they are, what a resumed run has kept of them, what cannot be.
+
+A flag that is not given takes the value of a resumed run, else that of the preset. A flag that
+would do nothing is refused, as is one that would make another run of the one that goes on.
+"""
+
+import argparse
+import math
+
+from data.checkpoints.hub import check_not_a_model
+from data.checkpoints.path import TIME_DISTRIBUTIONS
+from data.checkpoints.state import read_state_meta
+from data.flags.presets import OBJECTIVES, PRESETS, fitting_preset
+from data.parts.draws import check_seed
+from data.system import processes
+from data.system.command import flag_parser, given_flags, refuse_idle
+
+METHODS = ("l2d", "pretrain", "lora", "full")
+# What no run can change on its way.
+OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
+            "own_reading", "objective", "seed")
+
+
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
+    parser = flag_parser("train.py", description)
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    # what
+    add("--method", default="l2d", choices=METHODS, help="what to train (default: l2d)")
+    add("--init_from", default="tiny",
+        help="model name, directory, `scratch` or `resume` (default: tiny)")
+    add("--data", default="tiny",
+        help="`tiny` or a directory made by data/text/chat.py (default: tiny)")
+    add("--out_dir", default="out", help="where everything is written (default: out)")
+    add("--overwrite", action=switch, default=False,
+        help="remove what an earlier run has left in --out_dir")
+    add("--cache_dir", help="where downloaded models are kept")
+    add("--preset", choices=list(PRESETS),
+        help="of all values without a default here (default: the one for this model and data)")
+    # diffusion path
+    add("--width", type=int, help="Z, width of the diffusion space")
+    add("--cond_dim", "--conditioning", type=int, help="S, width of the time embedding")
+    add("--rank", type=int, default=32,
+        help="of the LoRA, in the path and in --method=lora (default: 32)")
+    add("--full_copies", action=switch, default=False,
+        help="copy the path's matrices instead of LoRA")
+    add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
+        help="of the training times (default: uniform)")
+    add("--own_reading", action=switch, help="the path has keys and values of its own")
+    # objective
+    add("--objective", choices=OBJECTIVES,
+        help="paper: random times; refine: through its own steps; both: by turns")
+    add("--unroll", type=int, help="most evaluations in a refined update")
+    add("--backprop", type=int, help="how many of them, the last, have a gradient")
+    add("--ema", type=float, help="of the weights that are saved; 0: the last ones")
+    # optimisation
+    add("--updates", type=int, help="optimizer updates in all")
+    add("--batch_size", type=int, help="rows per forward pass")
+    add("--accumulate", type=int, help="forward passes per update")
+    add("--lr", type=float, help="highest learning rate")
+    add("--min_lr", type=float, help="last learning rate")
+    add("--warmup", type=int, help="updates of linear warm-up, before the linear decay")
+    add("--weight_decay", type=float, help="on matrices only")
+    add("--clip", type=float, default=1.0,
+        help="largest norm of the gradient; 0: any (default: 1)")
+    add("--seed", type=int, default=42,
+        help="of weights, data order, times and noise (default: 42)")
+    # reports
+    add("--eval_every", type=int, help="updates between validation and saving")
+    add("--val_rows", type=int, help="rows of validation data")
+    add("--patience", type=int, default=0,
+        help="validations without a better loss after which to stop; 0: never (default)")
+    add("--keep", type=int, default=0,
+        help="so many of the best paths are kept, in --out_dir/best-UPDATE (default: 0)")
+    add("--report", type=int, default=64,
+        help="problems of each kind to answer at the end (default: 64)")
+    # machine
+    add("--plan", action=switch, default=False,
+        help="say what the training would take, and train nothing")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the frozen weights (default: bfloat16 on CUDA)")
+    add("--shard", action=switch, default=False,
+        help="divide the weights among the processes of torchrun: for what one card cannot hold")
+    add("--cache_frozen", action=switch, default=False,
+        help="keep what the frozen model makes of the data, in --out_dir: for several epochs")
+    add("--checkpointing", action=switch, default=False,
+        help="compute activations again in the backward pass: less memory, more time")
+    add("--compile", action=switch, default=False,
+        help="torch.compile the objective: the paper's is one graph, ours breaks into a few")
+    return parser
+
+
+def parse(argv=None, description: str | None = None) -> argparse.Namespace:
+    """Flags over the checkpoint's (where resuming) over the preset's. Raises ValueError."""
+    parser = build_parser(description)
+    args = parser.parse_args(argv)
+    given = given_flags(build_parser(), argv)
+    # a resumed run has the flags it was started with, but for those given anew: so the command
+    # line is read once for the place of the state, and again over the flags found there
+    resume = args.init_from == "resume"
+    if resume:
+        saved = read_state_meta(args.out_dir)["args"]
+        check_saved(saved, args.out_dir)
+        check_unchanged(saved, given)
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        args.init_from = saved["init_from"]
+    args.resume = resume
+    args.preset = args.preset or fitting_preset(args.init_from, args.data, args.objective)
+    for name, value in PRESETS[args.preset].items():
+        # None says that nobody chose: 0 is a choice
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check(args)
+    check_idle(args, given)
+    return args
+
+
+def check_saved(saved: dict, out_dir):
+    """Raise ValueError unless the flags of a state are what a command line could have said."""
+    words = []
+    for name, value in saved.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    parser = build_parser()
+    parser.exit_on_error = False
+    try:
+        args, unknown = parser.parse_known_args(words)
+        read = vars(args)
+        wrong = [name for name, value in saved.items() if read.get(name) != value] + unknown
+    except (argparse.ArgumentError, SystemExit) as error:
+        wrong = [str(error)]
+    # what every preset sets was never left open
+    wrong += [name for name in PRESETS["paper"] if saved.get(name) is None]
+    if wrong:
+        raise ValueError(f"{out_dir}/state.safetensors was not written by this version "
+                         f"({wrong[0]}); start anew with another --out_dir")
+
+
+def check_unchanged(saved: dict, given: dict):
+    """Raise ValueError for a flag that would make another run of the one that goes on."""
+    for name in OF_A_RUN:
+        if name in given and given[name] != saved.get(name):
+            raise ValueError(f"--{name} {given[name]} cannot be changed in a run that goes on "
+                             f"(it has {saved.get(name)}); start anew with another --out_dir")
+
+
+def check(args):
+    """Refuse numbers out of range and methods that cannot work. Raises ValueError with one line."""
+    at_least = {
+        1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows",
+            "unroll", "backprop"),
+        0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema",
+            "patience", "keep"),
+    }
+    # so that a number that is none does not pass
+    for least, names in at_least.items():
+        for name in names:
+            value = getattr(args, name)
+            if not least <= value < math.inf:
+                raise ValueError(f"--{name} {value} is out of range; allowed: {least} or more")
+    if not args.ema < 1:
+        raise ValueError(f"--ema {args.ema} is out of range; allowed: 0 to 1, without 1")
+    if args.cache_frozen and args.shard:
+        raise ValueError("--cache_frozen and --shard exclude each other: one process makes the "
+                         "readings and needs the whole model for it; drop one of them")
+    check_seed(args.seed)
+    check_not_a_model(args.out_dir)
+    if args.init_from == "scratch" and args.method != "pretrain":
+        raise ValueError(f"--method {args.method} needs a pretrained model; "
+                         "allowed with --init_from=scratch: pretrain")
+
+
+def check_idle(args, given: dict):
+    """Refuse what would otherwise be ignored. Raises ValueError with one line."""
+    l2d = args.method == "l2d"
+    # to ask for no report is to ask for nothing
+    given = {name for name, value in given.items() if (name, value) != ("report", 0)}
+    refuse_idle(given, [
+        (("width", "cond_dim", "full_copies", "time_distribution", "own_reading", "objective",
+          "unroll", "backprop", "dtype", "keep"), l2d, "--method=l2d"),
+        (("rank",), args.method == "lora" or (l2d and not args.full_copies),
+         "--method=lora, or l2d without --full_copies"),
+        (("unroll", "backprop"), args.objective != "paper", "--objective=refine or both"),
+        (("time_distribution",), args.objective != "refine", "--objective=paper or both"),
+        (("report",), l2d and args.data == "tiny", "--method=l2d and --data=tiny"),
+        (("cache_frozen",), l2d and args.data != "tiny", "--method=l2d and --data=DIR"),
+        (("shard",), processes.count() > 1, "several processes (torchrun)"),
+        (("overwrite",), not args.resume, "a new run"),
+    ])

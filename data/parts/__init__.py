@@ -1,0 +1,12 @@
+"""Pieces of the network, one idea a page.
+
+    positions    rotary angles, positions and masks of padded and packed rows
+    kv_cache     keys and values of all tokens so far
+    lora         low-rank corrections of frozen matrices
+    log_p        log p under a large vocabulary in little memory
+    modulation   what a path does at a time, computed once
+    draws        random times, noise, schedules and tokens, a generator a row
+    classes      class ids of guidance
+
+May import checkpoints, system.
+"""

@@ -1,0 +1,87 @@
+"""Low-rank corrections of frozen matrices (Hu et al. 2021): in the path, and as its baseline.
+
+model.py builds the path's layers with `adapt`; train.py puts a LoRA in the place of every matrix of
+a model for --method=lora, and merges it when it is saved.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class LoRA(nn.Module):
+    """A frozen Linear plus a trainable low-rank correction (Hu et al. 2021).
+
+    A starts as N(0, 1)/r and B as zero, as in the L2D code: training starts from the frozen matrix.
+    """
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        device = frozen.weight.device
+        a = torch.randn(frozen.in_features, rank, device=device) / rank
+        b = torch.zeros(rank, frozen.out_features, device=device)
+        self.frozen = frozen
+        self.scale = alpha / rank
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(b)
+        self.folded = None             # W + (α/r)·BA, while sampling
+
+    def forward(self, x):
+        if self.folded is not None:
+            return F.linear(x, self.folded, self.frozen.bias)
+        low = x @ self.A.to(x.dtype)                                    # (..., r)
+        correction = low @ self.B.to(x.dtype)
+        # y = W·x + (α/r)·B·A·x
+        return self.frozen(x) + self.scale * correction
+
+    @torch.no_grad()
+    def sum(self):
+        """W + (α/r)·BA, in the frozen matrix's own type."""
+        weight = self.frozen.weight
+        correction = self.scale * (self.A @ self.B).T
+        return weight + correction.to(weight.dtype)
+
+    def fold(self, on: bool = True):
+        """One product instead of three, for a copy of W; the frozen matrix stays as it is."""
+        self.folded = self.sum() if on else None
+
+
+def fold_lora(module: nn.Module, on: bool):
+    """Fold every LoRA inside."""
+    for inside in module.modules():
+        if isinstance(inside, LoRA):
+            inside.fold(on)
+
+
+def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
+    """A trainable stand-in for a frozen matrix: the matrix plus LoRA, or a full copy."""
+    # GPT-2 has no gate
+    if frozen is None:
+        return None
+    if rank is not None:
+        return LoRA(frozen, rank, alpha)
+    bias = frozen.bias is not None
+    device = frozen.weight.device
+    copy = nn.Linear(frozen.in_features, frozen.out_features, bias=bias, device=device)
+    # the path starts from what the frozen layer can do already
+    copy.load_state_dict(frozen.state_dict())
+    return copy
+
+
+# --- a whole model at once ------------------------------------------------------------------------
+
+def replace_linears(lm, kind, convert):
+    """Put convert(matrix) in the place of every matrix of every block, if it is of this kind."""
+    for block in lm.blocks:
+        for owner in (block, block.mlp):
+            # a list, since the loop replaces what it walks over
+            for name, module in list(owner.named_children()):
+                if isinstance(module, kind):
+                    setattr(owner, name, convert(module))
+
+
+@torch.no_grad()
+def merge_linear(adapted: LoRA) -> nn.Linear:
+    """The frozen matrix with its correction added for good."""
+    adapted.frozen.weight.copy_(adapted.sum())
+    return adapted.frozen

@@ -1,0 +1,163 @@
+"""Where tokens stand, and which of them may see which: pure functions, without any weights.
+
+Rotary angles (Su et al. 2021) and their slower form of Llama 3, and the attention mask of padded
+and packed rows, with a worked example. model.py uses all of it; read that next.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from data.checkpoints.families import ModelConfig
+
+FREQUENCIES = 128          # of the sinusoid of a time, as the official code has it
+
+
+def check_length(config: ModelConfig, longest: int, remedy: str):
+    """Raise ValueError for tokens past the last learned position.
+
+    Past what a rotary model was trained on, one warning: it goes on, but nobody knows how well.
+    """
+    most = config.max_positions
+    if longest <= most:
+        return
+    line = f"{longest} tokens are too long for this model; allowed: {most}"
+    if config.family.positions == "learned":
+        raise ValueError(f"{line}; {remedy}")
+    warn(f"warning: {line} (max_position_embeddings); expect nonsense beyond")
+
+
+def check_positions(positions, most: int):
+    """Raise ValueError past the last learned position.
+
+    A table has an end, and an index beyond it would be an error far from its cause.
+    """
+    if positions.max() >= most:
+        longest = int(positions.max()) + 1
+        raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
+
+
+@lru_cache
+def warn(line: str):
+    """Once, however many texts are too long."""
+    print(line, file=sys.stderr)
+
+
+def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
+    """Angle per position of each pair of coordinates, (D/2,) float32."""
+    rope = config.rope
+    # ω_i = θ^(−2i/D)
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    inv_freq = rope["rope_theta"] ** -exponents
+    if rope["rope_type"] == "llama3":
+        return slow_down(inv_freq, rope)
+    return inv_freq
+
+
+def slow_down(inv_freq, rope: dict):
+    """Llama 3 read short texts first; pairs that had not turned fully there are slowed down."""
+    short = rope["original_max_position_embeddings"]
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    turns = short * inv_freq / (2 * math.pi)
+    keep = (turns - low) / (high - low)
+    # 1: as it is, 0: slowed down, between them a bit of both
+    keep = keep.clamp(0, 1)
+    slow = inv_freq / rope["factor"]
+    return keep * inv_freq + (1 - keep) * slow
+
+
+def sinusoid(t):
+    """A time in [0, 1] as cosines and sines of many frequencies: (...) -> (..., 256) float32."""
+    # [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
+    i = torch.arange(FREQUENCIES, device=t.device)
+    omega = 10000 ** (-i / FREQUENCIES)
+    angles = t[..., None].float() * omega                               # (..., 128)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotate(x, cos_sin):
+    """Rotary position embedding (Su et al. 2021), the two halves of D being the pairs.
+
+    x (B, ·, T, D), cos_sin (B, 2, T, D/2), or None for models with learned positions.
+    """
+    if cos_sin is None:
+        return x
+    cos, sin = cos_sin[:, :, None].unbind(1)                            # (B, 1, T, D/2)
+    x1, x2 = x.float().chunk(2, dim=-1)                                 # (B, ·, T, D/2)
+    # each pair is a point in the plane, turned by the angle of its position
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    return torch.cat((y1, y2), dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several documents in each row of a training batch, known before the model reads it.
+
+    numbers  (B, T) the document of every token; padding on the right is document 0
+    borders  where each document starts, the rows being one behind the other, and the end
+    """
+    numbers: torch.Tensor
+    borders: tuple
+
+    @classmethod
+    def of(cls, numbers) -> "Packed":
+        new = torch.ones_like(numbers, dtype=torch.bool)
+        new[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        starts = new.flatten().nonzero()[:, 0].tolist()
+        return cls(numbers, (*starts, numbers.numel()))
+
+    def to(self, device) -> "Packed":
+        return Packed(self.numbers.to(device, non_blocking=True), self.borders)
+
+
+def positions_and_mask(tokens: int, past: int, documents, device):
+    """Where the newest `tokens` of past + tokens stand, and which keys each of them may see.
+
+    documents  (B, past + tokens) the document of every token, or None where a row is one document;
+               of a Packed the borders are returned in place of a mask
+    Returns positions (B or 1, tokens), counted from 0 in every document, and the mask
+    (B or 1, 1, tokens, past + tokens), or None where plain causal attention is meant.
+
+    One token of padding (document 0) and two documents, all new:
+
+        documents   0 1 1 1 2 2
+        positions   0 0 1 2 0 1
+        mask        x . . . . .      a token sees itself and what stands before it in its document
+                    . x . . . .
+                    . x x . . .
+                    . x x x . .
+                    . . . . x .
+                    . . . . x x
+    """
+    index = torch.arange(past + tokens, device=device)                  # (S,)
+    new = index[past:, None]                                            # (T, 1)
+    mask = index <= new                                                 # (T, S)
+    if documents is None:
+        positions = index[None, past:]                                  # (1, T)
+        # one new token sees everything, and attention knows a square causal mask by itself
+        if past == 0 or tokens == 1:
+            return positions, None
+        return positions, mask[None, None]
+    if isinstance(documents, Packed):
+        return document_positions(documents.numbers, index), documents.borders
+    positions = document_positions(documents, index)
+    same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
+    mask = mask & same
+    return positions[:, past:], mask[:, None]
+
+
+def document_positions(documents, index):
+    """(B, S) of tokens at `index` (S,), counted from 0 in every document."""
+    # a token counts from the last place where the document changed
+    starts = torch.zeros_like(documents)
+    after = documents[:, 1:]
+    before = documents[:, :-1]
+    starts[:, 1:] = after != before
+    places = index * starts
+    last_start = places.cummax(dim=1).values
+    return index - last_start

@@ -1,0 +1,137 @@
+"""What a benchmark leaves on disk: a line for every answer, written as it comes.
+
+The first line says what the records are of; a run that goes on must be of the same. Every further
+line has `benchmark`, `id` and `output`, what it cost, and how it was graded. `python eval.py
+--regrade records.jsonl --out again.jsonl` grades them again, without a model.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from data.system.disk import appearing, check_absent, check_writable, decode, parse_json
+
+# What every record has; the last are of multiple choice by probability alone.
+FORM = {
+    "benchmark": (str,), "column": (str,), "id": (str,), "output": (str,), "prompt": (str,),
+    "temperature": (int, float), "score": (int, float), "seconds": (int, float),
+    "sample": (int,), "tokens": (int,), "nfe": (int,), "prompt_tokens": (int,),
+    "cut": (bool,), "strict": (bool,), "flexible": (bool,), "fewer_shots": (bool,),
+    "shortened": (bool,),
+}
+LETTERS = {"first_letter": (str,), "mass": (int, float), "agreement": (int, float)}
+
+
+def check_record(record: dict, where: str):
+    """Raise ValueError for a line that no run of ours has written."""
+    form = {**FORM, **LETTERS} if record.get("choices") == "letters" else FORM
+    for name, kinds in form.items():
+        value = record.get(name)
+        # to Python a bool is a number too
+        right = type(value) in kinds
+        if not right or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{where} has {name} = {str(value)[:40]!r}, which no run writes; "
+                             "remove the line, or choose another --out")
+
+
+def key_of(record: dict) -> tuple:
+    """What tells an answer from all others of a run."""
+    return tuple(record.get(name) for name in ("column", "temperature", "id", "sample"))
+
+
+class Records:
+    """The lines of a file; records that are there already are not made again."""
+
+    def __init__(self, path: Path, about: dict, overwrite: bool):
+        """Raises ValueError for records of something else, or lines that are none."""
+        self.path = path
+        self.found = {}
+        if overwrite:
+            path.unlink(missing_ok=True)
+        if path.exists():
+            self.read(about)
+        else:
+            self.write({"about": about})
+
+    def read(self, about: dict):
+        lines = read_lines(self.path)
+        stated = lines[0].get("about") if lines else None
+        if stated is None:
+            raise ValueError(f"{self.path} does not begin with what its records are of; "
+                             "choose another --out, or say --overwrite")
+        differ = [name for name in about if stated.get(name) != about[name]]
+        if differ:
+            name = differ[0]
+            raise ValueError(f"{self.path} holds records of another {name} ({stated.get(name)}, "
+                             f"not {about[name]}); choose another --out, or say --overwrite")
+        for number, line in enumerate(lines[1:], 2):
+            check_record(line, f"record {number} of {self.path}")
+            self.found[key_of(line)] = line
+        # without the half line of a run that was killed
+        with appearing(self.path) as part:
+            part.write_text("".join(map(line_of, lines)), encoding="utf-8")
+
+    def write(self, record: dict):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line_of(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add(self, record: dict):
+        self.found[key_of(record)] = record
+        self.write(record)
+
+    def missing(self, column: str, temperature: float, questions: list, samples: int) -> list:
+        """(question, sample) of all that is not there yet."""
+        jobs = [(question, sample) for question in questions for sample in range(samples)
+                if (column, temperature, question.problem["id"], sample) not in self.found]
+        # neighbours have the longest beginning in common, which is read once
+        return sorted(jobs, key=lambda job: job[0].ids)
+
+
+def line_of(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_lines(path: Path) -> list:
+    """The objects of a file of JSON lines; half a line at its end, of a killed run, is let go."""
+    lines = decode(path.read_bytes(), path).split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(read_line(line, f"line {number} of {path}"))
+        except ValueError:
+            # only what was being written when a run was killed
+            if number < len(lines) or not found:
+                raise
+            print(f"note: the last line of {path} is cut off and is left out", file=sys.stderr)
+    return found
+
+
+def read_line(line: str, where: str) -> dict:
+    record = parse_json(line, where)
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no record; remove it, or choose another file")
+    return record
+
+
+# --- graded again ---------------------------------------------------------------------------------
+
+def regrade(source: Path, out: Path, grade, overwrite: bool):
+    """Write every line of `source` with its verdict; grade: record -> what to add to it."""
+    check_absent(out, overwrite)
+    check_writable(out)
+    lines = read_lines(source)
+    if not lines:
+        raise ValueError(f"{source} has no line; allowed: records of eval.py, or lines with "
+                         "benchmark, id and output")
+    with appearing(out) as part:
+        with open(part, "w", encoding="utf-8") as file:
+            for record in lines:
+                # the first line of our own
+                verdict = {} if "about" in record else grade(record)
+                file.write(line_of({**record, **verdict}))

@@ -1,0 +1,10 @@
+"""The machine around us.
+
+    command     how every command ends, and flags that cannot act
+    disk        files that appear whole, JSON, the lock of a directory
+    processes   several processes, one training
+    interrupt   Ctrl-C between two updates
+    sharding    weights divided among the processes
+
+Imports nothing of the project.
+"""

@@ -1,0 +1,13 @@
+"""What the training loop of train.py needs besides the model.
+
+    batches      rows to batches, the order of reading
+    loader       the batches of an update, made one update ahead
+    frozen       what the frozen model computes on the data, cached on disk
+    curriculum   harder problems, or more evaluations, as training goes on
+    optimizer    AdamW and its learning rate
+    average      an exponential average of the weights
+    start        the weights that a base from scratch begins with
+    log          loss, time left, log.jsonl
+
+May import text, parts, checkpoints, results, system, tiny.
+"""

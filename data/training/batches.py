@@ -1,0 +1,188 @@
+"""Rows to batches: padding, targets, and the order in which rows are read.
+
+A row is (ids, mask, documents), perhaps a class id, perhaps how many evaluations it is thought to
+need; mask is 1 on the tokens to be predicted, documents number the examples packed into one row.
+Data sets are in data/text/tokens.py and data/tiny/topics.py; read train.py next.
+
+    python -m data.training.batches
+"""
+
+import functools
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+from data.parts.positions import Packed
+
+IGNORE = -100              # target of a position that does not count in the loss
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The N positions of a batch that count, what is asked there, what was drawn for them."""
+    where: tuple                       # rows and columns, two tensors (N,)
+    y: torch.Tensor                    # (N,) the tokens that are right
+    class_ids: torch.Tensor | None     # (N,)
+    needs: torch.Tensor | None         # (N,) evaluations that are thought to lead to the answer
+    t: torch.Tensor | None = None      # (N,), or (N, K) times of up to K evaluations
+    noise: torch.Tensor | None = None  # (N, Z) of unit variance
+
+    def each(self, change) -> "Counted":
+        """The same with every tensor changed; what is None stays None."""
+        def changed(value):
+            if isinstance(value, tuple):
+                return tuple(change(place) for place in value)
+            return None if value is None else change(value)
+
+        return Counted(*(changed(getattr(self, field.name)) for field in fields(self)))
+
+    def at(self, index) -> "Counted":
+        """Some of the positions, or in another order: index (n,) or a slice."""
+        return self.each(lambda values: values[index])
+
+
+class Kept(NamedTuple):
+    """What a Reading holds of the blocks: hidden (B, T, C), L keys and values (B, G, T, D)."""
+    hidden: torch.Tensor
+    keys: tuple
+    values: tuple
+
+    def to(self, device) -> "Kept":
+        def move(tensors):
+            return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+        return Kept(*move([self.hidden]), move(self.keys), move(self.values))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of different lengths as one, padded on the right."""
+    ids: torch.Tensor                  # (B, T)
+    documents: Packed | torch.Tensor | None    # only where a row holds more than one
+    counted: Counted
+    kept: Kept | None = None           # the frozen model need not read (frozen.py)
+
+    def to(self, device) -> "Batch":
+        def move(values):
+            return values.to(device, non_blocking=True)
+
+        documents = None if self.documents is None else self.documents.to(device)
+        kept = self.kept and self.kept.to(device)
+        return Batch(move(self.ids), documents, self.counted.each(move), kept)
+
+
+class Losses(NamedTuple):
+    """Of the N positions that count, (N,) each."""
+    values: torch.Tensor               # what is minimised
+    last: torch.Tensor                 # at the last evaluation
+    t: torch.Tensor | None             # and its time
+    needs: torch.Tensor | None         # as of Counted
+
+
+def pick(values, index):
+    """values[index]; None stays None."""
+    return None if values is None else values[index]
+
+
+def collate(rows, packed: bool = True) -> Batch:
+    """Rows -> a batch on the CPU, with nothing drawn yet.
+
+    packed  documents of one row by their borders, or else by the number of every token
+    """
+    length = max(len(row[0]) for row in rows)
+    table = torch.zeros(3, len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        for kind in range(3):
+            values = torch.as_tensor(row[kind])
+            table[kind, i, :len(values)] = values
+    ids, mask, documents = table                                        # (B, T + 1) each
+    # position k answers for token k + 1: the last token is only a target, the first only a question
+    targets = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
+    class_ids = needs = None
+    if len(rows[0]) > 3:
+        class_ids = torch.tensor([row[3] for row in rows])
+    if len(rows[0]) > 4:
+        needs = torch.tensor([row[4] for row in rows])
+    # padding on the right needs no mask: nothing looks ahead
+    several = bool(documents.max() > 1)
+    documents = documents[:, :-1].contiguous() if several else None
+    if several and packed:
+        documents = Packed.of(documents)
+    return Batch(ids[:, :-1].contiguous(), documents, count(targets, class_ids, needs))
+
+
+def count(targets, class_ids=None, needs=None) -> Counted:
+    """The positions of targets (B, T) that are not IGNORE; class_ids, needs (B,) or None.
+
+    targets[b, k] is the token after ids[b, k].
+    """
+    rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
+    # two tensors of their own: torch.compile would see them as views of one
+    where = (rows.clone(), columns.clone())
+    return Counted(where, targets[where], pick(class_ids, rows), pick(needs, rows))
+
+
+def common_start(prompts: list) -> int:
+    """How many first tokens all prompts share, without the last one of any."""
+    # the first and the last in order differ where any two do
+    low, high = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if low[i] != high[i]), most)
+
+
+def left_pad(prompts, device):
+    """Prompts of different lengths -> ids and documents (B, T), right-aligned.
+
+    Padding is document 0; documents are None where there is none.
+    """
+    length = max(map(len, prompts))
+    ids, documents = torch.zeros(2, len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        start = length - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        documents[row, start:] = 1
+    if documents.all():
+        # nothing to hide, so the attention needs no mask
+        return ids.to(device), None
+    return ids.to(device), documents.to(device)
+
+
+@functools.lru_cache(maxsize=1)     # of the epoch under way: it is asked for thousands of times
+def epoch_order(size: int, seed: int):
+    """The order of the rows in one epoch: (size,), another one for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator)
+
+
+def draw_places(size: int, first: int, count: int, seed: int) -> list:
+    """Which rows stand at `count` places of the endless data, which is shuffled every epoch.
+
+    What stands at a place depends on nothing else, so a resumed run reads on where it stopped.
+    """
+    places = []
+    for number in range(first, first + count):
+        epoch, index = divmod(number, size)
+        places.append(int(epoch_order(size, seed + epoch)[index]))
+    return places
+
+
+def by_length(rows: list) -> list:
+    """The numbers of the rows, short ones first: a batch is as long as its longest row."""
+    return sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
+
+
+def main():
+    rows = [
+        ([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3),
+        ([5, 6], [0, 1], [1, 1], 0),
+    ]
+    batch = collate(rows)
+    print(f"ids        {batch.ids.tolist()}")
+    print(f"where      {[place.tolist() for place in batch.counted.where]}")
+    print(f"y          {batch.counted.y.tolist()}")
+    print(f"class_ids  {batch.counted.class_ids.tolist()}")
+
+
+if __name__ == "__main__":
+    main()

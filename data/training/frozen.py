@@ -1,0 +1,132 @@
+"""The frozen model never changes, so what it makes of a row can be made once and kept.
+
+For several epochs over small data: hidden states, keys and values of every row in one file a split,
+out_dir/frozen-train.bin and frozen-val.bin, mapped into memory. train.py --cache_frozen wraps its
+data sets so, and diffusion.py finds the readings in its batches.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.system import processes
+from data.system.disk import appearing, present, read_json, write_json
+from data.text.tokens import SPLITS
+from data.training.batches import Batch, Kept, collate
+
+NAMES = tuple(f"frozen-{split}.{kind}" for split in SPLITS for kind in ("bin", "json"))
+
+
+def keep_readings(args, l2d, sets: list) -> list:
+    """The two data sets again, each row with what the frozen model makes of it.
+
+    Raises ValueError where the disk has no room.
+    """
+    counts = len(sets[0]), min(args.val_rows, len(sets[1]))
+    kept = [FrozenRows(l2d, data, count, Path(args.out_dir) / f"frozen-{split}.bin")
+            for split, data, count in zip(SPLITS, sets, counts)]
+    if args.plan:
+        size = sum(rows.bytes for rows in kept)
+        print(f"--cache_frozen: {size / 1e9:.1f} GB on the disk, not made for a plan")
+        return sets
+    if processes.number() == 0:
+        for rows in kept:
+            rows.fill(args.batch_size)
+    # the others wait for the first
+    processes.any_of(False)
+    return kept
+
+
+class FrozenRows:
+    """The first `count` rows of token files, and a file of what the frozen model makes of them.
+
+    The file has a line of numbers for every token: its hidden state, then keys and values layer by
+    layer.
+    """
+
+    def __init__(self, l2d, data, count: int, path: Path):
+        config = l2d.lm.config
+        self.lm = l2d.lm
+        self.data = data
+        self.count = count
+        self.path = path
+        self.fingerprint = data.fingerprint
+        self.hidden = config.hidden_size
+        self.form = (config.layers, 2, config.kv_heads, config.head_dim)
+        self.width = self.hidden + torch.Size(self.form).numel()
+        # the last token of a row is only a target
+        lengths = data.lengths[:count] - 1
+        self.starts = [0, *np.cumsum(lengths).tolist()]
+        self.tokens = self.starts[-1]
+        self.dtype = self.lm.embed.weight.dtype
+        self.bytes = self.tokens * self.width * self.dtype.itemsize
+        # what it was made of: another model's is made again
+        self.facts = {"base": l2d.base_sha256, "data": data.fingerprint, "dtype": str(self.dtype),
+                      "bytes": self.bytes}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> tuple:
+        return self.data[place]
+
+    def fill(self, batch_size: int):
+        """Make the file, unless an earlier run has. Raises ValueError where the disk is full."""
+        note = self.path.with_suffix(".json")
+        if present(self.path) and present(note) and read_json(note) == self.facts:
+            return
+        print(f"keeping what the frozen model makes of {self.tokens:,} tokens: "
+              f"{self.bytes / 1e9:.1f} GB in {self.path}", flush=True)
+        folder = self.path.parent
+        free = shutil.disk_usage(folder).free
+        if free < self.bytes:
+            raise ValueError(f"--cache_frozen needs {self.bytes / 1e9:.1f} GB in {folder}, which "
+                             f"has {free / 1e9:.1f}; make room, or go without it")
+        with appearing(self.path) as part:
+            lines = self.map(part, written=True)
+            for first in tqdm(range(0, self.count, batch_size), disable=None, unit="batch"):
+                self.write(lines, range(first, min(first + batch_size, self.count)))
+        write_json(self.facts, note)
+
+    def map(self, path, written: bool) -> torch.Tensor:
+        """(tokens, width), in memory as far as the system likes.
+
+        written  the file is made where there is none; else one that is gone is an error, not zeros
+        """
+        size = self.tokens * self.width
+        flat = torch.from_file(str(path), shared=written, size=size, dtype=self.dtype)
+        return flat.view(-1, self.width)
+
+    def span(self, place: int) -> slice:
+        """The lines of a row."""
+        return slice(self.starts[place], self.starts[place + 1])
+
+    @torch.no_grad()
+    def write(self, lines, places):
+        batch = collate([self.data[place] for place in places])
+        batch = batch.to(self.lm.embed.weight.device)
+        reading = self.lm.read(batch.ids, batch.documents)
+        pairs = [torch.stack(pair, 1) for pair in zip(reading.keys, reading.values)]
+        numbers = torch.stack(pairs, 1)                                 # (B, L, 2, G, T, D)
+        numbers = numbers.movedim(4, 1).flatten(2)                      # (B, T, L·2·G·D)
+        found = torch.cat((reading.hidden, numbers), -1).cpu()
+        for row, place in zip(found, places):
+            span = self.span(place)
+            lines[span] = row[:span.stop - span.start]
+
+    def recall(self, batch: Batch, places: list) -> Batch:
+        """The batch of the rows at these places, read already."""
+        # anew for every batch, one system call: Windows removes no file that is still mapped
+        lines = self.map(self.path, written=False)
+        found = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)
+        for row, place in zip(found, places):
+            span = self.span(place)
+            row[:span.stop - span.start] = lines[span]
+        hidden = found[..., :self.hidden]
+        numbers = found[..., self.hidden:].unflatten(-1, self.form)     # (B, T, L, 2, G, D)
+        keys, values = numbers.movedim(1, 4).unbind(2)                  # (B, L, G, T, D) each
+        return replace(batch, kept=Kept(hidden, keys.unbind(1), values.unbind(1)))

@@ -1,0 +1,107 @@
+"""The numbers of a training: a JSON object a line in log.jsonl, a bar, a line per validation.
+
+train.py tells it what happened; the time left comes from the pace of the run so far, updates and
+validations apart.
+"""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.system import processes
+
+
+def tenth_sums(losses, t) -> torch.Tensor:
+    """(2, 10) float64: the sum of the losses (N,) in each tenth of their times t (N,), how many."""
+    if t is None:
+        t = torch.zeros_like(losses)
+    # t = 1 belongs to the last tenth
+    tenths = (t * 10).long().clamp_max(9).cpu()
+    losses = losses.cpu().double()
+    sums = torch.zeros(2, 10, dtype=torch.float64)
+    sums[0].index_add_(0, tenths, losses)
+    sums[1].index_add_(0, tenths, torch.ones_like(losses))
+    return sums
+
+
+def by_tenth(sums) -> list:
+    """Mean loss in each tenth; None where there is none."""
+    return [round(loss / count, 4) if count else None for loss, count in sums.T.tolist()]
+
+
+class Log:
+    """Append to out_dir/log.jsonl; `done` of `updates` updates were made before this run."""
+
+    def __init__(self, out_dir, done: int, updates: int, eval_every: int):
+        self.first = done
+        self.updates = updates
+        self.eval_every = eval_every
+        self.looks = []         # seconds of every validation, saving included
+        self.start = time.time()
+        self.losses = []        # of this run
+        # one process writes
+        path = os.devnull if processes.number() else Path(out_dir) / "log.jsonl"
+        self.file = open(path, "a", encoding="utf-8")
+        self.bar = tqdm(total=updates, initial=done, disable=None, mininterval=0.5)
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self.start
+
+    def write(self, entry: dict):
+        print(json.dumps(entry), file=self.file, flush=True)
+
+    def add(self, update: int, loss: float, **numbers):
+        """One update."""
+        self.losses.append(loss)
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.write({"update": update, "loss": round(loss, 5), **numbers,
+                    "seconds": round(self.seconds, 2)})
+        # before the second validation nobody would know how long this is going to take
+        if len(self.losses) == 10:
+            tqdm.write(f"at the pace of the first 10 updates:{self.pace()}")
+
+    def show(self, result: dict):
+        """One validation: an aligned line, with the mean loss of the last 50 updates."""
+        self.write(result)
+        recent = "     -"
+        if self.losses:
+            last = self.losses[-50:]
+            recent = f"{sum(last) / len(last):6.3f}"
+        line = (f"update {result['update']:6}/{self.updates}  loss(50) {recent}"
+                f"  val {result['val_loss']:6.3f}")
+        if "by_tenth" in result:
+            numbers = ["  -  " if loss is None else f"{loss:5.2f}" for loss in result["by_tenth"]]
+            line += "  by tenth of t " + " ".join(numbers)
+        tqdm.write(line + self.pace())
+
+    def pace(self) -> str:
+        """Time an update takes and time left, once there is something to tell it from."""
+        done = len(self.losses)
+        if not done:
+            return ""
+        each = (self.seconds - sum(self.looks)) / done
+        now = self.first + done
+        left = each * (self.updates - now)
+        if self.looks:
+            # one at each multiple of eval_every, and one at the end
+            looks = (self.updates - 1) // self.eval_every - now // self.eval_every + 1
+            left += max(0, looks) * sum(self.looks) / len(self.looks)
+        return f"  {1000 * each:5.0f} ms/update  {left / 60:5.1f} min left"
+
+    @contextmanager
+    def looking(self):
+        """Around a validation and what is saved with it."""
+        start = time.time()
+        yield
+        self.looks.append(time.time() - start)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
