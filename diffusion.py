@@ -28,8 +28,8 @@ import torch.nn.functional as F
 
 from data.checkpoints.families import choices
 from data.checkpoints.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
-from data.parts.classes import check_classes, drop_classes, spread_classes
-from data.parts.draws import RowDraws, draw_schedule, draw_times, draw_tokens
+from data.parts.draws import (
+    RowDraws, check_classes, draw_schedule, draw_times, draw_tokens, drop_classes, spread_classes)
 from data.parts.kv_cache import KVCache
 from data.parts.lora import fold_lora
 from data.parts.modulation import Modulation, TimeTable

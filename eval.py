@@ -28,10 +28,9 @@ from tqdm import tqdm
 from data.checkpoints.weights import fingerprint
 from data.flags.eval import check_idle, check_numbers, eval_flags, fill_defaults
 from data.parts.draws import RowDraws
-from data.results.circumstances import circumstances
+from data.results.records import Records, provenance, regrade
 from data.results.figures import import_pyplot, plot_accuracy
 from data.results.flops import flops_per_token
-from data.results.records import Records, regrade
 from data.results.scores import parse_search, print_scores, read_letters, rows
 from data.results.statistics import calibration, changes, mean, wilson
 from data.results.tables import (
@@ -291,7 +290,7 @@ def benchmark(model, tokenizer, task, args):
         answer_all(bench, columns)
         table = benchmark_table(bench, columns)
         print_scores(table, about)
-        write_json({**circumstances(model, args, start), "about": about, "rows": table},
+        write_json({**provenance(model, args, start), "about": about, "rows": table},
                    out / "summary.json")
     print(f"\nrecords and summary are in {out}")
 
@@ -460,7 +459,7 @@ def tiny(model, tokenizer, task, args):
     problems = make_problems(task, args)
     tables = measure_all(model, tokenizer, task, problems, args)
     # once and whole: a table that was cut off would be taken for a result
-    write_json({**circumstances(model, args, start), **tables}, args.out)
+    write_json({**provenance(model, args, start), **tables}, args.out)
     print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
     if args.plot:
         plot_accuracy(tables["accuracy"], Path(args.out).with_suffix(".png"))

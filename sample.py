@@ -17,7 +17,7 @@ import time
 import zlib
 from dataclasses import dataclass, fields
 
-from data.system.command import command, given_flags      # first: from here on Ctrl-C is one line
+from data.system.command import command, given_flags # first: from here on Ctrl-C is one line
 
 import torch
 
@@ -25,16 +25,14 @@ from data.checkpoints.families import choices
 from data.checkpoints.hub import resolve
 from data.checkpoints.path import check_tokenizer, check_trained, read_path
 from data.flags.sample import check_flags, sample_flags
-from data.parts.classes import check_classes
-from data.parts.draws import draw_noise_each, draw_tokens
+from data.parts.draws import check_classes, draw_noise_each, draw_tokens
 from data.parts.kv_cache import KVCache
 from data.parts.positions import check_length
 from data.results.figures import trace_text
 from data.results.page import write_page
 from data.system.disk import check_absent, check_writable, present
 from data.tasks import TASKS
-from data.text.answer import Answer, Live, Stop, Trace
-from data.text.prompts import encode_prompt, note_style, read_prompts
+from data.text.answer import Answer, Live, Stop, Trace, encode_prompt, note_style, read_prompts
 from data.text.tokenizer import load_tokenizer
 from data.training.batches import common_start, left_pad
 from diffusion import ESTIMATES, L2D, VelocityField

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.system.command import command      # first: from here on Ctrl-C is one line
+from data.system.command import command # first: from here on Ctrl-C is one line
 
 import torch
 import torch.nn as nn
@@ -33,19 +33,17 @@ from data.parts.lora import LoRA, merge_linear, replace_linears
 from data.parts.positions import check_length
 from data.system import processes, sharding
 from data.system.disk import claimed, read_json, remove
-from data.system.interrupt import Interrupt
+from data.system.processes import Interrupt
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
 from data.text.tokens import TokenFiles
-from data.tiny.topics import LEVELS, Documents, Problems
-from data.training.average import Average
+from data.tiny.topics import Documents, LEVELS, Problems
+from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
 from data.training.batches import Batch, Losses
 from data.training.curriculum import Curriculum, growing_unroll
 from data.training.frozen import NAMES, keep_readings
 from data.training.loader import Loader
 from data.training.log import Log, by_tenth, tenth_sums
-from data.training.optimizer import build_optimizer, learning_rate
-from data.training.start import init_weights
 from diffusion import L2D
 from model import LM
 from sample import Settings, answer_problems
@@ -196,7 +194,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     loader: Loader
     curriculum: Curriculum
-    average: Average
+    average: EMA
     update: int = 0            # updates done
     history: list = field(default_factory=list)     # [update, validation loss] of every one
 
@@ -246,7 +244,7 @@ def set_up(args) -> Run:
     optimizer = build_optimizer(trainable, args)
     run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer,
               build_loader(args, model, data), Curriculum(max(LEVELS["chains"])),
-              Average(trainable, args.ema))
+              EMA(trainable, args.ema))
     if args.resume:
         meta = restore_state(run, run.facts)
         run.update = meta["update"]

@@ -16,7 +16,7 @@ import torch
 
 import eval as evaluation
 from conftest import LLAMA, exit_status, make_lm
-from data.experiments import finetune, repeat
+from data.experiments import finetune, headline
 from data.results import records, scores
 from data.tasks import BENCHMARKS, TASKS, files
 from data.tasks.gsm8k import GSM8K
@@ -625,7 +625,7 @@ def test_a_finetune_trains_and_measures_each_way_once(models, data_dir, tmp_path
                        {"update": 1, "val_loss": 1.5, "by_tenth": [1.5] * 10}]
             (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
     monkeypatch.setattr(finetune, "run", note)
-    monkeypatch.setattr(repeat, "run", note)
+    monkeypatch.setattr(headline, "run", note)
     flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
              "--updates=3", "--task=arc_easy"]
     assert exit_status(finetune.main, flags) == 0

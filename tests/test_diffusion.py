@@ -16,8 +16,7 @@ from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from data.checkpoints.families import ModelConfig
-from data.parts.classes import drop_classes
-from data.parts.draws import RowDraws, draw_times, row_generator
+from data.parts.draws import RowDraws, draw_times, drop_classes, row_generator
 from data.parts.lora import LoRA
 from data.parts.positions import Packed, rope_inv_freq
 from data.training.batches import IGNORE

@@ -13,7 +13,7 @@ import torch
 from conftest import exit_status
 from data.checkpoints import hub, state
 from data.system import disk
-from data.text.prompts import read_prompts
+from data.text.answer import read_prompts
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no modes and few links")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

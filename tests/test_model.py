@@ -14,7 +14,7 @@ from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
 from data.checkpoints.families import ModelConfig
 from data.parts import kv_cache
 from data.parts.kv_cache import MIN_ROOM, KVCache
-from data.training.start import init_weights
+from data.training.optimizer import init_weights
 from model import LM, positions_and_mask, rope_inv_freq
 
 

@@ -12,8 +12,7 @@ import torch
 from conftest import generators
 
 from data.parts.draws import RowDraws, draw_times, draw_tokens
-from data.tiny.oracle import LINE as FOUR_TOKENS
-from data.tiny.oracle import Oracle
+from data.tiny.oracle import LINE as FOUR_TOKENS, Oracle
 from diffusion import VelocityField
 from solvers import odeint
 

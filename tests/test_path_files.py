@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data.checkpoints.hub import resolve
-from data.flags.presets import PRESETS
-from data.flags.train import build_parser
+from data.flags.train import PRESETS, build_parser
 from data.training.optimizer import BETAS
 from diffusion import L2D, L2DConfig
 from model import LM

@@ -13,7 +13,7 @@ from conftest import generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from data.parts.draws import RowDraws, draw_schedule
-from data.training.average import Average
+from data.training.optimizer import EMA
 from data.training.batches import IGNORE
 from data.training.curriculum import Curriculum, growing_unroll
 from diffusion import L2D, L2DConfig, VelocityField
@@ -218,7 +218,7 @@ def test_without_labels_the_evaluations_grow_over_the_first_half():
 
 def test_the_average_follows_and_stands_in():
     weights = {"w": torch.nn.Parameter(torch.zeros(2))}
-    average = Average(weights, 0.75)
+    average = EMA(weights, 0.75)
     weights["w"].data += 4
     average.follow()
     with average.in_place():
@@ -226,7 +226,7 @@ def test_the_average_follows_and_stands_in():
     assert weights["w"].tolist() == [4, 4]
     average.put_in_place()
     assert weights["w"].tolist() == [1, 1]
-    assert not Average(weights, 0.0).tensors
+    assert not EMA(weights, 0.0).tensors
 
 
 # --- while sampling -------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import train
 from conftest import LLAMA, make_ids, make_lm
 from data.checkpoints.state import out_of_patience, read_state
-from data.flags.presets import PRESETS
+from data.flags.train import PRESETS
 from data.parts.lora import LoRA
 from data.training.batches import Losses, collate
 from data.training.loader import Loader

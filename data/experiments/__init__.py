@@ -4,5 +4,4 @@
     untrained   what the embedded problems are worth without training
     finetune    a real model: a path, LoRA of the same size and nothing, on sums
     harness     our models in lm-evaluation-harness
-    repeat      commands one after the other, as a reader would type them
 """

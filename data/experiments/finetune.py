@@ -2,7 +2,7 @@
 
     python -m data.experiments.finetune --init_from=DIR     hours on a CPU; what is done is kept
 
-Every training question is a turn, its answer the reply. repeat.py runs train.py and eval.py,
+Every training question is a turn, its answer the reply. It runs train.py and eval.py,
 so that what is repeated is what a reader would type. The task has to be one at which the base is
 neither at chance nor perfect: sums (data/tasks/sums.py) for a small instruction-tuned model.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from data.experiments.repeat import run, train_once
+from data.experiments.headline import run, train_once
 from data.system.command import command
 from data.system.disk import appearing, read_json
 from data.tasks import TASKS

@@ -8,13 +8,15 @@ reader would type), and prints the mean over seeds with its range.
 """
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
-from data.experiments.repeat import run, train_once
-from data.flags.presets import PRESETS
+from data.flags.train import PRESETS
 from data.results.statistics import mean, unique
 from data.system.disk import read_json
 
+ROOT = Path(__file__).resolve().parents[2]
 # a LoRA of rank 98 has as many parameters as the path
 WAYS = {
     "refine": [],
@@ -29,6 +31,24 @@ WAYS = {
 # A path beside a model that another way has finetuned: that one is made first.
 BASES = {"lora_refine": "lora", "full_refine": "full"}
 MEASURE = ["--problems=100", "--steps", "1", "2", "4", "8", "16", "32", "64"]
+
+
+def run(*words):
+    """One command, shown before it runs. Raises CalledProcessError where it fails."""
+    print(">", *words, flush=True)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def train_once(out_dir: Path, *words):
+    """Train, go on where an earlier run was stopped, or leave what is done."""
+    # path.json is written at every validation, so it does not say that all is done
+    done = out_dir / "done"
+    if done.exists():
+        return
+    if (out_dir / "state.safetensors").exists():
+        words = ["--init_from=resume"]
+    run("train.py", *words, f"--out_dir={out_dir}")
+    done.touch()
 
 
 def make(way: str, seed: int, out_dir: Path, more: list):

@@ -5,8 +5,7 @@
     lora         low-rank corrections of frozen matrices
     log_p        log p under a large vocabulary in little memory
     modulation   what a path does at a time, computed once
-    draws        random times, noise, schedules and tokens, a generator a row
-    classes      class ids of guidance
+    draws        random times, noise, schedules and tokens, a generator a row; class ids
 
 May import checkpoints, system.
 """

@@ -8,11 +8,17 @@ line has `benchmark`, `id` and `output`, what it cost, and how it was graded. `p
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 from data.system.disk import appearing, check_absent, check_writable, decode, parse_json
 
+ROOT = Path(__file__).resolve().parents[2]
 # What every record has; the last are of multiple choice by probability alone.
 FORM = {
     "benchmark": (str,), "column": (str,), "id": (str,), "output": (str,), "prompt": (str,),
@@ -135,3 +141,34 @@ def regrade(source: Path, out: Path, grade, overwrite: bool):
                 # the first line of our own
                 verdict = {} if "about" in record else grade(record)
                 file.write(line_of({**record, **verdict}))
+
+
+# --- provenance -----------------------------------------------------------------------------------
+
+def commit() -> str | None:
+    """The commit that is checked out, + where files differ from it; None outside a checkout."""
+    # a number without the code that made it cannot be repeated
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True,
+                              text=True, check=True).stdout.strip()
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    # an archive without git, or a machine without it
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def provenance(model, args, start: float) -> dict:
+    """All that one needs to repeat a result or to doubt it."""
+    return {
+        "args": vars(args),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": str(next(model.parameters()).device),
+        "seconds": round(time.time() - start, 1),
+        "base_sha256": getattr(model, "lm", model).fingerprint(),
+    }

@@ -2,8 +2,7 @@
 
     command     how every command ends, and flags that cannot act
     disk        files that appear whole, JSON, the lock of a directory
-    processes   several processes, one training
-    interrupt   Ctrl-C between two updates
+    processes   several processes, one training; Ctrl-C between two updates
     sharding    weights divided among the processes
 
 Imports nothing of the project.

@@ -177,3 +177,25 @@ def when_told_to_end(act):
 def is_lost(error: RuntimeError) -> bool:
     """Does this error say that another process has ended?"""
     return any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL"))
+
+
+# --- Ctrl-C between two updates -------------------------------------------------------------------
+
+class Interrupt:
+    """Ctrl-C ends the run after the update under way, so that what is saved is whole.
+
+    A second one kills it, unless torchrun is there to do so: it passes on what each process has
+    heard already.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self)
+
+    def __call__(self, *_):
+        self.asked = True
+        if count() == 1:
+            self.restore()
+
+    def restore(self):
+        signal.signal(signal.SIGINT, self.before)

@@ -5,8 +5,7 @@
     formats     the chat formats
     chat        conversations to token files: python -m data.text.chat
     tokens      token files: packing, writing, reading
-    answer      an answer: its tokens, their cost, and where it ends
-    prompts     prompts as a user gives them
+    answer      prompts as a user gives them; an answer: its tokens, their cost, where it ends
 
 May import parts, checkpoints, results, system.
 """

@@ -4,9 +4,7 @@
     loader       the batches of an update, made one update ahead
     frozen       what the frozen model computes on the data, cached on disk
     curriculum   harder problems, or more evaluations, as training goes on
-    optimizer    AdamW and its learning rate
-    average      an exponential average of the weights
-    start        the weights that a base from scratch begins with
+    optimizer    first weights, AdamW, learning rate, exponential moving average
     log          loss, time left, log.jsonl
 
 May import text, parts, checkpoints, results, system, tiny.

@@ -1,6 +1,13 @@
-"""AdamW and its learning rate. train.py makes a step with them; read that next."""
+"""The weights in training: where a base from scratch begins, AdamW, an exponential average.
+
+train.py makes a step with them; read that next.
+"""
+
+import math
+from contextlib import contextmanager
 
 import torch
+import torch.nn as nn
 
 BETAS = (0.9, 0.95)        # as in the paper
 
@@ -22,3 +29,55 @@ def learning_rate(update: int, args) -> float:
     # a run as long as its warm-up has no decay to divide by
     progress = (update - args.warmup) / max(1, args.updates - args.warmup)
     return args.lr + progress * (args.min_lr - args.lr)
+
+
+class EMA:
+    """Exponential moving average of the weights, calmer than those of any one update.
+
+    trainable  name -> tensor
+    decay      in [0, 1); 0 keeps no average at all
+    """
+
+    def __init__(self, trainable: dict, decay: float):
+        self.trainable = trainable
+        self.decay = decay
+        self.tensors = {}
+        if decay:
+            self.tensors = {name: p.detach().clone() for name, p in trainable.items()}
+
+    @torch.no_grad()
+    def follow(self):
+        """After an update."""
+        for name, average in self.tensors.items():
+            # a ← d·a + (1 − d)·w
+            average.lerp_(self.trainable[name], 1 - self.decay)
+
+    @torch.no_grad()
+    def put_in_place(self):
+        """The averages become the weights."""
+        for name, average in self.tensors.items():
+            self.trainable[name].copy_(average)
+
+    @contextmanager
+    def in_place(self):
+        """The averages are the weights for a while; then training goes on with its own."""
+        kept = {name: self.trainable[name].detach().clone() for name in self.tensors}
+        self.put_in_place()
+        yield
+        for name, weights in kept.items():
+            self.trainable[name].data.copy_(weights)
+
+
+def init_weights(lm: nn.Module, generator: torch.Generator):
+    """GPT-2's: N(0, 0.02²), the matrices that write to the residual stream smaller by √(2L)."""
+    for name, p in lm.named_parameters():
+        std = 0.02
+        if name.endswith((".o.weight", ".down.weight")):
+            std /= math.sqrt(2 * lm.config.layers)
+        # norms have one dimension too, and start at one
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 1:
+            nn.init.ones_(p)
+        else:
+            nn.init.normal_(p, std=std, generator=generator)
