@@ -31,13 +31,13 @@ from data.checkpoints.path import L2DConfig, base_facts, check_base, fill, read_
 from data.parts.draws import (
     RowDraws, check_classes, draw_schedule, draw_times, draw_tokens, drop_classes, spread_classes)
 from data.parts.kv_cache import KVCache
-from data.parts.lora import fold_lora
+from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
 from data.parts.positions import FREQUENCIES, sinusoid
 from data.results.figures import draw_points
 from data.tiny.oracle import LINE, Oracle
-from data.training.batches import Batch, Counted, Losses, pick
-from model import LM, PathBlock, Reading, read_own, run_layer, two_layers
+from data.training.batches import Batch, Targets, Losses, pick
+from model import LM, PathBlock, FrozenStates, read_own_kv, run_layer, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")
@@ -56,21 +56,21 @@ class L2D(nn.Module):
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
         # with words to read, the path starts as a copy of the frozen layers, which understand them
-        working_copy = config.self_conditioning or config.own_reading
+        working_copy = config.self_conditioning or config.own_kv
         self.from_z = two_layers(z, s, c, zero=working_copy)
-        self.from_guess = None
+        self.from_prediction = None
         if config.self_conditioning:
-            self.from_guess = nn.Linear(c, c, bias=False)
-            nn.init.eye_(self.from_guess.weight)
+            self.from_prediction = nn.Linear(c, c, bias=False)
+            nn.init.eye_(self.from_prediction.weight)
         self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:
             self.class_embedding = nn.Embedding(config.classes + 1, s)     # last row: no class
         self.blocks = nn.ModuleList(
-            PathBlock(block, config.rank, config.alpha, s, config.own_reading, working_copy)
+            PathBlock(block, config.rank, config.alpha, s, config.own_kv, working_copy)
             for block in lm.blocks)
         # g of Eq. 6; it has no last bias, which would cancel in w_d
-        self.merge = two_layers(s, s, c, bias=False, zero=True)
+        self.time_gate = two_layers(s, s, c, bias=False, zero=True)
         self.to(next(lm.parameters()).device)
         self.forget()
 
@@ -86,13 +86,13 @@ class L2D(nn.Module):
 
     def forget(self):
         """Drop what was kept while sampling: V, the modulation of every time, folded matrices."""
-        self.kept_vocabulary = None
+        self.cached_vocabulary = None
         self.time_table = TimeTable(self)
-        self.fold_lora(False)
+        self.merge_lora(False)
 
-    def fold_lora(self, on: bool = True):
+    def merge_lora(self, on: bool = True):
         """Add every LoRA into a copy of its matrix: fewer products to sample, more memory."""
-        fold_lora(self.blocks, on)
+        merge_lora(self.blocks, on)
 
     def path_parameters(self) -> dict:
         """Name -> tensor of everything that is trained; the frozen model is not in it."""
@@ -122,11 +122,11 @@ class L2D(nn.Module):
 
     def vocabulary(self) -> torch.Tensor:
         """All of V, (V, Z) float32. Made once while sampling; in training it moves."""
-        if self.kept_vocabulary is None or self.training:
+        if self.cached_vocabulary is None or self.training:
             ids = torch.arange(self.lm.config.vocab_size, device=self.to_z.weight.device)
             with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-                self.kept_vocabulary = self.vectors(ids)
-        return self.kept_vocabulary
+                self.cached_vocabulary = self.vectors(ids)
+        return self.cached_vocabulary
 
     # --- what depends on the time alone ---
 
@@ -144,7 +144,7 @@ class L2D(nn.Module):
         e = self.embed_time(t, class_ids)
         e_0 = self.embed_time(torch.zeros_like(t), class_ids)
         # w_d(t) = g(e(t)) − g(e(0))                                    (paper Eq. 6)
-        w_d = self.merge(e) - self.merge(e_0)
+        w_d = self.time_gate(e) - self.time_gate(e_0)
         # zero at t = 0 to the bit, however the device orders its sums
         w_d = w_d * (t > 0)[..., None]
         # the time itself and the difference above need float32, these large layers do not
@@ -153,59 +153,59 @@ class L2D(nn.Module):
 
     # --- the network ---
 
-    def read(self, ids, documents=None, cache: KVCache | None = None, kept=None) -> Reading:
+    def read(self, ids, documents=None, cache: KVCache | None = None, cached=None) -> FrozenStates:
         """What the path looks at: arguments and reading as of LM.read.
 
         With own reading, keys and values are those of the path's own layers, which run over the
         tokens once, at t = 0, with no class: guidance asks twice and reads once.
         """
         with torch.no_grad():
-            reading = self.lm.read(ids, documents, cache, kept)
-        if not self.config.own_reading:
-            return reading
+            states = self.lm.read(ids, documents, cache, cached)
+        if not self.config.own_kv:
+            return states
         # t = 0: before anything is known of the next token
         if torch.is_grad_enabled():
             modulation = self.modulation(torch.zeros(1, 1, device=ids.device))
         else:
             modulation = self.time_table.at(0.0, None)
         with self.autocast():
-            return read_own(self.blocks, modulation.blocks, self.lm, reading, cache)
+            return read_own_kv(self.blocks, modulation.blocks, self.lm, states, cache)
 
-    def denoise(self, x_t, t, modulation, reading, guess=None, where=None):
+    def last_hidden(self, x_t, t, modulation, states, prediction=None, index=None):
         """Hidden state (..., C) from which norm and head make the guess f(x_t, t, c): path, merge.
 
         x_t (..., Z), t (...), modulation and the logits of the guess before (..., V) for every
         token of the reading, or for those `where`.
         """
-        hidden, positions, inputs = reading.hidden, reading.positions, reading.inputs
-        if where is not None:
-            positions = positions.expand(hidden.shape[:2])[where]
-            hidden = hidden[where]
-            inputs = inputs[where]
+        hidden, positions, inputs = states.hidden, states.positions, states.inputs
+        if index is not None:
+            positions = positions.expand(hidden.shape[:2])[index]
+            hidden = hidden[index]
+            inputs = inputs[index]
         # u = x_t / √((1−t)²σ² + t²): unit variance at every t
         variance = (1 - t) ** 2 * self.config.sigma ** 2 + t ** 2
         u = x_t.float() / variance.sqrt()[..., None]                    # (..., Z)
         with self.autocast():
             h = self.from_z(u)                                          # (..., C)
             if self.config.self_conditioning:
-                h = h + self.from_guess(self.embed_guess(guess, hidden))
-            elif self.config.own_reading:
+                h = h + self.from_prediction(self.embed_prediction(prediction, hidden))
+            elif self.config.own_kv:
                 h = h + inputs
             h = self.lm.add_positions(h, positions)
             layers = zip(self.blocks, modulation.blocks, self.lm.blocks)
             for layer, (block, m, frozen) in enumerate(layers):
-                h = run_layer(self.checkpointing, block, h, m, frozen, reading, layer, where)
+                h = run_layer(self.checkpointing, block, h, m, frozen, states, layer, index)
         # h_LM + w_d(t)·h                                               (paper Eq. 6)
         return hidden + (modulation.w_d * h).to(hidden.dtype)
 
-    def embed_guess(self, guess, hidden):
+    def embed_prediction(self, prediction, hidden):
         """What the path reads of its previous guess, logits (..., V): (..., C).
 
         Before the first evaluation it is the frozen model's, which stands in `hidden` (..., C).
         """
-        if guess is None:
-            guess = self.lm.logits(hidden)
-        p = guess.float().softmax(-1).to(self.lm.embed.weight.dtype)
+        if prediction is None:
+            prediction = self.lm.logits(hidden)
+        p = prediction.float().softmax(-1).to(self.lm.embed.weight.dtype)
         # Σ_y p_y·e_y
         return p @ self.lm.embed.weight
 
@@ -221,20 +221,20 @@ class L2D(nn.Module):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)} and t {tuple(t.shape)}; "
                              f"allowed: {expected} and {expected[:2]}")
         modulation = self.modulation(t, spread_classes(class_ids, ids, self.config.classes))
-        reading = self.read(ids)
-        return self.lm.logits(self.denoise(x_t, t, modulation, reading))
+        states = self.read(ids)
+        return self.lm.logits(self.last_hidden(x_t, t, modulation, states))
 
-    def guess(self, x_t, t, class_ids, reading, before=None):
+    def predict(self, x_t, t, class_ids, states, before=None):
         """The same while sampling: logits (n, T, V) float32 after a reading; t a float or (n,).
 
         before  (n, T, V) logits of the evaluation before this one, None at the first
         """
         if not torch.is_tensor(t) and t == 0:
             # w_d(0) = 0: whatever the path would say, these are the frozen model's logits
-            return self.lm.logits(reading.hidden).float()
+            return self.lm.logits(states.hidden).float()
         modulation = self.time_table.at(t, class_ids)
         time = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
-        hidden = self.denoise(x_t, time, modulation, reading, before)
+        hidden = self.last_hidden(x_t, time, modulation, states, before)
         return self.lm.logits(hidden).float()
 
     # --- 2 the objectives ---
@@ -248,42 +248,42 @@ class L2D(nn.Module):
 
         Raises ValueError for classes that this path does not have.
         """
-        counted = batch.counted
-        counts = counted.where[0].bincount(minlength=len(generators))
+        targets = batch.targets
+        counts = targets.index[0].bincount(minlength=len(generators))
         draws = RowDraws(counts.tolist(), generators)
         if unroll:
-            t = draw_schedule(draws, counted.needs, unroll)             # (N, unroll)
+            t = draw_schedule(draws, targets.hops, unroll)             # (N, unroll)
         else:
             t = draw_times(draws, self.config.time_distribution)        # (N,)
         noise = draws.normal(self.config.width)                         # (N, Z)
-        class_ids = counted.class_ids
+        class_ids = targets.class_ids
         if class_ids is not None:
             check_classes(class_ids, self.config.classes)
             if hide:
                 share = self.config.class_dropout
                 class_ids = drop_classes(class_ids, share, self.config.classes, draws)
-        return replace(batch, counted=replace(counted, t=t, noise=noise, class_ids=class_ids))
+        return replace(batch, targets=replace(targets, t=t, noise=noise, class_ids=class_ids))
 
     def token_losses(self, batch: Batch) -> Losses:
         """The paper's objective: a guess at one random time for each position that counts.
 
         batch  of `draw`; only where a token counts is the path evaluated
         """
-        counted = batch.counted
+        targets = batch.targets
         # 1. The frozen model reads the text once, without gradient.
-        reading = self.read(batch.ids, batch.documents, kept=batch.kept)
+        states = self.read(batch.ids, batch.documents, cached=batch.cached)
         # 2. The noisy vector of the right token; the gradient also goes through V_y.
-        t = counted.t                                                   # (N,)
-        x_0 = self.config.sigma * counted.noise                         # (N, Z)
-        x_1 = self.vectors(counted.y)
+        t = targets.t                                                   # (N,)
+        x_0 = self.config.sigma * targets.noise                         # (N, Z)
+        x_1 = self.vectors(targets.y)
         # x_t = t·x_1 + (1−t)·x_0
         x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                 # (N, Z)
         # 3. The path guesses the token, and is scored like any language model.
-        modulation = self.modulation(t, counted.class_ids)
-        hidden = self.denoise(x_t, t, modulation, reading, where=counted.where)
+        modulation = self.modulation(t, targets.class_ids)
+        hidden = self.last_hidden(x_t, t, modulation, states, index=targets.index)
         # L = −log f(x_t, t, c)_y                                       (paper Eq. 3)
-        losses = -self.lm.log_p(hidden, counted.y)
-        return Losses(losses, losses, t, counted.needs)
+        losses = -self.lm.log_p(hidden, targets.y)
+        return Losses(losses, losses, t, targets.hops)
 
     def refined_losses(self, batch: Batch, backprop: int = 3) -> Losses:
         """Our own objective: the path goes through its own steps and is scored at the last ones.
@@ -294,37 +294,37 @@ class L2D(nn.Module):
         """
         # 1. The frozen model reads the text. All positions end together, so those with the most
         #    evaluations begin, and the others join them.
-        reading = self.read(batch.ids, batch.documents, kept=batch.kept)
-        count = (batch.counted.t > 0).sum(1)                            # (N,)
+        states = self.read(batch.ids, batch.documents, cached=batch.cached)
+        count = (batch.targets.t > 0).sum(1)                            # (N,)
         order = count.argsort(descending=True)
-        counted, count = batch.counted.at(order), count[order]
-        needs = counted.needs
-        if needs is None:
+        targets, count = batch.targets.at(order), count[order]
+        hops = targets.hops
+        if hops is None:
             # nobody knows: the answer may be right at once
-            needs = torch.zeros_like(count)
+            hops = torch.zeros_like(count)
         # 2. From noise step by step; the guesses of the last evaluations come back.
-        x_0 = self.config.sigma * counted.noise                         # (N, Z)
+        x_0 = self.config.sigma * targets.noise                         # (N, Z)
         total = scored = loss = torch.zeros_like(x_0[:, 0])
-        for left, guess in self.refine(x_0, counted, reading, backprop):
+        for left, prediction in self.refine(x_0, targets, states, backprop):
             # 3. Each is scored where it could be right: before it came the frozen model's guess
             #    and those `made`, each one step further on the way to the answer.
             made = count - left
-            fair = (made > 0) & (made + 1 >= needs)
-            loss = F.cross_entropy(guess, counted.y, reduction="none")  # (N,)
+            fair = (made > 0) & (made + 1 >= hops)
+            loss = F.cross_entropy(prediction, targets.y, reduction="none")  # (N,)
             total = total + fair * loss
             scored = scored + fair
-        return Losses(total / scored.clamp_min(1), loss, counted.t[:, -1], counted.needs)
+        return Losses(total / scored.clamp_min(1), loss, targets.t[:, -1], targets.hops)
 
-    def refine(self, x, counted: Counted, reading: Reading, backprop: int):
+    def refine(self, x, targets: Targets, states: FrozenStates, backprop: int):
         """The path's own steps from noise x (N, Z): yields (evaluations to come, guess).
 
         The positions with most evaluations come first; only what the last `backprop` evaluations
         say is yielded, and only they have a gradient.
         """
-        times = counted.t                                               # (N, K)
+        times = targets.t                                               # (N, K)
         # at t = 0 the guess is what the frozen model says
         with torch.no_grad():
-            guess = self.lm.logits(reading.hidden[counted.where]).float()   # (N, V)
+            prediction = self.lm.logits(states.hidden[targets.index]).float()   # (N, V)
         t = torch.zeros_like(times[:, 0])                               # (N,)
         V = self.vocabulary()
         for left in reversed(range(int(times.any(0).sum()))):
@@ -333,22 +333,23 @@ class L2D(nn.Module):
             n = int((new_t > 0).sum())
             new_t = new_t[:n]
             with torch.set_grad_enabled(torch.is_grad_enabled() and left < backprop):
-                new = self.step(x[:n], guess[:n], t[:n], new_t, V, counted.at(slice(n)), reading)
+                new = self.step(
+                    x[:n], prediction[:n], t[:n], new_t, V, targets.at(slice(n)), states)
             x = torch.cat((new[0], x[n:]))
-            guess = torch.cat((new[1], guess[n:]))
+            prediction = torch.cat((new[1], prediction[n:]))
             t = torch.cat((new_t, t[n:]))
             if left < backprop:
-                yield left, guess
+                yield left, prediction
 
-    def step(self, x, guess, t, new_t, V, counted: Counted, reading: Reading):
+    def step(self, x, prediction, t, new_t, V, targets: Targets, states: FrozenStates):
         """(x, logits) at new_t: a soft Euler step towards the guess, then the next guess."""
         # x̂ = Σ_y p_y·V_y
-        x_hat = guess.softmax(-1) @ V                                   # (n, Z)
+        x_hat = prediction.softmax(-1) @ V                                   # (n, Z)
         # x ← x + (x̂ − x)·Δt/(1 − t)
         part = (new_t - t) / (1 - t).clamp_min(1e-6)
         x = x + (x_hat - x) * part[:, None]
-        modulation = self.modulation(new_t, counted.class_ids)
-        hidden = self.denoise(x, new_t, modulation, reading, guess, counted.where)
+        modulation = self.modulation(new_t, targets.class_ids)
+        hidden = self.last_hidden(x, new_t, modulation, states, prediction, targets.index)
         return x, self.lm.logits(hidden).float()
 
     # --- on disk ---
@@ -390,7 +391,7 @@ class VelocityField:
     generators   a torch.Generator per sequence, for "sample"
     """
     l2d: nn.Module
-    reading: Reading
+    states: FrozenStates
     estimate: str = "argmax"
     temperature: float | str = 1.0
     class_ids: torch.Tensor | None = None
@@ -400,7 +401,7 @@ class VelocityField:
     def __post_init__(self):
         choices(self.estimate, ESTIMATES, "estimate")
 
-    def __call__(self, t, x, guess=None):
+    def __call__(self, t, x, prediction=None):
         """(dx/dt, new guess) at x (n, T, Z), t one float or (n,), below 1.
 
         guess  logits (n, T, V) of the evaluation before, None at the first
@@ -408,20 +409,20 @@ class VelocityField:
         remaining = 1 - t
         if torch.is_tensor(t):
             remaining = remaining.view(-1, 1, 1)
-        lines = self.look(t, x, guess)
-        x_hat = self.mix([self.clean_point(logits, remaining) for logits in lines])
+        copies = self.look(t, x, prediction)
+        x_hat = self.guide([self.clean_point(logits, remaining) for logits in copies])
         # dx/dt = (x̂ − x_t)/(1 − t)                                     (paper Eq. 4)
-        return (x_hat - x) / remaining, self.mix(lines)
+        return (x_hat - x) / remaining, self.guide(copies)
 
-    def logits(self, x, guess=None):
+    def logits(self, x, prediction=None):
         """Logits (B, T, V) from which the token is chosen: a last look, at t = 1."""
-        return self.mix(self.look(1.0, x, guess))
+        return self.guide(self.look(1.0, x, prediction))
 
     def rows(self, index) -> "VelocityField":
         """The same for some sequences of the batch, index (n,)."""
-        reading = self.reading and self.reading.rows(index)
+        states = self.states and self.states.rows(index)
         generators = self.generators and [self.generators[row] for row in index.tolist()]
-        return replace(self, reading=reading, class_ids=pick(self.class_ids, index),
+        return replace(self, states=states, class_ids=pick(self.class_ids, index),
                        generators=generators)
 
     # --- guidance: two lines in one batch, the second without the class ---
@@ -432,31 +433,31 @@ class VelocityField:
         return 2 if self.class_ids is not None and self.guidance not in (0, 1) else 1
 
     @cached_property
-    def asked(self):
+    def guided_inputs(self):
         """(reading, class ids) of all lines, the conditional one first. Made once per token."""
         if self.class_ids is None or self.guidance == 1:
-            return self.reading, self.class_ids
+            return self.states, self.class_ids
         no_class = torch.full_like(self.class_ids, self.l2d.config.classes)
         if self.cost == 1:
-            return self.reading, no_class
-        return self.reading.lines(2), torch.cat((self.class_ids, no_class))
+            return self.states, no_class
+        return self.states.copies(2), torch.cat((self.class_ids, no_class))
 
-    def look(self, t, x, guess):
+    def look(self, t, x, prediction):
         """Logits (n, T, V) of every line; both go on from the same guess, the guided one."""
-        reading, class_ids = self.asked
+        states, class_ids = self.guided_inputs
         if self.cost == 2:
             x = torch.cat((x, x))                                       # (2n, T, Z)
             if torch.is_tensor(t):
                 t = torch.cat((t, t))
-            if guess is not None:
-                guess = torch.cat((guess, guess))
-        return self.l2d.guess(x, t, class_ids, reading, guess).chunk(self.cost)
+            if prediction is not None:
+                prediction = torch.cat((prediction, prediction))
+        return self.l2d.predict(x, t, class_ids, states, prediction).chunk(self.cost)
 
-    def mix(self, lines):
+    def guide(self, copies):
         """Classifier-free guidance of clean points, and so of velocities, or of logits."""
         if self.cost == 1:
-            return lines[0]
-        conditional, unconditional = lines
+            return copies[0]
+        conditional, unconditional = copies
         w = self.guidance
         # w·(conditional) + (1−w)·(unconditional)                       (paper Eq. 7, as the code)
         return w * conditional + (1 - w) * unconditional
@@ -487,7 +488,7 @@ def main():
     x_0 = 2.0 * torch.special.ndtri(quantiles).view(20, 1, 1)
     field = VelocityField(Oracle(*LINE, sigma=2.0), None, "average")
 
-    def watch(_, t, x, guess=None):
+    def watch(_, t, x, prediction=None):
         print(f"   t = {t:5.3f}  {draw_points(x.flatten().tolist(), -5, 5)}")
 
     for steps in (1, 2, 4, 8):

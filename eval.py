@@ -133,7 +133,7 @@ def accuracy_table(model, tokenizer, task, problems: dict, args, records: list):
             "group": task.title(group),
             "topic": group[0],
             "level": group[1],
-            "far": group in task.far,
+            "unseen": group in task.unseen,
             "temperature": temperature,
             "column": column.name,
             "kind": column.kind,
@@ -146,7 +146,7 @@ def accuracy_table(model, tokenizer, task, problems: dict, args, records: list):
 class AtPositions:
     """A path at N positions of a batch, `where`, each of them a sequence of one token."""
     model: L2D
-    where: tuple
+    index: tuple
 
     @property
     def config(self):
@@ -155,16 +155,16 @@ class AtPositions:
     def vocabulary(self):
         return self.model.vocabulary()
 
-    def guess(self, x_t, t, class_ids, reading, before=None):
+    def predict(self, x_t, t, class_ids, states, before=None):
         """As L2D.guess: logits (N, 1, V), x_t (N, 1, Z); the reading is that of the batch."""
         lm = self.model.lm
         if t == 0:
-            return lm.logits(reading.hidden[self.where]).float()[:, None]
+            return lm.logits(states.hidden[self.index]).float()[:, None]
         kept = self.model.time_table.at(t, class_ids)
         modulation = kept._replace(blocks=[m[:, 0] for m in kept.blocks], w_d=kept.w_d[:, 0])
         time = torch.tensor([t], device=x_t.device)
         before = None if before is None else before[:, 0]
-        hidden = self.model.denoise(x_t[:, 0], time, modulation, reading, before, self.where)
+        hidden = self.model.last_hidden(x_t[:, 0], time, modulation, states, before, self.index)
         return lm.logits(hidden).float()[:, None]
 
 
@@ -180,32 +180,32 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
         # the right tokens are given, so one early mistake does not spoil all that follows
         rows = [task.reference(problem, tokenizer) for problem in problems[at:at + BATCH]]
         batch = collate(rows).to(next(model.parameters()).device)
-        counted = batch.counted
+        targets = batch.targets
         if settings.steps:
             p = solved(model, batch, settings, seed + at, draws)
         else:
-            p = model.lm(batch.ids)[counted.where].softmax(-1)
+            p = model.lm(batch.ids)[targets.index].softmax(-1)
         confidence, token = p.max(-1)                                   # (N,)
         confidences.append(confidence)
-        rights.append(token == counted.y)
+        rights.append(token == targets.y)
     return torch.cat(confidences), torch.cat(rights)
 
 
 def solved(model, batch: Batch, settings: Settings, seed: int, draws: int):
     """p (N, V) at the end of an ODE at every position that counts, the mean over noises."""
-    counted = batch.counted
-    counts = counted.where[0].bincount(minlength=len(batch.ids)).tolist()
+    targets = batch.targets
+    counts = targets.index[0].bincount(minlength=len(batch.ids)).tolist()
     noises = RowDraws(counts, [torch.Generator().manual_seed(seed + i) for i in range(len(counts))])
     velocity = VelocityField(
-        AtPositions(model, counted.where), model.read(batch.ids), settings.estimate,
-        class_ids=counted.class_ids if model.config.classes else None,
-        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(counted.y))])
+        AtPositions(model, targets.index), model.read(batch.ids), settings.estimate,
+        class_ids=targets.class_ids if model.config.classes else None,
+        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(targets.y))])
     total = 0.0
     for _ in range(draws):
         noise = noises.normal(model.config.width).to(batch.ids.device)
         x_0 = model.config.sigma * noise[:, None]                       # (N, 1, Z)
         solution = odeint(velocity, x_0, settings.solver, settings.steps)
-        total = total + velocity.logits(solution.x, solution.guess)[:, 0].softmax(-1)
+        total = total + velocity.logits(solution.x, solution.prediction)[:, 0].softmax(-1)
     return total / draws
 
 
@@ -483,7 +483,7 @@ def main(argv=None):
     fill_defaults(args, given)
     check(args, task, given)
     model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
-                                  args.base, args.fold_lora)
+                                  args.base, args.merge_lora)
     if not isinstance(model, L2D):      # a base, or one that --method=lora or full has finetuned
         print(f"{args.init_from} has no diffusion path: "
               "only the model itself is scored, as `frozen`")

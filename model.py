@@ -91,9 +91,9 @@ def attention(q, k, v, mask, cos_sin):
     causal = False
     if mask is None and q.shape[2] > 1:
         causal = True
-    lines = len(q) // len(k)
-    if lines > 1:
-        q = torch.cat(q.chunk(lines), dim=2)                            # (B, H, lines·T, D)
+    copies = len(q) // len(k)
+    if copies > 1:
+        q = torch.cat(q.chunk(copies), dim=2)                            # (B, H, lines·T, D)
     # softmax(q·kᵀ / √D)·v
     out = F.scaled_dot_product_attention(
         q,
@@ -103,8 +103,8 @@ def attention(q, k, v, mask, cos_sin):
         is_causal=causal,
         enable_gqa=k.shape[1] != q.shape[1],      # several query heads share one key head
     )
-    if lines > 1:
-        out = torch.cat(out.chunk(lines, dim=2))                        # (lines·B, H, T, D)
+    if copies > 1:
+        out = torch.cat(out.chunk(copies, dim=2))                        # (lines·B, H, T, D)
     return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
 
 
@@ -178,7 +178,7 @@ def run_layer(checkpointing: bool, layer: nn.Module, *args):
 # --- what was read --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Reading:
+class FrozenStates:
     """What the frozen model made of some tokens: all that the diffusion path may look at.
 
     hidden        (B, T, C) last hidden state of the tokens in question, before the final norm
@@ -218,7 +218,7 @@ class Reading:
         def pick(x):
             return x[index] if self.is_own(x) else x
 
-        return Reading(
+        return FrozenStates(
             hidden=self.hidden[index],
             keys=tuple(k[index] for k in self.keys),
             values=tuple(v[index] for v in self.values),
@@ -228,7 +228,7 @@ class Reading:
             inputs=self.inputs[index],
         )
 
-    def lines(self, count: int) -> "Reading":
+    def copies(self, count: int) -> "Reading":
         """Its tokens `count` times over, (count·B, T), before the same keys: none is copied."""
         def repeat(x):
             return torch.cat([x] * count) if self.is_own(x) else x
@@ -267,18 +267,18 @@ class PathBlock(nn.Module):
     """A layer of the path: its own queries and MLP, the frozen layer's norms, keys and values.
 
     rank, alpha   as of `adapt`; cond_dim: width of the time embedding that modulates the layer
-    own_reading   it has keys and values of its own too
+    own_kv   it has keys and values of its own too
     working_copy  it starts as a copy of the frozen layer, not as a layer that adds nothing
     """
 
     def __init__(self, frozen: Block, rank: int | None, alpha: float, cond_dim: int,
-                 own_reading: bool = False, working_copy: bool = False):
+                 own_kv: bool = False, working_copy: bool = False):
         super().__init__()
         self.head_dim = frozen.head_dim
         self.q = adapt(frozen.q, rank, alpha)
         self.o = adapt(frozen.o, rank, alpha)
         self.k = self.v = None
-        if own_reading:
+        if own_kv:
             self.k = adapt(frozen.k, rank, alpha)
             self.v = adapt(frozen.v, rank, alpha)
         self.mlp = MLP(
@@ -295,43 +295,44 @@ class PathBlock(nn.Module):
             for gate in (2, 5):
                 nn.init.ones_(gates[gate])
 
-    def forward(self, h, modulation, frozen, reading, layer, where):
+    def forward(self, h, modulation, frozen, states, layer, index):
         """h (..., C) one layer further; `frozen` is the same layer of the language model."""
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
         # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), K, V))
         q = self.q(frozen.norm_attn(h, a1, s1))                         # (..., H·D)
-        h = h + g1 * self.o(attend(q, reading, layer, where))           # (..., C)
+        h = h + g1 * self.o(attend(q, states, layer, index))           # (..., C)
         # h ← h + g2·MLP((w + a2)·norm(h) + s2)
         return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2))            # (..., C)
 
-    def read(self, h, modulation, frozen, reading, cache, layer):
+    def read(self, h, modulation, frozen, states, cache, layer):
         """The same over the tokens themselves: (h, keys, values), these (B, G, S, D) of all."""
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
         n = frozen.norm_attn(h, a1, s1)                                 # (B, T, C)
-        k = split_heads(self.k(n), self.head_dim, reading.cos_sin)      # (B, G, T, D)
+        k = split_heads(self.k(n), self.head_dim, states.cos_sin)      # (B, G, T, D)
         v = split_heads(self.v(n), self.head_dim)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        found = attention(self.q(n), k, v, reading.mask, reading.cos_sin)
+        found = attention(self.q(n), k, v, states.mask, states.cos_sin)
         h = h + g1 * self.o(found)
         return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2)), k, v
 
 
-def read_own(blocks, modulation, lm, reading: Reading, cache: KVCache | None) -> Reading:
+def read_own_kv(blocks, modulation, lm, states: FrozenStates,
+                cache: KVCache | None) -> FrozenStates:
     """The reading with keys and values of the path's own `blocks`, which run over its tokens."""
     keys = []
     values = []
-    h = lm.add_positions(reading.inputs, reading.positions)
+    h = lm.add_positions(states.inputs, states.positions)
     for layer, (block, m, frozen) in enumerate(zip(blocks, modulation, lm.blocks)):
         # behind the frozen model's own in the cache
         place = len(blocks) + layer
-        h, k, v = block.read(h, m, frozen, reading, cache, place)
+        h, k, v = block.read(h, m, frozen, states, cache, place)
         keys.append(k)
         values.append(v)
-    return replace(reading, keys=tuple(keys), values=tuple(values))
+    return replace(states, keys=tuple(keys), values=tuple(values))
 
 
-def attend(q, reading: Reading, layer: int, where):
+def attend(q, states: FrozenStates, layer: int, index):
     """What queries of the path find among the keys and values of one layer.
 
     q      (B, T, H·D), one for every token of the reading, or
@@ -340,18 +341,18 @@ def attend(q, reading: Reading, layer: int, where):
     N queries go to their places among B·T and are taken out again. The empty places cost a little
     attention; to give each query its own copy of the keys before it would cost N·S of memory.
     """
-    if where is not None:
-        size = reading.hidden.shape[:2]
+    if index is not None:
+        size = states.hidden.shape[:2]
         places = q.new_zeros(*size, q.shape[-1])
-        q = places.index_put(where, q)                                  # (B, T, H·D)
+        q = places.index_put(index, q)                                  # (B, T, H·D)
     found = attention(
         q,
-        reading.keys[layer],
-        reading.values[layer],
-        reading.mask,
-        reading.cos_sin,
+        states.keys[layer],
+        states.values[layer],
+        states.mask,
+        states.cos_sin,
     )
-    return found if where is None else found[where]
+    return found if index is None else found[index]
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ class LM(nn.Module):
         if self.config.tied:
             self.head.weight = self.embed.weight
 
-    def read(self, ids, documents=None, cache: KVCache | None = None, kept=None) -> Reading:
+    def read(self, ids, documents=None, cache: KVCache | None = None, cached=None) -> FrozenStates:
         """Run the blocks over ids (B, T) and return what they made of them.
 
         documents  (B, T) integers: a token sees its own document only, padding is document 0;
@@ -408,8 +409,9 @@ class LM(nn.Module):
             angles = positions[..., None] * self.inv_freq.to(ids.device)
             # turned once here, for all layers and for the path
             cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
-        if kept is not None:
-            return Reading(kept.hidden, kept.keys, kept.values, positions, mask, cos_sin, inputs)
+        if cached is not None:
+            return FrozenStates(cached.hidden, cached.keys, cached.values, positions, mask,
+                                cos_sin, inputs)
         # every layer's keys and values are kept: the path attends to them, layer by layer
         keys = []
         values = []
@@ -417,7 +419,7 @@ class LM(nn.Module):
             x, k, v = run_layer(self.checkpointing, block, x, mask, cos_sin, cache, layer)
             keys.append(k)
             values.append(v)
-        return Reading(x, tuple(keys), tuple(values), positions, mask, cos_sin, inputs)
+        return FrozenStates(x, tuple(keys), tuple(values), positions, mask, cos_sin, inputs)
 
     def add_positions(self, x, positions):
         """x (..., C) plus learned embeddings of its positions, if the model has such."""
@@ -484,8 +486,8 @@ def main():
         print(f"{tokenizer.decode([token])!r}  p = {p:.3f}")
     cache = KVCache()
     for token in ids.split(1, dim=1):
-        reading = lm.read(token, cache=cache)
-    one_by_one = lm.logits(reading.hidden)[:, -1].softmax(-1)
+        states = lm.read(token, cache=cache)
+    one_by_one = lm.logits(states.hidden)[:, -1].softmax(-1)
     print("the same with a KV cache:", torch.allclose(one_by_one, at_once, atol=1e-5))
 
 

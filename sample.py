@@ -121,7 +121,7 @@ class Batch:
         ids, documents = left_pad(prompts, device)
         ids, documents = self.read_common(prompts, ids, documents)
         # the prompt's own next tokens are known: only the last place asks for one
-        self.reading = model.read(ids, documents, self.cache).last()
+        self.states = model.read(ids, documents, self.cache).last()
 
     def read_common(self, prompts: list, ids, documents) -> tuple:
         """Read what all prompts begin with, such as worked examples, once; returns what is left."""
@@ -143,7 +143,7 @@ class Batch:
         if len(rows) == len(self.numbers):
             return
         # finished sequences would only be computed in vain
-        index = torch.tensor(rows, device=self.reading.hidden.device)
+        index = torch.tensor(rows, device=self.states.hidden.device)
         self.numbers = [self.numbers[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         if self.class_ids is not None:
@@ -152,10 +152,10 @@ class Batch:
 
     def read(self, tokens: list):
         """Read one more token of every row."""
-        ids = torch.tensor(tokens, device=self.reading.hidden.device)[:, None]
+        ids = torch.tensor(tokens, device=self.states.hidden.device)[:, None]
         # 1: padding, document 0, is on the left and must stay hidden
         documents = None if self.cache.documents is None else torch.ones_like(ids)
-        self.reading = self.model.read(ids, documents, self.cache)
+        self.states = self.model.read(ids, documents, self.cache)
 
 
 @torch.no_grad()
@@ -248,21 +248,21 @@ def next_logits(model, batch: Batch, settings: Settings, trace: Trace | None = N
     rows = len(batch.numbers)
     # no path: what the frozen model says is its answer
     if not settings.steps:
-        logits = model.logits(batch.reading.hidden)
+        logits = model.logits(batch.states.hidden)
         return logits[:, 0].float(), [0] * rows, [True] * rows
     velocity = VelocityField(
-        model, batch.reading, settings.estimate, settings.estimate_temperature,
+        model, batch.states, settings.estimate, settings.estimate_temperature,
         batch.class_ids, settings.guidance, batch.generators)
     # drawn sequence by sequence, so that none depends on how many others there are
     shape = (1, model.config.width)
     noise = draw_noise_each(shape, batch.generators)
     # x_0 ~ N(0, σ²I)
-    x_0 = model.config.sigma * noise.to(batch.reading.hidden.device)    # (B, 1, Z) float32
+    x_0 = model.config.sigma * noise.to(batch.states.hidden.device)    # (B, 1, Z) float32
     # the solver counts calls; a guided call evaluates the network twice
     budget = settings.max_nfe and max(1, settings.max_nfe // velocity.cost)
     solution = odeint(velocity, x_0, settings.solver, settings.steps,
                       settings.rtol, settings.atol, budget, settings.stop_unchanged, trace)
-    logits = velocity.logits(solution.x, solution.guess)
+    logits = velocity.logits(solution.x, solution.prediction)
     if trace:
         trace.judge(float(solution.t[0]), int(solution.rejected[0]))
         # the last look costs an evaluation like any other, and is shown like any other
@@ -289,7 +289,7 @@ def frozen_log_p(model, batch: Batch, settings: Settings, logits, tokens: list) 
     """log p of every row's token under the frozen model, whatever way it was found."""
     # without steps its logits (B, V) are what the token was chosen from
     if settings.steps:
-        logits = model.lm.logits(batch.reading.hidden)[:, 0].float()
+        logits = model.lm.logits(batch.states.hidden)[:, 0].float()
     index = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.log_softmax(-1).gather(1, index)[:, 0].tolist()
 
@@ -336,7 +336,7 @@ def answer_problems(model, tokenizer, task, problems: list, settings: Settings, 
 
 
 def load_model(init_from: str, dtype: str | None = None, device: str | None = None,
-               cache_dir: str | None = None, base: str | None = None, fold: bool = True):
+               cache_dir: str | None = None, base: str | None = None, merge: bool = True):
     """(L2D or LM, tokenizer) from a name or directory, with its diffusion path where it holds one.
 
     base  where the path's frozen model is, if no longer where path.json says
@@ -350,7 +350,7 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
         check_trained(meta, directory)
         base = base or meta["base"]
         model = L2D.load(directory, LM.from_pretrained(base, dtype, device, cache_dir))
-        model.fold_lora(fold)
+        model.merge_lora(merge)
         tokenizer = load_tokenizer(resolve(base, cache_dir), model.lm.config.vocab_size)
         check_tokenizer(meta, tokenizer, directory)
         return model, tokenizer
@@ -479,7 +479,7 @@ def main(argv=None):
         check_absent(args.html, args.overwrite)
         check_writable(args.html)
     model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
-                                  args.base, args.fold_lora)
+                                  args.base, args.merge_lora)
     if args.prompt or args.prompt_file:
         answers, seconds = prompted_answers(model, tokenizer, settings, args, given)
     else:

@@ -142,7 +142,7 @@ class Solution:
                              settled, the straight line from the state reached
     """
     x: torch.Tensor
-    guess: torch.Tensor | None
+    prediction: torch.Tensor | None
     t: torch.Tensor
     nfe: torch.Tensor
     accepted: torch.Tensor
@@ -211,25 +211,25 @@ class Field:
         self.f = f
         self.rows = rows
         self.watch = watch
-        self.guess = None
+        self.prediction = None
         self.stood = torch.zeros_like(rows)
 
     def __call__(self, t, x):
         if torch.is_tensor(t):
             t = t.flatten()     # the rules hold times as columns, to go with x
-        velocity, guess = self.f(t, x, self.guess)
-        self.count(guess)
+        velocity, prediction = self.f(t, x, self.prediction)
+        self.count(prediction)
         if self.watch:
-            self.watch(self.rows, t, x, guess)
+            self.watch(self.rows, t, x, prediction)
         return velocity
 
-    def count(self, guess):
+    def count(self, prediction):
         """Take note of a new guess: has the best candidate of each sequence stood?"""
-        if guess is not None and self.guess is not None:
-            same = guess.argmax(-1) == self.guess.argmax(-1)
+        if prediction is not None and self.prediction is not None:
+            same = prediction.argmax(-1) == self.prediction.argmax(-1)
             same = same.view(len(same), -1).all(1)
             self.stood = torch.where(same, self.stood + 1, 0)
-        self.guess = guess
+        self.prediction = prediction
 
     def of(self, index) -> "Field":
         """The same for some of its rows, index (n,)."""
@@ -243,13 +243,13 @@ class Field:
     def recall(self, whole: "Field", index):
         """Go on from what the whole batch remembers of these rows."""
         self.stood = whole.stood[index]
-        self.guess = None if whole.guess is None else whole.guess[index]
+        self.prediction = None if whole.prediction is None else whole.prediction[index]
 
     def tell(self, whole: "Field", index, chosen):
         """Let the whole batch remember this of the `chosen` among these rows."""
         whole.stood[index[chosen]] = self.stood[chosen]
-        if whole.guess is not None:
-            whole.guess[index[chosen]] = self.guess[chosen]
+        if whole.prediction is not None:
+            whole.prediction[index[chosen]] = self.prediction[chosen]
 
 
 # --- the two drivers ------------------------------------------------------------------------------
@@ -274,8 +274,8 @@ class Run:
         self.running[rows] = False
         self.finished[rows] = finished
 
-    def solution(self, guess) -> Solution:
-        return Solution(self.x, guess, self.t, self.nfe, self.accepted, self.rejected,
+    def solution(self, prediction) -> Solution:
+        return Solution(self.x, prediction, self.t, self.nfe, self.accepted, self.rejected,
                         self.finished)
 
 
@@ -322,7 +322,7 @@ def integrate_fixed(field, x_0, rules, steps, limits) -> Solution:
             f = field.of(rows)
             if not len(rows):
                 break
-    return run.solution(field.guess)
+    return run.solution(field.prediction)
 
 
 # A guess may change late, when the noise has faded, and a longer step would not notice.
@@ -435,12 +435,12 @@ def integrate_adaptive(field, x_0, rules, tolerance, limits) -> Solution:
         # 5. who has settled need not go on
         settled = (run.running & (field.stood >= limits.unchanged)).nonzero().flatten()
         run.leave(settled, run.k1[settled], finished=True)
-    return run.solution(field.guess)
+    return run.solution(field.prediction)
 
 
 def main():
     """Error on dx/dt = (1 + t)·x, x(0) = 1 when the interval is halved: the order is the slope."""
-    def growth(t, x, guess):
+    def growth(t, x, prediction):
         return (1 + torch.as_tensor(t).view(-1, 1)) * x, None
 
     x_0 = torch.ones(1, 1, dtype=torch.float64)

@@ -41,7 +41,7 @@ from data.tiny.topics import Documents, LEVELS, Problems
 from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
 from data.training.batches import Batch, Losses
 from data.training.curriculum import Curriculum, growing_unroll
-from data.training.frozen import NAMES, keep_readings
+from data.training.frozen import NAMES, cache_states
 from data.training.loader import Loader
 from data.training.log import Log, by_tenth, tenth_sums
 from diffusion import L2D
@@ -82,7 +82,7 @@ def build_model(args, classes: int):
         config = L2DConfig(args.width, args.cond_dim, rank=rank, classes=classes,
                            time_distribution=args.time_distribution,
                            self_conditioning=args.objective != "paper",
-                           own_reading=args.own_reading)
+                           own_kv=args.own_kv)
         l2d = L2D(lm, config)
         return l2d, l2d.base_sha256
     if args.method != "lora":
@@ -97,13 +97,13 @@ def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
     """Of every token that counts (N,): L2D's, by its own steps where `backprop`; cross-entropy."""
     if isinstance(model, L2D):
         return model.refined_losses(batch, backprop) if backprop else model.token_losses(batch)
-    counted = batch.counted
+    targets = batch.targets
     # weights stay float32; on CUDA the arithmetic need not
     device = batch.ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         hidden = model.read(batch.ids, batch.documents).hidden
-        losses = -model.log_p(hidden[counted.where], counted.y)
-        return Losses(losses, losses, None, counted.needs)
+        losses = -model.log_p(hidden[targets.index], targets.y)
+        return Losses(losses, losses, None, targets.hops)
 
 
 # --- one update -----------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
                 curriculum: Curriculum | None = None):
     """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
     # counted before the first backward pass, because every batch is divided by all of them
-    counted = sum(len(batch.counted.y) for batch in batches)
-    tokens = int(processes.total(torch.tensor(counted)))
+    targets = sum(len(batch.targets.y) for batch in batches)
+    tokens = int(processes.total(torch.tensor(targets)))
     if not tokens:
         raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
                          "prepare the data again")
@@ -142,7 +142,7 @@ def update_once(model, optimizer, batches: list, clip: float, objective=token_lo
         # on the device still: to read it here would make a GPU wait for every batch
         total += loss.detach()
         if curriculum:
-            learned += curriculum.count(losses.needs, losses.last)
+            learned += curriculum.count(losses.hops, losses.last)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     processes.sum_gradients(trained)
     # 0 switches it off, as everywhere
@@ -235,7 +235,7 @@ def set_up(args) -> Run:
         check_length(lm.config, longest, "prepare the data with a smaller --block_size")
     processes.check_shares(args, len(val))
     if args.cache_frozen:
-        data, val = keep_readings(args, model, [data, val])
+        data, val = cache_states(args, model, [data, val])
     processes.same_start(p for p in model.parameters() if p.requires_grad)
     model.checkpointing = args.checkpointing
     if args.shard and processes.count() > 1:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from data.parts.kv_cache import KVCache  # noqa: E402
 from data.parts.positions import Packed  # noqa: E402
-from data.training.batches import IGNORE, Batch, Kept, count  # noqa: E402
+from data.training.batches import IGNORE, Batch, CachedStates, find_targets  # noqa: E402
 from diffusion import L2D, VelocityField  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
 
@@ -45,31 +45,31 @@ def evaluation_table(model, batch: int, context: int, timed):
     ids = torch.randint(lm.config.vocab_size, (batch, context + 1), generator=generator).to(device)
     cache = KVCache()
     model.read(ids[:, :-1], cache=cache)
-    reading = model.read(ids[:, -1:], cache=cache)
+    states = model.read(ids[:, -1:], cache=cache)
     x = torch.randn(batch, 1, model.config.width, generator=generator).to(device)
-    field = VelocityField(model, reading)
-    guess = lm.logits(reading.hidden).float()
+    field = VelocityField(model, states)
+    prediction = lm.logits(states.hidden).float()
 
     def decode():
         cache.length = context      # the newest token is read again, in its place
         lm.logits(lm.read(ids[:, -1:], cache=cache).hidden)
 
     def fresh_vocabulary():
-        model.kept_vocabulary = None
-        field(0.5, x, guess)
+        model.cached_vocabulary = None
+        field(0.5, x, prediction)
 
     def fresh_modulation():
-        model.time_table.kept.clear()
-        field(0.5, x, guess)
+        model.time_table.cached.clear()
+        field(0.5, x, prediction)
 
     def guided():
-        VelocityField(model, reading, class_ids=classes, guidance=2.0)(0.5, x, guess)
+        VelocityField(model, states, class_ids=classes, guidance=2.0)(0.5, x, prediction)
 
     def apart():
-        VelocityField(model, reading, class_ids=classes)(0.5, x, guess)
-        VelocityField(model, reading)(0.5, x, guess)
+        VelocityField(model, states, class_ids=classes)(0.5, x, prediction)
+        VelocityField(model, states)(0.5, x, prediction)
 
-    evaluation = timed(lambda: field(0.5, x, guess))
+    evaluation = timed(lambda: field(0.5, x, prediction))
     print(f"batch {batch}, context {context}: one evaluation of the path {evaluation:.3f} ms; "
           "below: what it takes instead, and the ratio")
     works = [("the frozen model's own next token", decode), ("with V made again", fresh_vocabulary),
@@ -81,16 +81,16 @@ def evaluation_table(model, batch: int, context: int, timed):
     for name, work in works:
         ms = timed(work)
         print(f"  {name:38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
-    model.fold_lora(False)
-    ms = timed(lambda: field(0.5, x, guess))
-    model.fold_lora(True)
-    print(f"  {'with the LoRA not folded':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
+    model.merge_lora(False)
+    ms = timed(lambda: field(0.5, x, prediction))
+    model.merge_lora(True)
+    print(f"  {'with the LoRA not merged':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
 
 
-def drawn(model, ids, targets, unroll=0, needs=None, documents=None):
+def drawn(model, ids, targets, unroll=0, hops=None, documents=None):
     """A batch with all that is random in it, as train.py makes one."""
     cpu = targets.cpu()
-    batch = Batch(ids.cpu(), documents, count(cpu, None, needs))
+    batch = Batch(ids.cpu(), documents, find_targets(cpu, None, hops))
     generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
     return model.draw(batch, generators, unroll).to(ids.device)
 
@@ -102,8 +102,8 @@ def mean_loss(model, ids, targets):
 OPTIONS = {
     "the paper's path": {},
     "reads its own guess": {"self_conditioning": True},
-    "own keys and values": {"own_reading": True},
-    "both": {"self_conditioning": True, "own_reading": True},
+    "own keys and values": {"own_kv": True},
+    "both": {"self_conditioning": True, "own_kv": True},
 }
 
 
@@ -115,20 +115,20 @@ def options_table(lm, config, batch: int, context: int, timed):
     ids, targets = torch.randint(lm.config.vocab_size, (2, *size), generator=generator).to(device)
     # as in a graded answer, the last tokens count
     targets[:, :-8] = IGNORE
-    needs = torch.full((batch,), 6)
+    hops = torch.full((batch,), 6)
     first = None
     print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, and times the first")
     print(" " * 24 + "".join(f"{name:>20}" for name in
                              ("an evaluation", "a token read", "update, paper", "update, refined")))
     for name, options in OPTIONS.items():
         model = L2D(lm, dataclasses.replace(config, **options)).eval()
-        model.fold_lora()
+        model.merge_lora()
         cache = KVCache()
         model.read(ids[:, :-1], cache=cache)
-        reading = model.read(ids[:, -1:], cache=cache)
+        states = model.read(ids[:, -1:], cache=cache)
         x = torch.randn(batch, 1, config.width, generator=generator).to(device)
-        guess = lm.logits(reading.hidden).float()
-        field = VelocityField(model, reading)
+        prediction = lm.logits(states.hidden).float()
+        field = VelocityField(model, states)
 
         def read():
             cache.length = context      # the newest token is read again, in its place
@@ -136,9 +136,9 @@ def options_table(lm, config, batch: int, context: int, timed):
 
         def update(objective, unroll=0):
             with torch.enable_grad():
-                objective(drawn(model, ids, targets, unroll, needs)).values.mean().backward()
+                objective(drawn(model, ids, targets, unroll, hops)).values.mean().backward()
 
-        found = [timed(lambda: field(0.5, x, guess)), timed(read)]
+        found = [timed(lambda: field(0.5, x, prediction)), timed(read)]
         model.train()
         found.append(timed(lambda: update(model.token_losses)))
         found.append(timed(lambda: update(model.refined_losses, unroll=8)))
@@ -189,7 +189,7 @@ def training_table(model, rows: int, length: int, timed):
     print_parts(model, ids, targets, whole, update, timed)
     # to train has dropped all that was kept to sample
     model.eval()
-    model.fold_lora(True)
+    model.merge_lora(True)
 
 
 def print_parts(model, ids, targets, whole: float, update, timed):
@@ -207,8 +207,8 @@ def print_parts(model, ids, targets, whole: float, update, timed):
         model.zero_grad(set_to_none=True)
 
     # each holds the one before
-    reading, objective, gradient = map(timed, (read, forward, backward))
-    parts = {"the frozen model reads": reading, "the path and its loss": objective - reading,
+    states, objective, gradient = map(timed, (read, forward, backward))
+    parts = {"the frozen model reads": states, "the path and its loss": objective - states,
              "backward": gradient - objective, "the optimizer": whole - gradient}
     for name, ms in parts.items():
         print(f"    of it, {name:30} {ms:8.1f} ms  {100 * ms / whole:5.0f} %")
@@ -235,8 +235,8 @@ def savings_table(model, rows: int, length: int, timed):
     # four documents in each row
     numbers = (torch.arange(length) * 4 // length + 1).repeat(rows, 1)
     plain = drawn(model, ids, targets)
-    reading = model.lm.read(ids)
-    kept = Kept(reading.hidden, reading.keys, reading.values)
+    states = model.lm.read(ids)
+    cached = CachedStates(states.hidden, states.keys, states.values)
     compiled = torch.compile(L2D.token_losses, dynamic=True)
 
     def again(batch):
@@ -252,7 +252,7 @@ def savings_table(model, rows: int, length: int, timed):
         "four documents by a mask": (
             L2D.token_losses, drawn(model, ids, targets, documents=numbers)),
         "what the frozen model makes is kept": (
-            L2D.token_losses, dataclasses.replace(plain, kept=kept)),
+            L2D.token_losses, dataclasses.replace(plain, cached=cached)),
         "--checkpointing": (lambda _, batch: again(batch), plain),
         "--compile": (compiled, plain),
     }
@@ -275,7 +275,7 @@ def savings_table(model, rows: int, length: int, timed):
     ms = timed(lambda: drawn(model, ids, targets))
     print(f"  {'times and noise, made an update ahead':38} {ms:8.1f} ms  {ms / first:6.2f}")
     model.eval()
-    model.fold_lora(True)
+    model.merge_lora(True)
 
 
 def saved_bytes(forward) -> int:
@@ -304,11 +304,11 @@ def full_update(lm, ids, targets):
     """An update of a copy whose weights are all trained."""
     copied = copy.deepcopy(lm).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(copied.parameters(), lr=1e-9, fused=True)
-    where = (targets != IGNORE).nonzero(as_tuple=True)
+    index = (targets != IGNORE).nonzero(as_tuple=True)
 
     def update():
-        hidden = copied.read(ids).hidden[where]
-        (-copied.log_p(hidden, targets[where])).mean().backward()
+        hidden = copied.read(ids).hidden[index]
+        (-copied.log_p(hidden, targets[index])).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return update

@@ -21,7 +21,7 @@ for name in list(os.environ):
 os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
 
 from data.checkpoints.families import ModelConfig  # noqa: E402
-from data.training.batches import Batch, count  # noqa: E402
+from data.training.batches import Batch, find_targets  # noqa: E402
 from diffusion import L2D, L2DConfig  # noqa: E402
 from model import LM  # noqa: E402
 
@@ -78,12 +78,12 @@ def make_ids(batch=3, length=10, seed=0, vocab=258):
     return torch.randint(vocab, (batch, length), generator=generator)
 
 
-def make_batch(ids, targets, class_ids=None, documents=None, needs=None, t=None, noise=None):
+def make_batch(ids, next_ids, class_ids=None, documents=None, hops=None, t=None, noise=None):
     """A batch for an objective; t (B, T) and noise (B, T, Z) where they are not drawn."""
-    counted = count(targets, class_ids, needs)
+    targets = find_targets(next_ids, class_ids, hops)
     if t is not None:
-        counted = replace(counted, t=t[counted.where], noise=noise[counted.where])
-    return Batch(ids, documents, counted)
+        targets = replace(targets, t=t[targets.index], noise=noise[targets.index])
+    return Batch(ids, documents, targets)
 
 
 def generators(count, seed=0):

@@ -122,7 +122,7 @@ def build_cache(directory: Path):
 
 def build_results(path: Path):
     """In the form of eval.py, numbers invented."""
-    record = {"group": "chains    1", "topic": "chains", "level": 1, "far": False,
+    record = {"group": "chains    1", "topic": "chains", "level": 1, "unseen": False,
               "temperature": 0.0, "low": 0.2, "high": 0.8, "nfe_first": [3, 3]}
     columns = [("frozen", "frozen", {"steps": 0, "solver": "euler"}),
                ("euler 2", "fixed", {"steps": 2, "solver": "euler"}),

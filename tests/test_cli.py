@@ -128,7 +128,7 @@ def test_trace_shows_the_cost_of_tokens_and_the_guesses_of_one(run):
     status, out, _ = run("--prompt", "ab", "--trace", "--trace_token", "1")
     assert status == 0 and "\033" not in out
     assert len(re.findall(r"'?:3\b", re.search(r"   tokens: (.*)", out)[1])) == 4
-    assert re.search(r"^   token 1 \(.*\), guess at every evaluation:$", out, re.M)
+    assert re.search(r"^   token 1 \(.*\), prediction at every evaluation:$", out, re.M)
     assert re.findall(r"^     t = (0\.\d{4})  .* p = [01]\.\d{3}$", out, re.M)[:2] == [
         "0.0000",
         "0.5000",

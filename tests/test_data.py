@@ -67,7 +67,7 @@ def test_points_are_counted_and_what_lies_outside_is_at_the_border():
 
 
 def test_a_trace_names_the_tokens_it_could_show(tokenizer):
-    traces = [Trace(), Trace(guesses=[(0.5, 65, 0.25)])]
+    traces = [Trace(), Trace(predictions=[(0.5, 65, 0.25)])]
     answer = Answer(ids=tokenizer.encode("ab"), nfe=[3, 4], traces=traces)
     text = trace_text(answer, tokenizer, 1)
     assert "'a':3 'b':4" in text and "t = 0.5000" in text

@@ -49,8 +49,8 @@ VARIANTS = [
     dict(rank=4, classes=3),
     dict(rank=None, classes=3),
     dict(rank=4, self_conditioning=True),
-    dict(rank=None, own_reading=True),
-    dict(rank=4, classes=3, self_conditioning=True, own_reading=True),
+    dict(rank=None, own_kv=True),
+    dict(rank=4, classes=3, self_conditioning=True, own_kv=True),
 ]
 
 
@@ -80,7 +80,7 @@ def test_t_zero_is_exact_where_two_equal_products_round_differently():
         calls.append(1)
         return out * (1 + 1e-3 * len(calls))
 
-    l2d.merge.register_forward_hook(disturb)
+    l2d.time_gate.register_forward_hook(disturb)
     assert torch.equal(l2d(ids, *noisy(l2d, ids, 0.0)), l2d.lm(ids))
     assert len(calls) == 2
 
@@ -88,9 +88,9 @@ def test_t_zero_is_exact_where_two_equal_products_round_differently():
 @torch.no_grad()
 def test_first_evaluation_of_the_sampler_sees_the_frozen_models_logits(family):
     l2d = make_l2d(family)
-    reading = l2d.lm.read(make_ids()).last()
-    velocity, logits = VelocityField(l2d, reading)(0.0, torch.randn(3, 1, 16))
-    assert torch.equal(logits, l2d.lm.logits(reading.hidden))
+    states = l2d.lm.read(make_ids()).last()
+    velocity, logits = VelocityField(l2d, states)(0.0, torch.randn(3, 1, 16))
+    assert torch.equal(logits, l2d.lm.logits(states.hidden))
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_bfloat16_base_starts_at_its_own_logits_and_the_path_stays_float32(famil
     ids = make_ids()
     assert {p.dtype for p in l2d.path_parameters().values()} == {torch.float32}
     assert torch.equal(l2d(ids, *noisy(l2d, ids, 0.5)), lm(ids))
-    l2d.merge[2].weight += 0.2
+    l2d.time_gate[2].weight += 0.2
     assert torch.equal(l2d(ids, *noisy(l2d, ids, 0.0)), lm(ids))
     assert not torch.equal(l2d(ids, *noisy(l2d, ids, 0.5)), lm(ids))
 
@@ -122,7 +122,7 @@ def test_only_the_path_learns_and_at_first_only_the_merge_weight(family, rank):
     assert not any(p.requires_grad for p in l2d.lm.parameters())
     batch = make_batch(make_ids(), make_ids(seed=1), classes)
     mean_loss(l2d, l2d.draw(batch, generators(3))).backward()
-    assert awake(l2d) == {"merge.2.weight"}
+    assert awake(l2d) == {"time_gate.2.weight"}
     with torch.no_grad():
         for p in l2d.path_parameters().values():
             p += 0.1 * torch.randn(p.shape)
@@ -183,7 +183,7 @@ def embedded(l2d, t, class_id):
     return two_layers(l2d.time, sinusoid) + l2d.class_embedding.weight[class_id]
 
 
-def logits_by_hand(l2d, reading, position, x_t, t, class_id):
+def logits_by_hand(l2d, states, position, x_t, t, class_id):
     """The paper's section 3: one position of a batch of one, no broadcasting, no shortcuts."""
     lm = l2d.lm
     e = embedded(l2d, t, class_id)
@@ -195,11 +195,11 @@ def logits_by_hand(l2d, reading, position, x_t, t, class_id):
     for i, (block, frozen) in enumerate(zip(l2d.blocks, lm.blocks)):
         a1, s1, g1, a2, s2, g2 = two_layers(block.modulation, e).view(6, -1)
         q = affine(block.q, normalised(frozen.norm_attn, h, a1, s1))
-        found = attention(lm, q, reading.keys[i][0], reading.values[i][0], position)
+        found = attention(lm, q, states.keys[i][0], states.values[i][0], position)
         h = h + g1 * affine(block.o, found)
         h = h + g2 * mlp(block.mlp, normalised(frozen.norm_mlp, h, a2, s2))
-    w_d = two_layers(l2d.merge, e) - two_layers(l2d.merge, e_0)
-    return lm.head.weight @ normalised(lm.ln_f, reading.hidden[0, position] + w_d * h)
+    w_d = two_layers(l2d.time_gate, e) - two_layers(l2d.time_gate, e_0)
+    return lm.head.weight @ normalised(lm.ln_f, states.hidden[0, position] + w_d * h)
 
 
 @pytest.mark.parametrize("rank", [4, None])
@@ -209,10 +209,10 @@ def test_network_equals_its_formulas_written_out(family, rank):
     ids = make_ids(1, 7)
     x_t, t = noisy(l2d, ids, torch.rand(1, 7))
     logits = l2d(ids, x_t, t, torch.tensor([1]))
-    reading = l2d.lm.read(ids)
-    frozen = l2d.lm.logits(reading.hidden)
+    states = l2d.lm.read(ids)
+    frozen = l2d.lm.logits(states.hidden)
     for k in (0, 3, 6):
-        expected = logits_by_hand(l2d, reading, k, x_t[0, k], float(t[0, k]), 1)
+        expected = logits_by_hand(l2d, states, k, x_t[0, k], float(t[0, k]), 1)
         # what the path says is a thousand times what is allowed
         assert float((expected - frozen[0, k]).abs().max()) > 1
         torch.testing.assert_close(logits[0, k], expected, atol=1e-3, rtol=0)
@@ -244,7 +244,7 @@ def test_a_fresh_path_has_the_frozen_matrices_and_closed_gates(family, rank):
             x = torch.randn(5, theirs.in_features)
             assert torch.equal(ours(x), theirs(x))
         assert not block.modulation(torch.randn(5, 24)).any()
-    assert not l2d.merge(torch.randn(5, 24)).any()
+    assert not l2d.time_gate(torch.randn(5, 24)).any()
 
 
 @torch.no_grad()
@@ -398,18 +398,18 @@ def test_what_is_drawn_for_a_row_depends_on_the_row_alone(unroll):
     l2d = make_l2d(classes=3).train()
     targets = make_ids(4, 9).masked_fill(torch.rand(4, 9) < 0.4, IGNORE)
     classes = torch.tensor([0, 1, 2, 0])
-    needs = torch.tensor([0, 1, 2, 3])
+    hops = torch.tensor([0, 1, 2, 3])
 
     def drawn(rows, length):
         some = targets[rows, :length]
-        batch = make_batch(some, some, classes[rows], needs=needs[rows])
-        return l2d.draw(batch, [row_generator(7, 20 + row) for row in rows], unroll).counted
+        batch = make_batch(some, some, classes[rows], hops=hops[rows])
+        return l2d.draw(batch, [row_generator(7, 20 + row) for row in rows], unroll).targets
 
     together = drawn([3, 0, 2, 1], 9)
     for place, row in enumerate([3, 0, 2, 1]):
         length = int((targets[row] != IGNORE).nonzero().max()) + 1
         alone = drawn([row], length)
-        here = together.at(together.where[0] == place)
+        here = together.at(together.index[0] == place)
         for name in ("y", "t", "noise", "class_ids"):
             assert torch.equal(getattr(alone, name), getattr(here, name)), name
     assert not torch.equal(drawn([0], 9).noise[0], drawn([1], 9).noise[0])
@@ -488,7 +488,7 @@ def three_documents():
     return ids, targets.masked_fill(numbers == 0, IGNORE), numbers
 
 
-@pytest.mark.parametrize("options", [{}, {"own_reading": True, "self_conditioning": True}])
+@pytest.mark.parametrize("options", [{}, {"own_kv": True, "self_conditioning": True}])
 def test_documents_by_their_borders_teach_what_a_mask_teaches(family, options):
     l2d = make_l2d(family, perturb=0.05, **options)
     ids, targets, numbers = three_documents()
@@ -504,7 +504,7 @@ def test_documents_by_their_borders_teach_what_a_mask_teaches(family, options):
         assert difference <= 1e-5 + 1e-4 * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize("options", [{}, {"own_reading": True, "self_conditioning": True}])
+@pytest.mark.parametrize("options", [{}, {"own_kv": True, "self_conditioning": True}])
 def test_checkpointing_changes_no_gradient(family, options):
     l2d = make_l2d(family, **options)
     batch = l2d.draw(make_batch(*three_documents()[:2]), generators(2))
@@ -516,7 +516,7 @@ def test_checkpointing_changes_no_gradient(family, options):
         assert torch.equal(gradient, expected[name]), name
 
 
-@pytest.mark.parametrize("options", [{}, {"own_reading": True, "self_conditioning": True}])
+@pytest.mark.parametrize("options", [{}, {"own_kv": True, "self_conditioning": True}])
 def test_the_objective_is_one_graph_whatever_the_shapes(options):
     """torch.compile finds nothing to break at, and nothing to compile again."""
     torch._dynamo.reset()

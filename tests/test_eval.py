@@ -49,41 +49,41 @@ def test_wilson_interval_against_published_values(right, n, low, high):
 
 
 @pytest.mark.parametrize("refined", [False, True])
-@pytest.mark.parametrize("rank, folded", [(4, False), (4, True), (None, False)])
+@pytest.mark.parametrize("rank, merged", [(4, False), (4, True), (None, False)])
 @pytest.mark.parametrize("estimate", ["argmax", "average"])
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
-def test_arithmetic_is_what_torch_counts(rank, folded, estimate, solver, refined):
+def test_arithmetic_is_what_torch_counts(rank, merged, estimate, solver, refined):
     """Matrix products of one evaluation of the path, from shapes alone (attention: one query).
 
     dopri5 costs the same: the modulation is looked up by its time, and V is made once.
     """
     l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank, self_conditioning=refined)
-    l2d.fold_lora(folded)
+    l2d.merge_lora(merged)
     length = 12
     with torch.no_grad():
-        reading = l2d.lm.read(torch.randint(258, (1, length))).last()
-        field, x = VelocityField(l2d, reading, estimate), torch.randn(1, 1, 16)
+        states = l2d.lm.read(torch.randint(258, (1, length))).last()
+        field, x = VelocityField(l2d, states, estimate), torch.randn(1, 1, 16)
         t = torch.full((1,), 0.5) if solver == "dopri5" else 0.5
-        _, guess = field(t, x)  # fills the table of the modulation
+        _, prediction = field(t, x)  # fills the table of the modulation
         with FlopCounterMode(display=False) as counter:
-            field(t, x, guess)
+            field(t, x, prediction)
     settings = Settings(steps=1, estimate=estimate, solver=solver)
     one, none = (flops.flops_per_token(l2d, nfe, length, settings) for nfe in (2, 1))
     attention = 4 * 2 * length * 32  # torch does not count fused attention on every device
     assert counter.get_total_flops() in (one - none, one - none - attention)
 
 
-@pytest.mark.parametrize("rank, folded", [(4, False), (4, True), (None, False)])
-def test_own_reading_costs_one_token_through_the_layers_of_the_path(rank, folded):
-    l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank, own_reading=True)
-    l2d.fold_lora(folded)
+@pytest.mark.parametrize("rank, merged", [(4, False), (4, True), (None, False)])
+def test_own_kv_costs_one_token_through_the_layers_of_the_path(rank, merged):
+    l2d = make_l2d({**LLAMA, "num_key_value_heads": 4}, rank=rank, own_kv=True)
+    l2d.merge_lora(merged)
     ids = torch.randint(258, (1, 1))
     with torch.no_grad():
         l2d.read(ids)  # fills the table of the modulation
         with FlopCounterMode(display=False) as counter:
             l2d.read(ids)
     attention = 4 * 2 * 1 * 32
-    expected = flops.frozen_flops(l2d.lm, 1) + flops.reading_flops(l2d, 1)
+    expected = flops.frozen_flops(l2d.lm, 1) + flops.own_kv_flops(l2d, 1)
     assert counter.get_total_flops() in (expected, expected - 2 * attention)
 
 
@@ -211,10 +211,10 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
             len(places), model.config.width, generator=torch.Generator().manual_seed(number)
         )
         for k, x_0 in zip(places, model.config.sigma * noise):
-            reading = model.read(torch.tensor(ids[None, :k])).last()
-            field = VelocityField(model, reading, class_ids=torch.tensor([label]))
+            states = model.read(torch.tensor(ids[None, :k])).last()
+            field = VelocityField(model, states, class_ids=torch.tensor([label]))
             solution = odeint(field, x_0[None, None], "euler", 3)
-            logits = field.logits(solution.x, solution.guess)
+            logits = field.logits(solution.x, solution.prediction)
             expected.append(int(logits.argmax()) == ids[k])
     _, found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
     assert found.tolist() == expected and 0 < sum(expected)
@@ -358,7 +358,7 @@ def fake_results(path, columns):
     for level in (1, 2, 3):
         for name, kind, nfe in columns:
             records.append({
-                "group": f"chains {level}", "topic": "chains", "level": level, "far": level == 3,
+                "group": f"chains {level}", "topic": "chains", "level": level, "unseen": level == 3,
                 "temperature": 0.0, "column": name, "kind": kind, "settings": {"solver": "euler"},
                 "accuracy": 1.0 if nfe >= level else 0.0, "low": 0.0, "high": 0.9999999,
                 "nfe_per_token": nfe, "nfe_first": nfe + level,
@@ -371,7 +371,7 @@ def test_the_curve_of_a_way_is_the_mean_over_trained_levels_of_its_fixed_steps(t
     columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("euler 1", "fixed", 1),
                ("euler 2 stop 2", "adaptive", 2)]
     records = fake_results(tmp_path / "a.json", columns)
-    assert mean_curve([r for r in records if not r["far"]]) == [(0, 0.0), (1, 0.5), (3, 1.0)]
+    assert mean_curve([r for r in records if not r["unseen"]]) == [(0, 0.0), (1, 0.5), (3, 1.0)]
 
 
 def test_pictures_of_one_result_and_of_several(tmp_path):
@@ -380,7 +380,7 @@ def test_pictures_of_one_result_and_of_several(tmp_path):
     fake_results(tmp_path / "path.json", columns)
     fake_results(tmp_path / "lora.json", columns[:1])
     trace = {"first": 0, "words": {"3": "a"}, "tokens": [
-        {"word": "a", "nfe": 2, "guesses": [[0.0, 3, 0.5, True], [0.5, 3, 0.2, False]]}]}
+        {"word": "a", "nfe": 2, "predictions": [[0.0, 3, 0.5, True], [0.5, 3, 0.2, False]]}]}
     page = f'<p></p><script type="application/json" id="data">{json.dumps(trace)}</script>'
     (tmp_path / "trace.html").write_text(page)
     kinds = {"trace": ["trace.html"], "curves": ["path.json"], "levels": ["path.json"], "nfe": ["path.json"],

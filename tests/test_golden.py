@@ -34,8 +34,8 @@ NAMES = {
     "from_z.2": "flow_to_lm_encoder.embedder.layers_module.2",
     "time.0": "timestep_embedder.mlp.0",
     "time.2": "timestep_embedder.mlp.2",
-    "merge.0": "modulation_head.mlp.0",
-    "merge.2": "modulation_head.mlp.2",
+    "time_gate.0": "modulation_head.mlp.0",
+    "time_gate.2": "modulation_head.mlp.2",
 }
 PARTS = {
     "q": "self_attn.flow_q_proj",
@@ -101,9 +101,9 @@ def test_left_padding(l2d, golden):
     documents = golden["golden.leftpad.attention_mask"].long()
     seen = documents.bool()
     x_t, t = golden["golden.fwd.perpos.x_t"], golden["golden.fwd.perpos.timesteps"]
-    reading = l2d.lm.read(golden["golden.input_ids"], documents)
-    logits = l2d.lm.logits(l2d.denoise(x_t, t, l2d.modulation(t), reading))
-    close(l2d.lm.logits(reading.hidden)[seen], golden["golden.leftpad.base_logits"][seen])
+    states = l2d.lm.read(golden["golden.input_ids"], documents)
+    logits = l2d.lm.logits(l2d.last_hidden(x_t, t, l2d.modulation(t), states))
+    close(l2d.lm.logits(states.hidden)[seen], golden["golden.leftpad.base_logits"][seen])
     close(logits[seen], golden["golden.leftpad.logits"][seen])
 
 
@@ -126,8 +126,8 @@ def test_loss_and_every_gradient(l2d, golden):
     ("argmax", "argmax", 1.0), ("avg1", "average", 1.0), ("avg0.3", "average", 0.3)])
 @torch.no_grad()
 def test_velocity(l2d, golden, t, case, estimate, temperature):
-    reading = l2d.lm.read(golden["golden.input_ids"])
-    velocity = VelocityField(l2d, reading, estimate, temperature)
+    states = l2d.lm.read(golden["golden.input_ids"])
+    velocity = VelocityField(l2d, states, estimate, temperature)
     x_t = golden[f"golden.vel.t{t}.x_t"].float()
     close(velocity(t, x_t)[0], golden[f"golden.vel.t{t}.{case}"])
 
@@ -145,12 +145,12 @@ SOLVES = [
 @torch.no_grad()
 def test_trajectory_and_final_logits(l2d, golden, case, solver, estimate):
     theirs = golden[f"golden.ode.last.{case}.trajectory"]
-    reading = l2d.lm.read(golden["golden.input_ids"]).last()
-    velocity = VelocityField(l2d, reading, estimate)
-    states = []
+    states = l2d.lm.read(golden["golden.input_ids"]).last()
+    velocity = VelocityField(l2d, states, estimate)
+    points = []
     solution = odeint(velocity, golden["golden.ode.x_init_last"], solver, len(theirs) - 1,
-                      watch=lambda rows, t, x, guess: states.append(x))
+                      watch=lambda rows, t, x, prediction: points.append(x))
     # the first evaluation of every interval is at a point of the grid
-    starts = states[::1 if solver == "euler" else 2]
+    starts = points[::1 if solver == "euler" else 2]
     close(torch.stack([*starts, solution.x]), theirs)
     close(velocity.logits(solution.x), golden[f"golden.ode.last.{case}.final_logits"])

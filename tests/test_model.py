@@ -37,8 +37,8 @@ def decode(lm, ids, documents=None, pieces=(1,)):
         length = pieces[min(len(logits), len(pieces) - 1)]
         part = slice(start, start + length)
         some = None if documents is None else documents[:, part]
-        reading = lm.read(ids[:, part], some, cache)
-        logits.append(lm.logits(reading.hidden))
+        states = lm.read(ids[:, part], some, cache)
+        logits.append(lm.logits(states.hidden))
         start = part.stop
     return torch.cat(logits, dim=1)
 
@@ -123,12 +123,12 @@ def test_a_cache_goes_on_with_some_of_its_rows(family):
     rows = torch.tensor([1, 2])
     whole = lm(ids, documents)
     cache = KVCache()
-    reading = lm.read(ids[:, :8], documents[:, :8], cache).last()
-    close(lm.logits(reading.hidden), whole[:, 7:8])
-    close(lm.logits(reading.rows(rows).hidden), whole[rows, 7:8])
+    states = lm.read(ids[:, :8], documents[:, :8], cache).last()
+    close(lm.logits(states.hidden), whole[:, 7:8])
+    close(lm.logits(states.rows(rows).hidden), whole[rows, 7:8])
     cache.keep(rows)
-    reading = lm.read(ids[rows, 8:9], documents[rows, 8:9], cache)
-    close(lm.logits(reading.hidden), whole[rows, 8:9])
+    states = lm.read(ids[rows, 8:9], documents[rows, 8:9], cache)
+    close(lm.logits(states.hidden), whole[rows, 8:9])
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -178,26 +178,26 @@ def test_a_growing_cache_changes_nothing_that_is_read(monkeypatch):
     cache = KVCache()
     rooms = []
     for k in range(21):
-        reading = lm.read(ids[:, k:k + 1], cache=cache)
+        states = lm.read(ids[:, k:k + 1], cache=cache)
         rooms.append(cache.keys[0].shape[2])
     assert cache.length == 21
     assert sorted(set(rooms)) == [4, 10, 22]
     whole = lm.read(ids)
     for layer in range(2):
-        for ours, theirs in ((reading.keys, whole.keys), (reading.values, whole.values)):
+        for ours, theirs in ((states.keys, whole.keys), (states.values, whole.values)):
             torch.testing.assert_close(ours[layer], theirs[layer], atol=1e-5, rtol=1e-4)
 
 
 # --- what was read --------------------------------------------------------------------------------
 
 def test_what_was_read_cannot_be_changed():
-    reading = make_lm().read(make_ids())
+    states = make_lm().read(make_ids())
     for name in ("hidden", "keys", "values", "positions", "mask", "cos_sin"):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(reading, name, None)
+            setattr(states, name, None)
     # nor can a layer be exchanged
-    assert isinstance(reading.keys, tuple)
-    assert isinstance(reading.values, tuple)
+    assert isinstance(states.keys, tuple)
+    assert isinstance(states.values, tuple)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -206,22 +206,22 @@ def test_the_last_token_and_some_rows_of_a_reading(family, packed):
     lm = make_lm(family)
     ids = make_ids(3, 8)
     documents = torch.tensor([[1] * 5 + [2] * 3, [1] * 2 + [2] * 6, [0] * 3 + [1] * 5])
-    reading = lm.read(ids, documents if packed else None)
+    states = lm.read(ids, documents if packed else None)
     index = torch.tensor([2, 0, 2])
-    for some in (reading.last().rows(index), reading.rows(index).last()):
-        assert torch.equal(some.hidden, reading.hidden[index, -1:])
-        assert torch.equal(some.keys[1], reading.keys[1][index])
-        assert torch.equal(some.values[0], reading.values[0][index])
-        expected = reading.positions.expand(3, 8)[index, -1:]
+    for some in (states.last().rows(index), states.rows(index).last()):
+        assert torch.equal(some.hidden, states.hidden[index, -1:])
+        assert torch.equal(some.keys[1], states.keys[1][index])
+        assert torch.equal(some.values[0], states.values[0][index])
+        expected = states.positions.expand(3, 8)[index, -1:]
         assert torch.equal(some.positions.expand(3, 1), expected)
         if packed:
-            assert torch.equal(some.mask, reading.mask[index, :, -1:])
+            assert torch.equal(some.mask, states.mask[index, :, -1:])
         else:
             # the same for all rows is kept once
             assert some.mask is None
             assert len(some.positions) == 1
-        if reading.cos_sin is not None:
-            expected = reading.cos_sin.expand(3, -1, -1, -1)[index, :, -1:]
+        if states.cos_sin is not None:
+            expected = states.cos_sin.expand(3, -1, -1, -1)[index, :, -1:]
             assert torch.equal(some.cos_sin.expand(3, -1, -1, -1), expected)
 
 

@@ -52,7 +52,7 @@ def counted(oracle, x):
 def test_the_oracle_says_bayes_rule(t):
     """By torch's own normal distribution, one token at a time."""
     x = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
-    found = PLANE.guess(x, t, None, None)
+    found = PLANE.predict(x, t, None, None)
     times = torch.as_tensor(t, dtype=F64).expand(2)
     for row, time in enumerate(times.tolist()):
         joint = []
@@ -98,9 +98,9 @@ def line_problem(end=0.6):
     """
     field = VelocityField(LINE, None, "average")
 
-    def scaled(s, x, guess=None):
-        velocity, guess = field(end * s, x)
-        return end * velocity, guess
+    def scaled(s, x, prediction=None):
+        velocity, prediction = field(end * s, x)
+        return end * velocity, prediction
 
     x_0 = even_noise()
     return scaled, x_0, exact_state(LINE, x_0, end)

@@ -68,9 +68,9 @@ def invented(pieces, costs=None):
     answer = Answer(ids=ids, nfe=costs, text=tokenizer.decode(ids))
     for token, cost in enumerate(costs):
         before = (token + 1) % len(pieces)
-        guesses = [(n / (cost - 1), before if n < 2 else token, n / cost) for n in range(cost)]
+        predictions = [(n / (cost - 1), before if n < 2 else token, n / cost) for n in range(cost)]
         accepted = [n % 3 != 2 or n == cost - 1 for n in range(cost)]
-        answer.traces.append(Trace(guesses, accepted, reached=1.0))
+        answer.traces.append(Trace(predictions, accepted, reached=1.0))
     return tokenizer, answer
 
 
@@ -168,10 +168,10 @@ def test_all_tokens_of_the_first_sequence_are_traced_and_none_changes(options):
     plain = generate(l2d, PROMPTS, Settings(max_new_tokens=3, **options))
     traced = generate(l2d, PROMPTS, Settings(max_new_tokens=3, trace=True, **options))
     assert [a.ids for a in traced] == [a.ids for a in plain]
-    assert [len(t.guesses) for t in traced[0].traces] == traced[0].nfe == plain[0].nfe
+    assert [len(t.predictions) for t in traced[0].traces] == traced[0].nfe == plain[0].nfe
     assert all(a.traces == [] for a in (*plain, *traced[1:]))
     # greedily, the last look is the token
-    assert [t.guesses[-1][1] for t in traced[0].traces] == traced[0].ids
+    assert [t.predictions[-1][1] for t in traced[0].traces] == traced[0].ids
 
 
 @pytest.mark.parametrize("solver", solvers.FIXED)
@@ -181,7 +181,7 @@ def test_a_fixed_solver_rejects_nothing(solver):
         settings = Settings(solver=solver, steps=10, max_new_tokens=2, trace=True, **options)
         (answer,) = generate(make_l2d(), PROMPTS[:1], settings)
         for trace in answer.traces:
-            assert all(trace.accepted) and len(trace.accepted) == len(trace.guesses)
+            assert all(trace.accepted) and len(trace.accepted) == len(trace.predictions)
     assert 0 < trace.reached <= 1
 
 
@@ -202,7 +202,7 @@ def test_rejected_steps_are_those_that_the_solver_rejected(options, monkeypatch)
         judged.clear()
         answers = generate(make_l2d(), PROMPTS, settings, seeds=[seed, 8, 9])
         (trace,) = answers[0].traces
-        # around the steps stand the guess at t = 0 and the last look
+        # around the steps stand the prediction at t = 0 and the last look
         assert trace.accepted == [True, *judged, True]
         wasted += judged.count(False)
     assert wasted
@@ -234,10 +234,10 @@ def test_the_data_are_the_guesses(slow, slow_page, tiny):
     data = data_of(slow_page)
     assert [token["nfe"] for token in data["tokens"]] == slow.nfe
     for token, trace in zip(data["tokens"], slow.traces):
-        assert [tuple(guess[:3]) for guess in token["guesses"]] == trace.guesses
-        assert [guess[3] for guess in token["guesses"]] == trace.accepted
+        assert [tuple(prediction[:3]) for prediction in token["predictions"]] == trace.predictions
+        assert [prediction[3] for prediction in token["predictions"]] == trace.accepted
         assert token["reached"] == trace.reached == 1
-        for _, id, _, _ in token["guesses"]:
+        for _, id, _, _ in token["predictions"]:
             assert data["words"][str(id)] == tiny[1].decode([id])
     assert not all(slow.traces[0].accepted)
 
@@ -458,7 +458,7 @@ def expected_table(trace, word):
     kinds = ["● accepted" if good else "× rejected" for good in trace.accepted]
     kinds[0], kinds[-1] = "◆ frozen", "■ last look"
     return [[f"{t:.4f}", f"‘{word([id])}’", f"{p:.3f}", kind]
-            for (t, id, p), kind in zip(trace.guesses, kinds)]
+            for (t, id, p), kind in zip(trace.predictions, kinds)]
 
 
 def chosen(browser):
@@ -481,10 +481,10 @@ def test_a_click_shows_the_guesses_of_a_token(browser, slow, slow_page, tiny):
     assert table(browser) == expected_table(slow.traces[1], word)
     browser.click("#token-0")
     assert table(browser) == expected_table(slow.traces[0], word)
-    t, frozen, p = slow.traces[0].guesses[0]
+    t, frozen, p = slow.traces[0].predictions[0]
     wasted = slow.traces[0].accepted.count(False)
     summary = text_of(browser, "#summary")
-    assert t == 0 and f"frozen model‘{word([frozen])}’, p = {p:.3f} (the guess at t = 0)" in summary
+    assert t == 0 and f"frozen model‘{word([frozen])}’, p = {p:.3f} (the prediction at t = 0)" in summary
     assert f"evaluations{slow.nfe[0]}, {wasted} in rejected steps" in summary
 
 
@@ -496,15 +496,15 @@ def test_the_picture_has_a_mark_for_every_evaluation(browser, slow, slow_page):
         "return document.querySelectorAll('#picture ' + arguments[0]).length", selector)
     wasted = trace.accepted.count(False)
     assert [count(f".{kind} .mark") for kind in ("frozen", "accepted", "rejected", "last")] == [
-        1, len(trace.guesses) - wasted - 2, wasted, 1]
+        1, len(trace.predictions) - wasted - 2, wasted, 1]
     # a form of their own, not only a colour
     assert count(".rejected path") == wasted and count(".accepted path") == 0
-    assert count("tspan") == len({id for _, id, _ in trace.guesses})
+    assert count("tspan") == len({id for _, id, _ in trace.predictions})
     # t grows to the right, from border to border
     places = browser.script("return Array.from(document.querySelectorAll('#picture .stem'), "
                             "(stem) => Number(stem.getAttribute('x1')))")
     width = browser.script("return document.getElementById('picture').clientWidth")
-    wanted = [10 + t * (width - 20) for t, _, _ in trace.guesses]
+    wanted = [10 + t * (width - 20) for t, _, _ in trace.predictions]
     assert places == pytest.approx(wanted, abs=0.01)
 
 

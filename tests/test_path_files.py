@@ -59,7 +59,7 @@ def test_saving_and_loading_gives_the_same_path_to_the_bit(tmp_path, family, opt
 def test_a_folded_path_is_saved_like_any_other(saved, tmp_path_factory):
     l2d, directory = saved
     other = tmp_path_factory.mktemp("folded")
-    l2d.fold_lora()
+    l2d.merge_lora()
     l2d.save(other)
     for name in ("path.json", "path.safetensors"):
         assert (other / name).read_bytes() == (directory / name).read_bytes()
@@ -145,7 +145,7 @@ def no_tensors(directory):
 def drop_tensor(directory):
     path = directory / "path.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    del tensors["merge.2.weight"]
+    del tensors["time_gate.2.weight"]
     save_file(tensors, path)
 
 
@@ -167,7 +167,7 @@ UNFIT = "does not fit path.json: "
 @pytest.mark.parametrize("act, message", [
     (cut_tensors, "path.safetensors is truncated or not a safetensors file"),
     (no_tensors, "path.safetensors is truncated or not a safetensors file"),
-    (drop_tensor, UNFIT + "1 tensors differ, first merge.2.weight"),
+    (drop_tensor, UNFIT + "1 tensors differ, first time_gate.2.weight"),
     (no_json, "path.json does not exist"),
     (half_a_json, "path.json is not valid JSON"),
     (empty_json, "path.json was not written by this version: it has no 'config'"),

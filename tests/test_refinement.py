@@ -21,7 +21,7 @@ from sample import Settings, generate
 from solvers import odeint
 
 GUESS = {"self_conditioning": True}
-OWN = {"own_reading": True}
+OWN = {"own_kv": True}
 BOTH = {**GUESS, **OWN}
 PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
 
@@ -43,17 +43,17 @@ def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
     """A path that is sure of the token it stands on finds what the frozen network found there."""
     l2d = make_l2d(family, perturb=0, **options)
     ids = make_ids()
-    reading = l2d.read(ids)
+    states = l2d.read(ids)
     frozen = l2d.lm.read(ids)
     t = torch.full(ids.shape, 0.4)
     # all of the path enters
     modulation = l2d.modulation(t)._replace(w_d=torch.ones(*ids.shape, 32))
     sure = 1000 * F.one_hot(ids, 258).float()
     x_t = torch.randn(*ids.shape, 16)
-    found = l2d.denoise(x_t, t, modulation, reading, sure) - frozen.hidden
+    found = l2d.last_hidden(x_t, t, modulation, states, sure) - frozen.hidden
     torch.testing.assert_close(found, frozen.hidden, atol=2e-4, rtol=1e-4)
-    if "own_reading" in options:
-        for own, theirs in zip(reading.keys + reading.values, frozen.keys + frozen.values):
+    if "own_kv" in options:
+        for own, theirs in zip(states.keys + states.values, frozen.keys + frozen.values):
             torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -61,23 +61,23 @@ def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
 def test_the_paper_path_starts_with_closed_gates():
     l2d = make_l2d(perturb=0)
     assert not any(block.modulation[-1].bias.any() for block in l2d.blocks)
-    assert l2d.from_guess is None and all(block.k is None for block in l2d.blocks)
+    assert l2d.from_prediction is None and all(block.k is None for block in l2d.blocks)
 
 
 @torch.no_grad()
 def test_the_guess_before_changes_the_next_one():
     l2d = make_l2d(**GUESS)
-    reading = l2d.read(make_ids()).last()
+    states = l2d.read(make_ids()).last()
     x = torch.randn(3, 1, 16)
-    first = l2d.guess(x, 0.5, None, reading)
+    first = l2d.predict(x, 0.5, None, states)
     # before the first evaluation it is what the frozen model says
-    frozen = l2d.lm.logits(reading.hidden)
-    assert torch.equal(l2d.guess(x, 0.5, None, reading, frozen), first)
-    assert not torch.allclose(l2d.guess(x, 0.5, None, reading, first), first, atol=1e-2)
+    frozen = l2d.lm.logits(states.hidden)
+    assert torch.equal(l2d.predict(x, 0.5, None, states, frozen), first)
+    assert not torch.allclose(l2d.predict(x, 0.5, None, states, first), first, atol=1e-2)
 
 
 @torch.no_grad()
-def test_own_reading_leaves_the_frozen_one_alone(family):
+def test_own_kv_leaves_the_frozen_one_alone(family):
     l2d = make_l2d(family, **OWN)
     ids = make_ids()
     own, frozen = l2d.read(ids), l2d.lm.read(ids)
@@ -87,47 +87,47 @@ def test_own_reading_leaves_the_frozen_one_alone(family):
 
 # --- the objective --------------------------------------------------------------------------------
 
-def by_hand(l2d, batch, needs, backprop):
+def by_hand(l2d, batch, hops, backprop):
     """Loss and last loss of every position that counts, each with a loop of its own."""
-    counted, found = batch.counted, {}
-    places = zip(*(place.tolist() for place in counted.where))
-    for (b, k), y, times, noise in zip(places, counted.y, counted.t, counted.noise):
-        reading = l2d.read(batch.ids[b:b + 1, :k + 1]).last()
+    targets, found = batch.targets, {}
+    places = zip(*(place.tolist() for place in targets.index))
+    for (b, k), y, times, noise in zip(places, targets.y, targets.t, targets.noise):
+        states = l2d.read(batch.ids[b:b + 1, :k + 1]).last()
         V = l2d.vocabulary()
         x = l2d.config.sigma * noise[None, None]
-        guess = l2d.lm.logits(reading.hidden)
+        prediction = l2d.lm.logits(states.hidden)
         t = 0.0
         losses = []
         for made, new_t in enumerate([t for t in times.tolist() if t], start=1):
-            x_hat = guess.softmax(-1) @ V
+            x_hat = prediction.softmax(-1) @ V
             x = x + (x_hat - x) * (new_t - t) / (1 - t)
             t = new_t
-            guess = l2d.guess(x, torch.tensor([t]), None, reading, guess)
-            loss = float(F.cross_entropy(guess[0], y[None]))
-            need = 0 if needs is None else int(needs[b])
+            prediction = l2d.predict(x, torch.tensor([t]), None, states, prediction)
+            loss = float(F.cross_entropy(prediction[0], y[None]))
+            need = 0 if hops is None else int(hops[b])
             losses.append((loss, made + 1 >= need))
         fair = [loss for loss, could_be_right in losses[-backprop:] if could_be_right]
         found[b, k] = sum(fair) / max(1, len(fair)), losses[-1][0], t
     return found
 
 
-@pytest.mark.parametrize("needs", [None, torch.tensor([0, 4, 2])])
+@pytest.mark.parametrize("hops", [None, torch.tensor([0, 4, 2])])
 @pytest.mark.parametrize("options", [GUESS, BOTH, {}])
 @torch.no_grad()
-def test_refined_losses_are_those_of_a_plain_loop(family, options, needs):
+def test_refined_losses_are_those_of_a_plain_loop(family, options, hops):
     l2d = make_l2d(family, **options)
     ids = make_ids()
     targets = make_ids(seed=1).masked_fill(torch.rand(ids.shape) < 0.5, IGNORE)
-    batch = l2d.draw(make_batch(ids, targets, needs=needs), generators(3, 7), unroll=5)
+    batch = l2d.draw(make_batch(ids, targets, hops=hops), generators(3, 7), unroll=5)
     found = l2d.refined_losses(batch, backprop=2)
-    expected = by_hand(l2d, batch, needs, 2)
+    expected = by_hand(l2d, batch, hops, 2)
     assert len(found.values) == len(expected)
     # positions come in another order, so they are compared as a set
     rows = sorted(zip(*(x.tolist() for x in found[:3])))
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(sorted(expected.values())),
                                atol=2e-3, rtol=1e-3)
-    if needs is not None:
-        assert sorted(found.needs.tolist()) == sorted(batch.counted.needs.tolist())
+    if hops is not None:
+        assert sorted(found.hops.tolist()) == sorted(batch.targets.hops.tolist())
 
 
 @pytest.mark.parametrize("backprop", [1, 3])
@@ -135,15 +135,15 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
     l2d = make_l2d(**BOTH).train()
     original, remembered = L2D.step, []
 
-    def step(self, x, guess, *args):
-        x_new, guess_new = original(self, x, guess, *args)
-        remembered.append((guess.requires_grad, guess_new.requires_grad))
+    def step(self, x, prediction, *args):
+        x_new, guess_new = original(self, x, prediction, *args)
+        remembered.append((prediction.requires_grad, guess_new.requires_grad))
         return x_new, guess_new
 
     monkeypatch.setattr(L2D, "step", step)
     ids = make_ids()
-    needs = torch.full((3,), 6)
-    batch = make_batch(ids, make_ids(seed=1), needs=needs)
+    hops = torch.full((3,), 6)
+    batch = make_batch(ids, make_ids(seed=1), hops=hops)
     losses = l2d.refined_losses(l2d.draw(batch, generators(3), unroll=6), backprop)
     losses.values.mean().backward()
     count = len(remembered)
@@ -152,13 +152,13 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
     # and what went before enters the first of them without a past
     assert not remembered[count - backprop][0]
     reached = [name for name, p in l2d.path_parameters().items() if p.grad is not None]
-    assert {"from_guess.weight", "to_z.weight"} <= set(reached)
+    assert {"from_prediction.weight", "to_z.weight"} <= set(reached)
     assert not any(p.requires_grad for p in l2d.lm.parameters())
 
 
 def test_a_row_has_evaluations_as_it_needs_and_a_uniform_last_time():
-    needs = torch.tensor([0, 1, 5, 12]).repeat_interleave(20_000)
-    times = draw_schedule(RowDraws([20_000] * 4, generators(4)), needs, 8).view(4, 20_000, 8)
+    hops = torch.tensor([0, 1, 5, 12]).repeat_interleave(20_000)
+    times = draw_schedule(RowDraws([20_000] * 4, generators(4)), hops, 8).view(4, 20_000, 8)
     count = (times > 0).sum(-1)
     for row, allowed in zip(count, ({1, 2, 3}, {1, 2, 3, 4}, {4, 5, 6, 7, 8}, {8})):
         assert set(row.unique().tolist()) == allowed
@@ -184,10 +184,10 @@ def test_nothing_to_learn_gives_no_refined_losses():
 
 def test_the_hardest_need_grows_when_the_hardest_rows_are_right():
     curriculum = Curriculum(top=3)
-    needs = torch.tensor([1, 1, 0, 2])
+    hops = torch.tensor([1, 1, 0, 2])
     right, wrong = torch.full((4,), 0.1), torch.full((4,), 2.0)
-    assert curriculum.count(needs, right).tolist() == [2, 2]
-    assert curriculum.count(needs, wrong).tolist() == [2, 0]
+    assert curriculum.count(hops, right).tolist() == [2, 2]
+    assert curriculum.count(hops, wrong).tolist() == [2, 0]
     for _ in range(10):
         curriculum.note(2, 0)
     assert curriculum.hardest == 1
@@ -196,7 +196,7 @@ def test_the_hardest_need_grows_when_the_hardest_rows_are_right():
         assert curriculum.hardest == 1
         curriculum.note(2, 2)
     assert curriculum.hardest == 2
-    assert curriculum.count(needs, right).tolist() == [1, 1]
+    assert curriculum.count(hops, right).tolist() == [1, 1]
     # an update without any of them says nothing
     curriculum.note(0, 0)
     for _ in range(22):
@@ -269,7 +269,7 @@ def test_cached_text_equals_everything_read_again(family, options):
             velocity = VelocityField(l2d, l2d.read(torch.tensor([ids])).last())
             x_0 = l2d.config.sigma * torch.randn(1, 16, generator=g)[None]
             solution = odeint(velocity, x_0, "euler", 3)
-            ids.append(int(velocity.logits(solution.x, solution.guess).argmax()))
+            ids.append(int(velocity.logits(solution.x, solution.prediction).argmax()))
         assert answer.ids == ids[len(prompt):]
 
 
@@ -299,9 +299,9 @@ def test_the_options_are_saved_and_a_path_without_them_is_the_papers(tmp_path):
     l2d = make_l2d(**BOTH)
     l2d.save(tmp_path)
     again = L2D.load(tmp_path, make_lm())
-    assert again.config == l2d.config and again.config.own_reading
+    assert again.config == l2d.config and again.config.own_kv
     for name, p in l2d.path_parameters().items():
         assert torch.equal(again.path_parameters()[name], p), name
     old = {name: value for name, value in dataclasses.asdict(l2d.config).items()
            if name not in BOTH}
-    assert not L2DConfig(**old).self_conditioning and not L2DConfig(**old).own_reading
+    assert not L2DConfig(**old).self_conditioning and not L2DConfig(**old).own_kv

@@ -73,14 +73,14 @@ def l2d_by_hand(l2d, prompt, count, settings, seed, class_id=None):
                 None if label is None else torch.tensor([label]),
             )[:, -1:]
 
-        def velocity(t, x, guess):
+        def velocity(t, x, prediction):
             total = 0
             for weight, label in mixture:
-                guess = logits(x, t, label)
+                prediction = logits(x, t, label)
                 point = (
-                    l2d.vocabulary()[guess.argmax(-1)]
+                    l2d.vocabulary()[prediction.argmax(-1)]
                     if settings.estimate == "argmax"
-                    else guess.softmax(-1) @ l2d.vocabulary()
+                    else prediction.softmax(-1) @ l2d.vocabulary()
                 )
                 total = total + weight * (point - x) / (1 - float(t))
             return total, None
@@ -183,7 +183,7 @@ def test_a_sequence_alone_equals_the_same_sequence_in_a_batch(family, options):
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 4, 2), (3, 40, 1)])
-@pytest.mark.parametrize("options", [dict(), dict(own_reading=True)])
+@pytest.mark.parametrize("options", [dict(), dict(own_kv=True)])
 def test_a_common_beginning_is_read_once_and_changes_nothing(
         family, options, lengths, monkeypatch):
     l2d = make_l2d(family, **options)
@@ -320,13 +320,13 @@ def test_cost_of_a_token(solver, cost, guidance, factor, monkeypatch):
     With guidance both lines are one call, of twice the batch. The evaluation at t = 0 is counted
     though it costs nothing: it is the frozen model's.
     """
-    l2d, sizes, original = make_l2d(classes=2), [], L2D.denoise
+    l2d, sizes, original = make_l2d(classes=2), [], L2D.last_hidden
 
-    def counted(self, x_t, *rest):
+    def targets(self, x_t, *rest):
         sizes.append(len(x_t))
         return original(self, x_t, *rest)
 
-    monkeypatch.setattr(L2D, "denoise", counted)
+    monkeypatch.setattr(L2D, "last_hidden", targets)
     settings = Settings(steps=4, solver=solver, guidance=guidance, max_new_tokens=3)
     answers = generate(l2d, PROMPTS[:2], settings, class_ids=[0, 1])
     assert [answer.nfe for answer in answers] == [[factor * cost] * 3] * 2
@@ -387,11 +387,11 @@ def test_guesses_of_the_traced_token_are_kept():
     assert ids_of(traced) == ids_of(plain) and all(
         answer.traces == [] for answer in (*plain, *traced[1:])
     )
-    assert [t for t, _, _ in traced[0].traces[1].guesses] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [t for t, _, _ in traced[0].traces[1].predictions] == [0.0, 0.25, 0.5, 0.75, 1.0]
     frozen = l2d.lm(torch.tensor([PROMPTS[0] + traced[0].ids[:1]]))[0, -1].softmax(
         -1
     )  # at t = 0 the guess is the frozen model's
-    assert traced[0].traces[1].guesses[0][1:] == (
+    assert traced[0].traces[1].predictions[0][1:] == (
         int(frozen.argmax()),
         pytest.approx(float(frozen.max()), abs=1e-5),
     )
@@ -401,14 +401,14 @@ def test_times_of_an_adaptive_trace_run_from_noise_to_data():
     settings = Settings(max_new_tokens=1, trace=True, **ADAPTIVE)
     for l2d in (make_l2d(perturb=0), make_l2d()):
         (traced,) = generate(l2d, PROMPTS[:1], settings)
-        times = [t for t, _, _ in traced.traces[0].guesses]
+        times = [t for t, _, _ in traced.traces[0].predictions]
         assert times[0] == 0 and times[-1] == 1 and max(times[:-1]) < 1
         assert len(times) == traced.nfe[0]
     # a path that never hesitates: nodes of Dormand and Prince, three steps of 1/4, then ½ and ¾
     (calm,) = generate(make_l2d(perturb=0), PROMPTS[:1], settings)
     nodes = [1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
     expected = [0.0] + [k / 4 + c / 4 for k in range(3) for c in nodes] + [0.875, 0.9375, 1.0]
-    assert [t for t, _, _ in calm.traces[0].guesses] == pytest.approx(expected)
+    assert [t for t, _, _ in calm.traces[0].predictions] == pytest.approx(expected)
 
 
 # --- choosing the token ---------------------------------------------------------------------------

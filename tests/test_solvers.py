@@ -24,17 +24,17 @@ def column(t, x):
     return torch.as_tensor(t, dtype=x.dtype).view(-1, 1)
 
 
-def growth(t, x, guess=None):
+def growth(t, x, prediction=None):
     """dx/dt = (1 + t)·x, x(t) = x(0)·exp(t + t²/2)."""
     return (1 + column(t, x)) * x, None
 
 
-def smooth(t, x, guess=None):
+def smooth(t, x, prediction=None):
     """dx/dt = t·x², x(t) = 1/(1/x(0) − t²/2)."""
     return column(t, x) * x ** 2, None
 
 
-def wiggle(t, x, guess=None):
+def wiggle(t, x, prediction=None):
     """Turns faster and faster, so that steps must become shorter."""
     return 40 * torch.sin(30 * column(t, x) ** 2) - x, None
 
@@ -46,7 +46,7 @@ class Straight:
         self.target = target
         self.times = [] if times is None else times
 
-    def __call__(self, t, x, guess=None):
+    def __call__(self, t, x, prediction=None):
         self.times.append(float(torch.as_tensor(t).max()))
         return (self.target - x) / (1 - column(t, x)), None
 
@@ -65,15 +65,15 @@ class Hesitant:
         self.asked = asked              # evaluations of every sequence
         self.selections = []
 
-    def __call__(self, t, x, guess=None):
+    def __call__(self, t, x, prediction=None):
         assert len(x) == len(self.numbers)
         if self.asked is not None:
             self.asked[self.numbers] += 1
         jump = torch.tensor(JUMPS, dtype=x.dtype)[self.numbers].view(-1, 1)
         t = column(t, x)
         sign = torch.where(t < jump, 1.0, -1.0)
-        guess = sign * (1 + self.numbers.view(-1, 1))
-        return (guess - x) / (1 - t), guess
+        prediction = sign * (1 + self.numbers.view(-1, 1))
+        return (prediction - x) / (1 - t), prediction
 
     def rows(self, index):
         self.selections.append(index.tolist())
@@ -147,7 +147,7 @@ def test_adaptive_needs_few_more_evaluations_for_a_smaller_error():
 def test_evaluations_are_counted(solver, per_step, last, steps):
     calls = []
 
-    def field(t, x, guess=None):
+    def field(t, x, prediction=None):
         calls.append(t)
         return -x, None
 
@@ -174,7 +174,7 @@ def test_last_points_of_euler_and_midpoint_are_the_closed_forms():
     """Last Euler point = last estimate; last midpoint point = 2·x̂(mid) − x̂(start of interval)."""
     estimates = []
 
-    def field(t, x, guess=None):
+    def field(t, x, prediction=None):
         estimate = torch.full_like(x, math.sin(5 * t))
         estimates.append(estimate)
         return (estimate - x) / (1 - t), None
@@ -344,7 +344,7 @@ def test_rows_are_selected_only_when_the_running_set_changes():
     field = Hesitant()
     shown = []
     odeint(field, torch.ones(5, 3), "dopri5",
-           watch=lambda rows, t, x, guess: shown.append(rows.tolist()))
+           watch=lambda rows, t, x, prediction: shown.append(rows.tolist()))
     changes = [rows for before, rows in zip(shown, shown[1:]) if rows != before]
     # the whole batch needs no copy
     assert field.selections == [rows for rows in changes if rows != [0, 1, 2, 3, 4]]
@@ -364,9 +364,9 @@ def test_every_evaluation_is_shown_once_to_who_watches(solver):
 
     class Recorded(Hesitant):
         def __call__(self, t, x, before=None):
-            velocity, guess = super().__call__(t, x)
-            asked.append((self.numbers, t, x, guess))
-            return velocity, guess
+            velocity, prediction = super().__call__(t, x)
+            asked.append((self.numbers, t, x, prediction))
+            return velocity, prediction
 
         def rows(self, index):
             return Recorded(self.numbers[index].tolist())
@@ -381,7 +381,7 @@ def test_every_evaluation_is_shown_once_to_who_watches(solver):
         counts[rows] += 1
     assert torch.equal(counts, solution.nfe)
     # the first is at the noise
-    rows, t, x, guess = shown[0]
+    rows, t, x, prediction = shown[0]
     assert float(torch.as_tensor(t).max()) == 0
     assert torch.equal(x, torch.ones(5, 3))
 
@@ -456,7 +456,7 @@ def test_who_runs_out_of_budget_does_not_disturb_the_others():
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_nan_comes_back_instead_of_hanging(solver):
-    solution = odeint(lambda t, x, guess: (x * float("nan"), None), torch.ones(2, 2), solver)
+    solution = odeint(lambda t, x, prediction: (x * float("nan"), None), torch.ones(2, 2), solver)
     assert solution.x.isnan().all()
 
 
@@ -464,7 +464,7 @@ def test_nan_that_comes_later_never_makes_a_step_longer():
     """Steps were short because the field turns fast; when it becomes NaN they stay so."""
     times = []
 
-    def field(t, x, guess=None):
+    def field(t, x, prediction=None):
         t = column(t, x)
         times.append(float(t.max()))
         velocity = 100 * torch.sin(40 * t) - x
@@ -479,8 +479,8 @@ def test_nan_that_comes_later_never_makes_a_step_longer():
 
 def test_a_field_that_never_settles_comes_to_an_end():
     """A guess that jumps to and fro at every evaluation: no step is ever good."""
-    def field(t, x, guess):
-        new = torch.ones(1, 1, 1) if guess is None else -guess
+    def field(t, x, prediction):
+        new = torch.ones(1, 1, 1) if prediction is None else -prediction
         return 100 * new[0] * torch.ones_like(x), new
 
     solution = odeint(field, torch.zeros(1, 2), "dopri5")
@@ -496,8 +496,8 @@ def test_a_rejected_step_leaves_no_guess():
     """A guess here is the number of its evaluation, so each tells which one came before it."""
     seen = []
 
-    def field(t, x, guess):
-        seen.append((float(t) if torch.is_tensor(t) else t, guess))
+    def field(t, x, prediction):
+        seen.append((float(t) if torch.is_tensor(t) else t, prediction))
         number = torch.full((1, 1, 1), float(len(seen) - 1))
         # a jump, at which steps are rejected
         return torch.where(torch.as_tensor(t) > 0.4, -30.0, 1.0) * torch.ones_like(x), number
@@ -505,7 +505,7 @@ def test_a_rejected_step_leaves_no_guess():
     solution = odeint(field, torch.zeros(1, 2), "dopri5")
     assert int(solution.rejected) > 0
     # evaluation 0 begins the first step; a step has six more, the last one two
-    believed = [int(guess) for _, guess in seen[1::6]]
+    believed = [int(prediction) for _, prediction in seen[1::6]]
     kept = 0
     outcomes = []
     for step, before in enumerate(believed):
@@ -523,8 +523,8 @@ class Walker:
     def __init__(self, last):
         self.last = torch.tensor(last)
 
-    def __call__(self, t, x, guess):
-        token = torch.full_like(self.last, -1) if guess is None else guess.argmax(-1)[:, 0]
+    def __call__(self, t, x, prediction):
+        token = torch.full_like(self.last, -1) if prediction is None else prediction.argmax(-1)[:, 0]
         new = torch.minimum(token + 1, self.last)
         return torch.ones_like(x), torch.nn.functional.one_hot(new, 9)[:, None].float()
 
@@ -542,7 +542,7 @@ def test_a_sequence_whose_guess_has_stood_is_settled(stand):
     assert torch.allclose(solution.t, solution.nfe / 8)
     # and went straight on to t = 1
     assert torch.allclose(solution.x, torch.ones(3, 1))
-    assert solution.guess.argmax(-1)[:, 0].tolist() == [0, 3, 1]
+    assert solution.prediction.argmax(-1)[:, 0].tolist() == [0, 3, 1]
 
 
 def test_without_the_rule_nobody_settles():

@@ -11,7 +11,7 @@ from data.checkpoints.hub import resolve
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import (
     CLASSES,
-    FAR,
+    UNSEEN,
     LEVELS,
     OPERATIONS,
     PLACES,
@@ -79,7 +79,7 @@ def test_strings_follow_the_operation_that_only_the_class_names(level):
     assert all(seen[name] > 60 for name in OPERATIONS)
 
 
-@pytest.mark.parametrize("level", LEVELS["chains"] + FAR["chains"])
+@pytest.mark.parametrize("level", LEVELS["chains"] + UNSEEN["chains"])
 def test_a_chain_ends_after_as_many_hops_as_its_level_and_stays_there(level):
     for i in range(100):
         problem = make_problem("train", i, topic="chains", level=level)
@@ -91,7 +91,7 @@ def test_a_chain_ends_after_as_many_hops_as_its_level_and_stays_there(level):
             walked.append(place)
         assert len(walked) == level + 1
         assert problem.response == place
-        assert problem.needs == level
+        assert problem.hops == level
         # four chains, each with an end
         assert sum(a == b for a, b in steps.items()) == 4
 
@@ -112,8 +112,8 @@ def test_no_chain_is_harder_than_asked_for(tokenizer):
     data = Problems(tokenizer)
     for hardest in (1, 3):
         data.hardest = hardest
-        needs = {data[i][4] for i in range(200)}
-        assert needs == {0, *range(1, hardest + 1)}
+        hops = {data[i][4] for i in range(200)}
+        assert hops == {0, *range(1, hardest + 1)}
 
 
 @pytest.mark.parametrize("fact", [step_fact, steps_fact])
@@ -167,7 +167,7 @@ def test_everything_repeats_from_its_seed(tokenizer, kind):
 
 
 def test_problem_rows_mask_the_answer_and_its_end(tokenizer):
-    ids, mask, segments, label, needs = Problems(tokenizer, "val")[7]
+    ids, mask, segments, label, hops = Problems(tokenizer, "val")[7]
     problem = make_problem("val", 7)
     assert tokenizer.decode(ids[mask == 1][:-1]) == problem.response
     assert ids[-1] == tokenizer.eos_id
@@ -175,7 +175,7 @@ def test_problem_rows_mask_the_answer_and_its_end(tokenizer):
     assert tokenizer.decode(ids[mask == 0][1:]) == problem.prompt
     assert set(segments) == {1}
     assert CLASSES[label] == problem.label
-    assert needs == problem.needs
+    assert hops == problem.hops
 
 
 def test_document_rows_are_full_and_every_document_has_its_segment(tokenizer):

@@ -284,7 +284,7 @@ def test_one_batch_is_learned_by_heart(method, base):
         full_copies=False,
         time_distribution="uniform",
         objective="paper",
-        own_reading=False,
+        own_kv=False,
     )
     model, _ = train.build_model(args, classes=0)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -421,7 +421,7 @@ def test_what_is_made_ahead_is_what_would_be_made_then():
     for update in (0, 1, 2, 7, 8):
         (batch,), (alone,) = ahead.update(update), loader(data, l2d).update(update)
         assert torch.equal(batch.ids, alone.ids)
-        assert torch.equal(batch.counted.noise, alone.counted.noise)
+        assert torch.equal(batch.targets.noise, alone.targets.noise)
     assert not ahead.coming
 
 
@@ -434,10 +434,10 @@ def test_rows_of_like_length_come_together():
 def test_targets_are_the_next_tokens_of_the_response():
     batch = collate([([7, 8, 9, 10], [0, 0, 1, 1], [1, 1, 1, 1], 3), ([5, 6], [0, 1], [1, 1], 0)])
     assert batch.ids.tolist() == [[7, 8, 9], [5, 6, 0]]
-    counted = batch.counted
-    assert [place.tolist() for place in counted.where] == [[0, 0, 1], [1, 2, 0]]
-    assert counted.y.tolist() == [9, 10, 6] and counted.class_ids.tolist() == [3, 3, 0]
-    assert batch.documents is None and counted.needs is None
+    targets = batch.targets
+    assert [place.tolist() for place in targets.index] == [[0, 0, 1], [1, 2, 0]]
+    assert targets.y.tolist() == [9, 10, 6] and targets.class_ids.tolist() == [3, 3, 0]
+    assert batch.documents is None and targets.hops is None
 
 
 def test_packed_rows_keep_their_documents():
@@ -445,8 +445,8 @@ def test_packed_rows_keep_their_documents():
         [([1, 2, 3, 4, 5], [0, 1, 0, 1, 1], [1, 1, 2, 2, 2]), ([1, 2, 3], [0, 1, 1], [1, 1, 1])])
     assert batch.documents.numbers.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
     assert batch.documents.borders == (0, 2, 4, 7, 8)
-    assert [place.tolist() for place in batch.counted.where] == [[0, 0, 0, 1, 1], [0, 2, 3, 0, 1]]
-    assert batch.counted.y.tolist() == [2, 4, 5, 2, 3] and batch.counted.class_ids is None
+    assert [place.tolist() for place in batch.targets.index] == [[0, 0, 0, 1, 1], [0, 2, 3, 0, 1]]
+    assert batch.targets.y.tolist() == [2, 4, 5, 2, 3] and batch.targets.class_ids is None
 
 
 def test_padding_and_neighbours_change_no_loss():
@@ -843,9 +843,9 @@ def packed_rows(monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda *args: (packed(8, 1), packed(4, 2)))
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "refine", "own_reading": True, "unroll": 3}])
+@pytest.mark.parametrize("options", [{}, {"objective": "refine", "own_kv": True, "unroll": 3}])
 def test_a_kept_reading_teaches_what_reading_again_teaches(options, base, tmp_path, packed_rows):
-    own = ["--own_reading"] if options.pop("own_reading", False) else []
+    own = ["--own_kv"] if options.pop("own_kv", False) else []
     words = [f"--init_from={base}", "--data=rows", *flags(**options, accumulate=2), *own]
     for name, more in (("read", []), ("kept", ["--cache_frozen"])):
         train.train(train.parse([*words, f"--out_dir={tmp_path / name}", *more]))

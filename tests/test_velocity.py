@@ -60,9 +60,9 @@ def test_velocity_is_the_way_to_the_estimate_over_the_time_left(family, estimate
     for i, t in enumerate(times.tolist()):
         logits = whole_logits(l2d, ids, x, t)
         expected = (clean_point(l2d, logits, t, estimate, temperature) - x) / (1 - t)
-        velocity, guess = field(t, x)
+        velocity, prediction = field(t, x)
         close(velocity, expected)
-        close(guess, logits)
+        close(prediction, logits)
         # at a time of its own, and alone, it is the same
         close(together[i], expected[i])
         close(second(t, x[1:2])[0], expected[1:2])
@@ -93,12 +93,12 @@ def test_guidance_mixes_the_two_velocities_of_one_call(family, t):
     ids = make_ids()
     classes = torch.tensor([0, 1, 2])
     x = torch.randn(3, 1, 16)
-    reading = l2d.lm.read(ids).last()
+    states = l2d.lm.read(ids).last()
     sizes = []
     l2d.lm.ln_f.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
 
     def velocity(class_ids, weight, cost):
-        field = VelocityField(l2d, reading, "average", class_ids=class_ids, guidance=weight)
+        field = VelocityField(l2d, states, "average", class_ids=class_ids, guidance=weight)
         sizes.clear()
         result, _ = field(t, x)
         assert field.cost == cost
@@ -121,9 +121,9 @@ def test_guidance_mixes_the_two_velocities_of_one_call(family, t):
 
 def guided_field(w, estimate="argmax"):
     l2d = make_l2d(classes=3)
-    reading = l2d.lm.read(make_ids()).last()
+    states = l2d.lm.read(make_ids()).last()
     classes = torch.tensor([0, 1, 2])
-    return VelocityField(l2d, reading, estimate, class_ids=classes, guidance=w)
+    return VelocityField(l2d, states, estimate, class_ids=classes, guidance=w)
 
 
 @torch.no_grad()
@@ -156,12 +156,12 @@ def test_some_sequences_of_a_guided_field_are_those_of_the_whole(t):
 @torch.no_grad()
 def test_every_sequence_keeps_its_own_randomness_when_others_have_arrived():
     l2d = make_l2d()
-    reading = l2d.lm.read(make_ids()).last()
+    states = l2d.lm.read(make_ids()).last()
     x = torch.randn(3, 1, 16)
 
     def field():
         generators = [torch.Generator().manual_seed(i) for i in range(3)]
-        return VelocityField(l2d, reading, "sample", 5.0, generators=generators)
+        return VelocityField(l2d, states, "sample", 5.0, generators=generators)
 
     index = torch.tensor([2, 0])
     together = field()
@@ -178,14 +178,14 @@ def test_lines_of_guidance_read_the_same_keys_at_every_position(family, padded):
     documents = torch.ones_like(ids)
     documents[1, :4] = 0
     whole = l2d.lm.read(ids, documents if padded else None)
-    for reading in (whole, whole.last()):
-        lines = reading.lines(2)
-        for mine, theirs in zip((*lines.keys, *lines.values), (*reading.keys, *reading.values)):
+    for states in (whole, whole.last()):
+        lines = states.copies(2)
+        for mine, theirs in zip((*lines.keys, *lines.values), (*states.keys, *states.values)):
             assert mine is theirs
-        x = torch.randn(3, reading.hidden.shape[1], 16)
+        x = torch.randn(3, states.hidden.shape[1], 16)
 
         def velocity(class_ids, w=1.0):
-            field = VelocityField(l2d, reading, "average", class_ids=class_ids, guidance=w)
+            field = VelocityField(l2d, states, "average", class_ids=class_ids, guidance=w)
             return field(0.5, x)[0]
 
         close(velocity(classes, 2.0), 2 * velocity(classes) - velocity(None))
@@ -249,11 +249,11 @@ def test_modulation_is_made_once_for_each_time(monkeypatch):
     made = []
     original = l2d.modulation
 
-    def counted(t, class_ids):
+    def targets(t, class_ids):
         made.append(float(t[0]))
         return original(t, class_ids)
 
-    monkeypatch.setattr(l2d, "modulation", counted)
+    monkeypatch.setattr(l2d, "modulation", targets)
     for _ in range(2):
         l2d.time_table.at(0.5, None)
         l2d.time_table.at(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([0, 1, 2]))
@@ -267,7 +267,7 @@ def test_the_table_of_times_is_bounded():
     for t in times:
         l2d.time_table.at(t, None)
     # the oldest have gone
-    assert list(l2d.time_table.kept) == times[10:]
+    assert list(l2d.time_table.cached) == times[10:]
 
 
 @torch.no_grad()
@@ -277,8 +277,8 @@ def test_all_that_is_kept_is_forgotten_when_the_mode_is_set():
         l2d.time_table.at(0.25, None)
         l2d.vocabulary()
         set_mode()
-        assert l2d.time_table.kept == {}
-        assert l2d.kept_vocabulary is None
+        assert l2d.time_table.cached == {}
+        assert l2d.cached_vocabulary is None
 
 
 # --- folded matrices ------------------------------------------------------------------------------
@@ -291,15 +291,15 @@ def adapters(l2d):
 def test_folded_lora_says_the_same_and_the_frozen_matrices_stay(family):
     l2d = make_l2d(family)
     frozen = {name: p.clone() for name, p in l2d.lm.named_parameters()}
-    reading = l2d.lm.read(make_ids()).last()
-    field = VelocityField(l2d, reading)
+    states = l2d.lm.read(make_ids()).last()
+    field = VelocityField(l2d, states)
     x = torch.randn(3, 1, 16)
     apart = field.logits(x)
-    l2d.fold_lora()
-    assert all(adapter.folded is not None for adapter in adapters(l2d))
+    l2d.merge_lora()
+    assert all(adapter.merged is not None for adapter in adapters(l2d))
     close(field.logits(x), apart)
     # the claim at t = 0 does not hang on the order
-    assert torch.equal(field(0.0, x)[1], l2d.lm.logits(reading.hidden))
+    assert torch.equal(field(0.0, x)[1], l2d.lm.logits(states.hidden))
     for name, p in l2d.lm.named_parameters():
         assert torch.equal(p, frozen[name]), name
 
@@ -310,12 +310,12 @@ def test_folding_is_undone_by_training(family):
     field = VelocityField(l2d, l2d.lm.read(make_ids()).last())
     x = torch.randn(3, 1, 16)
     apart = field.logits(x)
-    l2d.fold_lora()
+    l2d.merge_lora()
     l2d.train()
-    assert all(adapter.folded is None for adapter in adapters(l2d))
+    assert all(adapter.merged is None for adapter in adapters(l2d))
     assert torch.equal(field.logits(x), apart)
     # while folded the sum counts, whatever is learned; after that, what has been learned
-    l2d.fold_lora()
+    l2d.merge_lora()
     for adapter in adapters(l2d):
         adapter.B += 1.0
     close(field.logits(x), apart)
@@ -326,7 +326,7 @@ def test_folding_is_undone_by_training(family):
 def test_folding_changes_nothing_that_is_trained_or_saved():
     l2d = make_l2d()
     before = {name: p.detach().clone() for name, p in l2d.state_dict().items()}
-    l2d.fold_lora()
+    l2d.merge_lora()
     after = l2d.state_dict()
     assert after.keys() == before.keys()
     for name in before:

@@ -14,9 +14,9 @@ from data.checkpoints.weights import check_finite
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
-# What the fields of a path.json were called before they got the names that the field uses.
-OLD_NAMES = {"conditioning": "cond_dim", "schedule": "time_distribution"}
-
+# What earlier versions called things: fields of path.json, and the beginnings of tensors' names.
+OLD_FIELDS = {"conditioning": "cond_dim", "schedule": "time_distribution", "own_reading": "own_kv"}
+OLD_TENSORS = {"merge": "time_gate", "from_guess": "from_prediction"}
 
 LARGEST = 1 << 16          # of a width: more would be a mistake, and take all memory
 RANGES = {
@@ -28,7 +28,7 @@ RANGES = {
     "alpha": ((int, float), 0, 1e6),
     "class_dropout": ((int, float), 0, 1),
     "self_conditioning": (bool, False, True),
-    "own_reading": (bool, False, True),
+    "own_kv": (bool, False, True),
 }
 
 
@@ -43,8 +43,8 @@ class L2DConfig:
     classes: int = 0                      # topics for guidance; 0: none
     class_dropout: float = 0.2            # how often training hides the class
     time_distribution: str = "uniform"    # of the training times, see data/parts/draws.py
-    self_conditioning: bool = False       # the path reads its own previous guess
-    own_reading: bool = False             # the path has keys and values of its own
+    self_conditioning: bool = False       # the path reads its own previous prediction
+    own_kv: bool = False             # the path has keys and values of its own
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")
@@ -90,8 +90,7 @@ def read_path(directory: Path) -> dict:
             raise ValueError(f"{path} was not written by this version: it has no {name!r}; "
                              "train the path again with train.py")
     try:
-        fields = {OLD_NAMES.get(name, name): value for name, value in meta["config"].items()}
-        config = L2DConfig(**fields)
+        config = L2DConfig(**renamed(meta["config"]))
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} was not written by this version ({error}); "
                          "train the path again with train.py") from None
@@ -100,6 +99,11 @@ def read_path(directory: Path) -> dict:
         if not isinstance(meta.get(name), (kind, type(None))):
             raise ValueError(f"{path}: {name!r} is not valid; train the path again with train.py")
     return {**later, **meta, "config": config}
+
+
+def renamed(config: dict) -> dict:
+    """The fields of a config under the names that they have today."""
+    return {OLD_FIELDS.get(name, name): value for name, value in config.items()}
 
 
 def check_base(meta: dict, lm, directory: Path):
@@ -137,19 +141,24 @@ def check_trained(meta: dict, directory: Path):
 def fill(ours: dict, path: Path, config: L2DConfig):
     """Copy a file into the tensors of a path. Raises ValueError unless all fit and are finite."""
     file = open_safetensors(path)      # says in one line what is wrong with the file
-    theirs = {(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
-    wrong = {(name, tuple(p.shape)) for name, p in ours.items()} ^ theirs
+    # name today -> name in the file
+    theirs = {}
+    for name in file.keys():
+        module, _, rest = name.partition(".")
+        theirs[f"{OLD_TENSORS.get(module, module)}.{rest}"] = name
+    shapes = {(name, tuple(file.get_slice(theirs[name]).get_shape())) for name in theirs}
+    wrong = {(name, tuple(p.shape)) for name, p in ours.items()} ^ shapes
     if wrong:
         names = sorted({name for name, _ in wrong})
         raise ValueError(f"{path} does not fit path.json: {len(names)} tensors differ, "
                          f"first {names[0]}; copy both files of the same training")
     # older files do not repeat it
     stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
-    if stated not in (None, asdict(config)):
+    if stated is not None and renamed(stated) != asdict(config):
         raise ValueError(f"{path} was trained with another config than path.json says; "
                          "copy both files of the same training")
     for name, p in ours.items():
-        tensor = file.get_tensor(name)
+        tensor = file.get_tensor(theirs[name])
         if not tensor.is_floating_point():
             raise ValueError(f"{name} in {path} is of type {tensor.dtype}; "
                              "copy both files of the same training")

@@ -25,8 +25,8 @@ WAYS = {
     "lora": ["--method=lora", "--rank=123", "--lr=1e-4"],
     # our own two departures, one by one, which are no part of the comparison at equal size: a path
     # with a reading of its own has more parameters
-    "own": ["--method=l2d", "--objective=paper", "--own_reading", "--lr=1e-3", "--cache_frozen"],
-    "refine": ["--method=l2d", "--objective=refine", "--own_reading", "--unroll=8", "--lr=1e-3",
+    "own": ["--method=l2d", "--objective=paper", "--own_kv", "--lr=1e-3", "--cache_frozen"],
+    "refine": ["--method=l2d", "--objective=refine", "--own_kv", "--unroll=8", "--lr=1e-3",
                "--ema=0.98", "--cache_frozen"],
 }
 

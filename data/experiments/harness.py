@@ -132,12 +132,12 @@ class Adapter(HarnessLM):
         # one document
         row = (ids, mask, [1] * len(ids))
         batch = collate([row]).to(next(self.model.parameters()).device)
-        targets = batch.counted.y
+        y = batch.targets.y
         if self.settings.steps:
             seed = zlib.crc32(repr(ids).encode())
             p = solved(self.model, batch, self.settings, seed, self.draws)
         else:
-            logits = self.lm(batch.ids)[batch.counted.where]
+            logits = self.lm(batch.ids)[batch.targets.index]
             p = logits.float().softmax(-1)                              # (N, V)
         log_p = p.gather(1, targets[:, None]).clamp_min(1e-38).log()
         return float(log_p.sum()), bool((p.argmax(-1) == targets).all())

@@ -76,7 +76,7 @@ def rows(records: list) -> dict:
     """(temperature, topic, column) -> accuracy, the mean over levels; those never trained apart."""
     found = {}
     for r in records:
-        topic = f"{r['topic']} far" if r["far"] else r["topic"]
+        topic = f"{r['topic']} far" if r["unseen"] else r["topic"]
         found.setdefault((r["temperature"], topic, r["column"]), []).append(r["accuracy"])
     return {key: mean(values) for key, values in found.items()}
 

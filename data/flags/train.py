@@ -21,7 +21,7 @@ OBJECTIVES = ("paper", "refine", "both")
 # refinement goes through at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
 # the path of the paper, and nothing beside it
-PAPER = {"objective": "paper", "own_reading": False, "ema": 0.0, **REFINEMENT}
+PAPER = {"objective": "paper", "own_kv": False, "ema": 0.0, **REFINEMENT}
 
 # the embedded model is small and learns with large steps
 EMBEDDED = {
@@ -33,7 +33,7 @@ PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
         **EMBEDDED, "updates": 1900, "eval_every": 475,
-        "objective": "refine", "own_reading": True, "ema": 0.98, **REFINEMENT,
+        "objective": "refine", "own_kv": True, "ema": 0.98, **REFINEMENT,
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
@@ -73,7 +73,7 @@ def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
 METHODS = ("l2d", "pretrain", "lora", "full")
 # What no run can change on its way.
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
-            "own_reading", "objective", "seed")
+            "own_kv", "objective", "seed")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="copy the path's matrices instead of LoRA")
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="of the training times (default: uniform)")
-    add("--own_reading", action=switch, help="the path has keys and values of its own")
+    add("--own_kv", "--own_reading", action=switch, help="the path has keys and values of its own")
     # objective
     add("--objective", choices=OBJECTIVES,
         help="paper: random times; refine: through its own steps; both: by turns")
@@ -235,7 +235,7 @@ def check_idle(args, given: dict):
     # to ask for no report is to ask for nothing
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
-        (("width", "cond_dim", "full_copies", "time_distribution", "own_reading", "objective",
+        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "objective",
           "unroll", "backprop", "dtype", "keep"), l2d, "--method=l2d"),
         (("rank",), args.method == "lora" or (l2d and not args.full_copies),
          "--method=lora, or l2d without --full_copies"),

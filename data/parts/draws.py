@@ -58,17 +58,17 @@ def draw_noise_each(shape, generators) -> torch.Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def draw_schedule(draws: RowDraws, needs, most: int) -> torch.Tensor:
+def draw_schedule(draws: RowDraws, hops, most: int) -> torch.Tensor:
     """Times of every position's evaluations: (N, most), rising, the last uniform in (0, 1].
 
     A position with fewer evaluations than `most` has zeros in front.
     needs  (N,) how many it is thought to need: it gets one fewer to three more; None: 1 to most
     """
     u = draws.uniform()
-    if needs is None:
+    if hops is None:
         count = 1 + (most * u).long()
     else:
-        count = needs - 1 + (5 * u).long()
+        count = hops - 1 + (5 * u).long()
     count = count.clamp(1, most)[:, None]
     # 1 − u: in (0, 1]
     last = 1 - draws.uniform(1)

@@ -24,11 +24,11 @@ class LoRA(nn.Module):
         self.scale = alpha / rank
         self.A = nn.Parameter(a)
         self.B = nn.Parameter(b)
-        self.folded = None             # W + (α/r)·BA, while sampling
+        self.merged = None             # W + (α/r)·BA, while sampling
 
     def forward(self, x):
-        if self.folded is not None:
-            return F.linear(x, self.folded, self.frozen.bias)
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.frozen.bias)
         low = x @ self.A.to(x.dtype)                                    # (..., r)
         correction = low @ self.B.to(x.dtype)
         # y = W·x + (α/r)·B·A·x
@@ -41,16 +41,16 @@ class LoRA(nn.Module):
         correction = self.scale * (self.A @ self.B).T
         return weight + correction.to(weight.dtype)
 
-    def fold(self, on: bool = True):
+    def merge(self, on: bool = True):
         """One product instead of three, for a copy of W; the frozen matrix stays as it is."""
-        self.folded = self.sum() if on else None
+        self.merged = self.sum() if on else None
 
 
-def fold_lora(module: nn.Module, on: bool):
+def merge_lora(module: nn.Module, on: bool):
     """Fold every LoRA inside."""
     for inside in module.modules():
         if isinstance(inside, LoRA):
-            inside.fold(on)
+            inside.merge(on)
 
 
 def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):

@@ -21,7 +21,7 @@ class TimeTable:
 
     def __init__(self, l2d):
         self.l2d = l2d
-        self.kept = {}
+        self.cached = {}
 
     def at(self, t, class_ids) -> Modulation:
         """Modulation (n, 1, ...) at t, a float or (n,); class_ids (n,) or None."""
@@ -41,12 +41,12 @@ class TimeTable:
 
     def row(self, time: float):
         """Of one time, for each of K classes and none: (K + 1, L, 6·C) and (K + 1, C)."""
-        if time not in self.kept:
+        if time not in self.cached:
             classes = torch.arange(self.l2d.config.classes + 1, device=self.l2d.to_z.weight.device)
             times = torch.full_like(classes, time, dtype=torch.float32)
             made = self.l2d.modulation(times, classes)
-            if len(self.kept) >= MOST:
-                oldest = next(iter(self.kept))
-                del self.kept[oldest]
-            self.kept[time] = torch.stack(made.blocks, dim=1), made.w_d
-        return self.kept[time]
+            if len(self.cached) >= MOST:
+                oldest = next(iter(self.cached))
+                del self.cached[oldest]
+            self.cached[time] = torch.stack(made.blocks, dim=1), made.w_d
+        return self.cached[time]

@@ -71,10 +71,10 @@ def trace_text(answer, tokenizer, token: int) -> str:
                          f"{len(answer.nfe)} tokens, allowed: 0 to {len(answer.nfe) - 1}")
     lines = [
         f"   tokens: {coloured(pieces, answer.nfe)}",
-        f"   token {token} ({pieces[token]!r}), guess at every evaluation:",
+        f"   token {token} ({pieces[token]!r}), prediction at every evaluation:",
     ]
-    for t, guess, p in answer.traces[token].guesses:
-        lines.append(f"     t = {t:.4f}  {tokenizer.decode([guess])!r:8} p = {p:.3f}")
+    for t, prediction, p in answer.traces[token].predictions:
+        lines.append(f"     t = {t:.4f}  {tokenizer.decode([prediction])!r:8} p = {p:.3f}")
     return "\n".join(lines)
 
 
@@ -138,7 +138,7 @@ def plot_ways(results: dict, topic: str, path: Path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for name, records in results.items():
         some = greedy(records, topic)
-        line = mean_curve(only(some, far=False))
+        line = mean_curve(only(some, unseen=False))
         if len(line) == 1:
             left.axhline(line[0][1], linestyle="--", color=f"C{len(left.lines)}", label=name)
         else:
@@ -202,7 +202,7 @@ def greedy(records: list, topic: str) -> list:
 def read_accuracy(path: Path) -> list:
     """The accuracies in what eval.py wrote. Raises ValueError for another file."""
     records = read_json(path).get("accuracy")
-    wanted = {"group", "topic", "level", "far", "temperature", "column", "kind", "settings",
+    wanted = {"group", "topic", "level", "unseen", "temperature", "column", "kind", "settings",
               "accuracy", "low", "high", "nfe_per_token", "nfe_first"}
     whole = isinstance(records, list) and all(
         isinstance(r, dict) and wanted <= r.keys() for r in records)
@@ -354,17 +354,17 @@ def plot_trace(trace: dict, path: Path):
     pyplot = import_pyplot()
     token = trace["tokens"][trace["first"]]
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    kept = [guess for guess in token["guesses"] if guess[3]]
-    axis.plot([guess[0] for guess in kept], [guess[2] for guess in kept], color="0.8", zorder=0)
-    for t, guess, p, accepted in token["guesses"]:
+    kept = [prediction for prediction in token["predictions"] if prediction[3]]
+    axis.plot([t for t, *_ in kept], [p for _, _, p, _ in kept], color="0.8", zorder=0)
+    for t, prediction, p, accepted in token["predictions"]:
         axis.plot(t, p, "o" if accepted else "x", color="C0" if accepted else "0.6")
         # a step that was rejected led nowhere
         if accepted:
-            axis.annotate(trace["words"][str(guess)], (t, p), xytext=(0, 8), ha="center",
+            axis.annotate(trace["words"][str(prediction)], (t, p), xytext=(0, 8), ha="center",
                           textcoords="offset points", family="monospace")
     axis.set(xlabel="t (0: noise, and the frozen model's answer; 1: the token)", xlim=(-0.03, 1.03),
              ylabel="probability", ylim=(0, 1.15),
-             title=f"on the way to {token['word']!r}: a guess at every evaluation")
+             title=f"on the way to {token['word']!r}: a prediction at every evaluation")
     save(figure, path)
 
 

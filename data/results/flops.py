@@ -32,7 +32,7 @@ def evaluation_flops(model, length: int, settings) -> int:
         total += used_flops(block.q, block.o, block.mlp)
     if model.config.self_conditioning:
         # the guess is read: p @ E touches all of the vocabulary
-        total += 2 * config.vocab_size * config.hidden_size + matrix_flops(model.from_guess)
+        total += 2 * config.vocab_size * config.hidden_size + matrix_flops(model.from_prediction)
     # p @ V as well, argmax a single row
     if settings.estimate == "average":
         total += 2 * config.vocab_size * model.config.width
@@ -45,14 +45,14 @@ def used_flops(*modules) -> int:
     for module in modules:
         for part in module.modules():
             # of a LoRA, where it has been folded
-            if getattr(part, "folded", None) is not None:
+            if getattr(part, "merged", None) is not None:
                 total -= 2 * (part.A.numel() + part.B.numel())
     return total
 
 
-def reading_flops(model, length: int) -> int:
+def own_kv_flops(model, length: int) -> int:
     """One token through the path's own layers, where it keeps keys and values of its own."""
-    if not model.config.own_reading:
+    if not model.config.own_kv:
         return 0
     products = sum(used_flops(*block.children()) for block in model.blocks)
     # the modulation is looked up
@@ -70,6 +70,6 @@ def flops_per_token(model, nfe: float, length: int, settings) -> float:
     frozen = frozen_flops(lm, length)
     if not settings.steps:
         return frozen + matrix_flops(lm.head)
-    read = frozen + reading_flops(model, length)
+    read = frozen + own_kv_flops(model, length)
     at_zero = matrix_flops(lm.head)
     return read + at_zero + (nfe - 1) * evaluation_flops(model, length, settings)

@@ -114,9 +114,10 @@ def trace_data(first: int, words: list, answer, tokenizer) -> dict:
     """What the script shows: first the token `first`; guesses are [t, token id, p, accepted]."""
     tokens = []
     for text, nfe, trace in zip(words, answer.nfe, answer.traces):
-        guesses = [[*guess, good] for guess, good in zip(trace.guesses, trace.accepted)]
-        tokens.append({"word": text, "nfe": nfe, "reached": trace.reached, "guesses": guesses})
-    ids = sorted({guess[1] for token in tokens for guess in token["guesses"]})
+        predictions = [[*one, good] for one, good in zip(trace.predictions, trace.accepted)]
+        tokens.append({"word": text, "nfe": nfe, "reached": trace.reached,
+                       "predictions": predictions})
+    ids = sorted({prediction[1] for token in tokens for prediction in token["predictions"]})
     names = {token: word(tokenizer.token_bytes(token)) for token in ids}
     return {"first": first, "tokens": tokens, "words": names}
 

@@ -42,7 +42,7 @@ def column_means(records: list, columns: list, key: str) -> list:
 
 def print_mean(topic: str, records: list, columns: list):
     """One row: the mean over the levels of a topic that were trained on."""
-    trained = only(records, far=False)
+    trained = only(records, unseen=False)
     levels = len(unique(r["group"] for r in trained))
     if levels < 2:
         return

@@ -77,7 +77,7 @@ def flag_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_model_flags(add):
     """Where and how a model that is not trained is loaded; add: a parser's add_argument."""
-    add("--fold_lora", action=argparse.BooleanOptionalAction, default=True,
+    add("--merge_lora", "--fold_lora", action=argparse.BooleanOptionalAction, default=True,
         help="add the path's LoRA into copies of its matrices: faster, more memory")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")

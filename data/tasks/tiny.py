@@ -7,7 +7,7 @@ The problems themselves are made in data/tiny/topics.py; read that first and eva
 
 from data.checkpoints.families import choices
 from data.tiny.topics import (
-    CLASSES, FAR, LEVELS, Problem, encode_problem, final_answer, make_problem)
+    CLASSES, UNSEEN, LEVELS, Problem, encode_problem, final_answer, make_problem)
 
 
 class Tiny:
@@ -17,9 +17,9 @@ class Tiny:
     # only here does the class say something that the prompt does not
     guided = ("strings",)
     # of these nobody trains on
-    far = tuple((topic, level) for topic, levels in FAR.items() for level in levels)
+    unseen = tuple((topic, level) for topic, levels in UNSEEN.items() for level in levels)
     groups = tuple((topic, level) for topic, levels in LEVELS.items()
-                   for level in levels + FAR.get(topic, ()))
+                   for level in levels + UNSEEN.get(topic, ()))
 
     def problem(self, group, index: int, seed: int = 0, split: str = "test") -> Problem:
         """Problem `index` of a group, (topic, level), in a split."""

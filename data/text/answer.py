@@ -65,7 +65,7 @@ class Trace:
     accepted  for each of them: was its step accepted?
     reached   the t that steps led to; from there it went straight on to 1
     """
-    guesses: list = field(default_factory=list)
+    predictions: list = field(default_factory=list)
     accepted: list = field(default_factory=list)
     reached: float = 0.0
 
@@ -76,7 +76,7 @@ class Trace:
             return
         p, token = logits[0, 0].softmax(-1).max(-1)
         first = t if isinstance(t, float) else float(t[0])
-        self.guesses.append((first, int(token), float(p)))
+        self.predictions.append((first, int(token), float(p)))
         self.accepted.append(True)
 
     def judge(self, reached: float, rejected: int):
@@ -87,8 +87,8 @@ class Trace:
             return
         # after a rejected step time goes back: whatever lies beyond a later moment led nowhere
         earliest = reached
-        for place in reversed(range(len(self.guesses))):
-            t = self.guesses[place][0]
+        for place in reversed(range(len(self.predictions))):
+            t = self.predictions[place][0]
             self.accepted[place] = t <= earliest
             earliest = min(earliest, t)
 

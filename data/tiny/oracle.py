@@ -31,7 +31,7 @@ class Oracle:
     def vocabulary(self):
         return self.vectors
 
-    def guess(self, x_t, t, class_ids, reading, before=None):
+    def predict(self, x_t, t, class_ids, states, before=None):
         """log p(y|x_t), (n, T, V)."""
         if torch.is_tensor(t):
             t = t.double().view(-1, 1, 1)

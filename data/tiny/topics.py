@@ -26,7 +26,7 @@ import numpy as np
 CLASSES = ("chains", "math", "sort", "reverse", "rotate")
 LEVELS = {"chains": (1, 2, 3, 4, 5, 6, 7, 8), "math": (1, 2, 3), "strings": (1, 2)}
 # deeper than anything that is trained on
-FAR = {"chains": (9, 10, 11, 12)}
+UNSEEN = {"chains": (9, 10, 11, 12)}
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD_LENGTH = {1: 4, 2: 6}       # by level
@@ -51,7 +51,7 @@ class Problem:
         return final_answer(self.response)
 
     @property
-    def needs(self) -> int:
+    def hops(self) -> int:
         """How many guesses lead to the answer, one after another; 0: nobody knows."""
         return self.level if self.topic == "chains" else 0
 
@@ -328,7 +328,7 @@ def encode_problem(problem: Problem, tokenizer) -> tuple:
     mask = np.repeat([0, 1], [len(prompt), len(response)])
     documents = np.ones_like(mask)
     class_id = CLASSES.index(problem.label)
-    return np.array(prompt + response), mask, documents, class_id, problem.needs
+    return np.array(prompt + response), mask, documents, class_id, problem.hops
 
 
 class Problems:

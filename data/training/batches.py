@@ -1,4 +1,4 @@
-"""Rows to batches: padding, targets, and the order in which rows are read.
+"""Rows to batches: padding, next_ids, and the order in which rows are read.
 
 A row is (ids, mask, documents), perhaps a class id, perhaps how many evaluations it is thought to
 need; mask is 1 on the tokens to be predicted, documents number the examples packed into one row.
@@ -19,12 +19,12 @@ IGNORE = -100              # target of a position that does not count in the los
 
 
 @dataclass(frozen=True)
-class Counted:
+class Targets:
     """The N positions of a batch that count, what is asked there, what was drawn for them."""
-    where: tuple                       # rows and columns, two tensors (N,)
+    index: tuple                       # rows and columns, two tensors (N,)
     y: torch.Tensor                    # (N,) the tokens that are right
     class_ids: torch.Tensor | None     # (N,)
-    needs: torch.Tensor | None         # (N,) evaluations that are thought to lead to the answer
+    hops: torch.Tensor | None         # (N,) evaluations that are thought to lead to the answer
     t: torch.Tensor | None = None      # (N,), or (N, K) times of up to K evaluations
     noise: torch.Tensor | None = None  # (N, Z) of unit variance
 
@@ -35,14 +35,14 @@ class Counted:
                 return tuple(change(place) for place in value)
             return None if value is None else change(value)
 
-        return Counted(*(changed(getattr(self, field.name)) for field in fields(self)))
+        return Targets(*(changed(getattr(self, field.name)) for field in fields(self)))
 
     def at(self, index) -> "Counted":
         """Some of the positions, or in another order: index (n,) or a slice."""
         return self.each(lambda values: values[index])
 
 
-class Kept(NamedTuple):
+class CachedStates(NamedTuple):
     """What a Reading holds of the blocks: hidden (B, T, C), L keys and values (B, G, T, D)."""
     hidden: torch.Tensor
     keys: tuple
@@ -52,7 +52,7 @@ class Kept(NamedTuple):
         def move(tensors):
             return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
-        return Kept(*move([self.hidden]), move(self.keys), move(self.values))
+        return CachedStates(*move([self.hidden]), move(self.keys), move(self.values))
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Batch:
     """Rows of different lengths as one, padded on the right."""
     ids: torch.Tensor                  # (B, T)
     documents: Packed | torch.Tensor | None    # only where a row holds more than one
-    counted: Counted
-    kept: Kept | None = None           # the frozen model need not read (frozen.py)
+    targets: Targets
+    cached: CachedStates | None = None           # the frozen model need not read (frozen.py)
 
     def to(self, device) -> "Batch":
         def move(values):
             return values.to(device, non_blocking=True)
 
         documents = None if self.documents is None else self.documents.to(device)
-        kept = self.kept and self.kept.to(device)
-        return Batch(move(self.ids), documents, self.counted.each(move), kept)
+        cached = self.cached and self.cached.to(device)
+        return Batch(move(self.ids), documents, self.targets.each(move), cached)
 
 
 class Losses(NamedTuple):
@@ -77,7 +77,7 @@ class Losses(NamedTuple):
     values: torch.Tensor               # what is minimised
     last: torch.Tensor                 # at the last evaluation
     t: torch.Tensor | None             # and its time
-    needs: torch.Tensor | None         # as of Counted
+    hops: torch.Tensor | None         # as of Counted
 
 
 def pick(values, index):
@@ -98,29 +98,29 @@ def collate(rows, packed: bool = True) -> Batch:
             table[kind, i, :len(values)] = values
     ids, mask, documents = table                                        # (B, T + 1) each
     # position k answers for token k + 1: the last token is only a target, the first only a question
-    targets = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
-    class_ids = needs = None
+    next_ids = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
+    class_ids = hops = None
     if len(rows[0]) > 3:
         class_ids = torch.tensor([row[3] for row in rows])
     if len(rows[0]) > 4:
-        needs = torch.tensor([row[4] for row in rows])
+        hops = torch.tensor([row[4] for row in rows])
     # padding on the right needs no mask: nothing looks ahead
     several = bool(documents.max() > 1)
     documents = documents[:, :-1].contiguous() if several else None
     if several and packed:
         documents = Packed.of(documents)
-    return Batch(ids[:, :-1].contiguous(), documents, count(targets, class_ids, needs))
+    return Batch(ids[:, :-1].contiguous(), documents, find_targets(next_ids, class_ids, hops))
 
 
-def count(targets, class_ids=None, needs=None) -> Counted:
-    """The positions of targets (B, T) that are not IGNORE; class_ids, needs (B,) or None.
+def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
+    """The positions of next_ids (B, T) that are not IGNORE; class_ids, needs (B,) or None.
 
-    targets[b, k] is the token after ids[b, k].
+    next_ids[b, k] is the token after ids[b, k].
     """
-    rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
+    rows, columns = (next_ids != IGNORE).nonzero(as_tuple=True)
     # two tensors of their own: torch.compile would see them as views of one
-    where = (rows.clone(), columns.clone())
-    return Counted(where, targets[where], pick(class_ids, rows), pick(needs, rows))
+    index = (rows.clone(), columns.clone())
+    return Targets(index, next_ids[index], pick(class_ids, rows), pick(hops, rows))
 
 
 def common_start(prompts: list) -> int:
@@ -179,9 +179,9 @@ def main():
     ]
     batch = collate(rows)
     print(f"ids        {batch.ids.tolist()}")
-    print(f"where      {[place.tolist() for place in batch.counted.where]}")
-    print(f"y          {batch.counted.y.tolist()}")
-    print(f"class_ids  {batch.counted.class_ids.tolist()}")
+    print(f"index      {[place.tolist() for place in batch.targets.where]}")
+    print(f"y          {batch.targets.y.tolist()}")
+    print(f"class_ids  {batch.targets.class_ids.tolist()}")
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ class Curriculum:
                              "start anew with another --out_dir")
         self.hardest, self.recent = state
 
-    def count(self, needs, last):
+    def count(self, hops, last):
         """(2,): how many of the counted tokens (N,) are the hardest, and how many of these right.
 
         last  (N,) their last losses
         """
-        hard = needs == self.hardest
+        hard = hops == self.hardest
         # p > ½ is right whatever the others are
         right = hard & (last < math.log(2))
         return torch.stack((hard.sum(), right.sum()))

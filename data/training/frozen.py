@@ -16,29 +16,29 @@ from tqdm import tqdm
 from data.system import processes
 from data.system.disk import appearing, present, read_json, write_json
 from data.text.tokens import SPLITS
-from data.training.batches import Batch, Kept, collate
+from data.training.batches import Batch, CachedStates, collate
 
 NAMES = tuple(f"frozen-{split}.{kind}" for split in SPLITS for kind in ("bin", "json"))
 
 
-def keep_readings(args, l2d, sets: list) -> list:
+def cache_states(args, l2d, sets: list) -> list:
     """The two data sets again, each row with what the frozen model makes of it.
 
     Raises ValueError where the disk has no room.
     """
     counts = len(sets[0]), min(args.val_rows, len(sets[1]))
-    kept = [FrozenRows(l2d, data, count, Path(args.out_dir) / f"frozen-{split}.bin")
+    cached = [FrozenRows(l2d, data, count, Path(args.out_dir) / f"frozen-{split}.bin")
             for split, data, count in zip(SPLITS, sets, counts)]
     if args.plan:
-        size = sum(rows.bytes for rows in kept)
+        size = sum(rows.bytes for rows in cached)
         print(f"--cache_frozen: {size / 1e9:.1f} GB on the disk, not made for a plan")
         return sets
     if processes.number() == 0:
-        for rows in kept:
+        for rows in cached:
             rows.fill(args.batch_size)
     # the others wait for the first
     processes.any_of(False)
-    return kept
+    return cached
 
 
 class FrozenRows:
@@ -109,11 +109,11 @@ class FrozenRows:
     def write(self, lines, places):
         batch = collate([self.data[place] for place in places])
         batch = batch.to(self.lm.embed.weight.device)
-        reading = self.lm.read(batch.ids, batch.documents)
-        pairs = [torch.stack(pair, 1) for pair in zip(reading.keys, reading.values)]
+        states = self.lm.read(batch.ids, batch.documents)
+        pairs = [torch.stack(pair, 1) for pair in zip(states.keys, states.values)]
         numbers = torch.stack(pairs, 1)                                 # (B, L, 2, G, T, D)
         numbers = numbers.movedim(4, 1).flatten(2)                      # (B, T, L·2·G·D)
-        found = torch.cat((reading.hidden, numbers), -1).cpu()
+        found = torch.cat((states.hidden, numbers), -1).cpu()
         for row, place in zip(found, places):
             span = self.span(place)
             lines[span] = row[:span.stop - span.start]
@@ -129,4 +129,4 @@ class FrozenRows:
         hidden = found[..., :self.hidden]
         numbers = found[..., self.hidden:].unflatten(-1, self.form)     # (B, T, L, 2, G, D)
         keys, values = numbers.movedim(1, 4).unbind(2)                  # (B, L, G, T, D) each
-        return replace(batch, kept=Kept(hidden, keys.unbind(1), values.unbind(1)))
+        return replace(batch, cached=CachedStates(hidden, keys.unbind(1), values.unbind(1)))
