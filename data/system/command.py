@@ -84,7 +84,7 @@ def check_range(name: str, value, low, high=math.inf, kind: type = float):
     allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
     if kind is int:
         allowed += ", an integer"
-    raise ValueError(f"{name} = {str(value)[:60]} is out of range; allowed: {allowed}")
+    raise ValueError(f"{name} = {repr(value)[:60]} is out of range; allowed: {allowed}")
 
 
 def choices(received, allowed, what: str):
