@@ -101,6 +101,7 @@ def test_what_an_editor_marks_is_read(coding):
     (b"\xe9", "a.json is not text in UTF-8 (unexpected end of data at byte 0); save it as UTF-8"),
     (b"{", "a.json is not valid JSON"),
     (b"[" * 100_000 + b"]" * 100_000, "a.json is not valid JSON"),
+    (b"[" + b"1" * 5000 + b"]", "a.json "),
     (b"[1]", "a.json holds no JSON object"),
 ])
 def test_damaged_json_is_one_line(content, words, tmp_path):
@@ -131,9 +132,9 @@ def test_a_prompt_ends_at_a_line_feed_and_nowhere_else(separator, tmp_path):
 def test_two_runs_cannot_have_one_directory(tmp_path):
     with disk.claimed(tmp_path):
         with pytest.raises(ValueError, match="another process is writing to .* another --out_dir"):
-            with disk.held(tmp_path):
+            with disk.claimed(tmp_path):
                 pass
-    with disk.held(tmp_path):
+    with disk.claimed(tmp_path):
         pass
 
 

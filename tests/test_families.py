@@ -46,7 +46,7 @@ def test_a_rotary_config_may_leave_out_its_positions():
 def test_a_mistral_window_that_never_acts_is_none(window):
     raw = {**LLAMA, "model_type": "mistral", "max_position_embeddings": 64}
     ModelConfig.from_hf({**raw, "sliding_window": window})
-    refused_config({**raw, "sliding_window": 63}, "a sliding window of 63 tokens")
+    refused_config({**raw, "sliding_window": 63}, "sliding_window (null: none) = 63", "64 to")
 
 
 # --- two statements that differ -------------------------------------------------------------------

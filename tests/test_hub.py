@@ -1,6 +1,6 @@
-"""data/checkpoints/hub.py and data/checkpoints/web.py against a real HTTP server on this machine.
+"""data/checkpoints/hub.py against a real HTTP server on this machine.
 
-It lays out files as the hub does, and misbehaves on request.
+It serves files as the hub does, and misbehaves on request.
 
     python -m pytest tests/test_hub.py
 """
@@ -14,15 +14,13 @@ import socket
 import sys
 import threading
 from collections import defaultdict
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from time import time
 from types import SimpleNamespace
 
 import pytest
 from conftest import exit_status
 
-from data.checkpoints import hub, web
+from data.checkpoints import hub
 
 # two commits
 OLD = "a" * 40
@@ -52,6 +50,7 @@ class FakeHub:
         self.ranges = True
         self.redirect = None        # where large files are said to be
         self.needs_token = None
+        self.hung_up = False        # did a stalled answer end here first?
         self.log = []
         self.arrived = threading.Event()
         self.closing = threading.Event()
@@ -181,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "interrupt" and self.fake.arrived.wait(10):
             os.kill(os.getpid(), signal.SIGINT)
         if fault in ("stall", "interrupt"):
-            self.fake.closing.wait(10)
+            self.fake.hung_up = not self.fake.closing.wait(10)
 
     def answer(self, status, headers={}, length=0):
         self.send_response(status)
@@ -196,8 +195,7 @@ def fake(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     fake = FakeHub()
     fake.waits = []
-    for module in (hub, web):
-        monkeypatch.setattr(module, "sleep", fake.waits.append)
+    monkeypatch.setattr(hub, "sleep", fake.waits.append)
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     yield fake
     fake.close()
@@ -222,13 +220,13 @@ def assert_not_loadable(cache):
 
 def fails(fake, cache, match):
     with pytest.raises(hub.HubError, match=match) as error:
-        hub.fetch_model(REPO, cache)
+        hub.resolve(REPO, cache)
     assert_not_loadable(cache)
     return one_line(error)
 
 
 def succeeds(cache, expected=SMALL | {"model.safetensors": WEIGHTS}):
-    folder = hub.fetch_model(REPO, cache)
+    folder = hub.resolve(REPO, cache)
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     found.pop("complete.json")
     assert found == expected
@@ -241,7 +239,7 @@ def test_fetches_what_is_there_and_the_second_call_asks_nothing(fake, tmp_path):
     folder = succeeds(tmp_path)
     assert folder == tmp_path / "openai-community" / "gpt2" / "main"
     asked = len(fake.log)
-    assert hub.fetch_model(REPO, tmp_path) == folder
+    assert hub.resolve(REPO, tmp_path) == folder
     assert len(fake.log) == asked
 
 
@@ -286,12 +284,12 @@ def test_a_repair_that_fails_leaves_nothing_loadable(fake, tmp_path):
 
 def test_cache_place(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOL2D_CACHE", str(tmp_path / "variable"))
-    assert (tmp_path / "variable") in hub.fetch_model(REPO).parents
-    assert (tmp_path / "flag") in hub.fetch_model(REPO, tmp_path / "flag").parents
+    assert (tmp_path / "variable") in hub.resolve(REPO).parents
+    assert (tmp_path / "flag") in hub.resolve(REPO, tmp_path / "flag").parents
     monkeypatch.delenv("NANOL2D_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert (tmp_path / ".cache" / "nanol2d") in hub.fetch_model(REPO).parents
+    assert (tmp_path / ".cache" / "nanol2d") in hub.resolve(REPO).parents
 
 
 def test_two_at_once_download_once(fake, tmp_path, monkeypatch):
@@ -299,7 +297,7 @@ def test_two_at_once_download_once(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "sleep", lambda seconds: pause.wait(0.01))
     threads = []
     for _ in range(4):
-        threads.append(threading.Thread(target=hub.fetch_model, args=(REPO, tmp_path)))
+        threads.append(threading.Thread(target=hub.resolve, args=(REPO, tmp_path)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -312,17 +310,16 @@ def test_two_at_once_download_once(fake, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["truncate", "stall"])
 def test_a_lost_connection_resumes_with_the_rest_only(fake, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(web, "TIMEOUT", 0.5)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.5)
     fake.faults["model.safetensors"] = [fault]
-    begin = time()
     succeeds(tmp_path)
-    # the stalled server would have hung up after 10 s
-    assert time() - begin < 9
+    # it was the client that ended the stalled answer
+    assert not fake.hung_up
     assert fake.gets("model.safetensors") == [None, "bytes=150000-"]
 
 
 def test_the_next_run_resumes_what_the_last_one_left(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "RETRIES", 0)
+    monkeypatch.setattr(hub, "RETRIES", 0)
     fake.faults["model.safetensors"] = ["truncate"]
     assert "150,000 of the 300,000 bytes" in fails(fake, tmp_path, "closed after")
     succeeds(tmp_path)
@@ -330,7 +327,7 @@ def test_the_next_run_resumes_what_the_last_one_left(fake, tmp_path, monkeypatch
 
 
 def test_progress_renews_the_retries(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "RETRIES", 1)
+    monkeypatch.setattr(hub, "RETRIES", 1)
     fake.faults["model.safetensors"] = ["truncate"] * 6
     succeeds(tmp_path)
 
@@ -355,7 +352,7 @@ def test_416_starts_over(fake, tmp_path):
 
 
 def test_half_a_file_of_another_version_is_not_resumed(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(web, "RETRIES", 0)
+    monkeypatch.setattr(hub, "RETRIES", 0)
     fake.faults["model.safetensors"] = ["truncate"]
     fails(fake, tmp_path, "closed after")
     fake.commits[NEW] = SMALL | {"model.safetensors": WEIGHTS[::-1]}
@@ -367,14 +364,14 @@ def test_half_a_file_of_another_version_is_not_resumed(fake, tmp_path, monkeypat
 @pytest.mark.skipif(
     sys.platform == "win32", reason="os.kill cannot send an interrupt to itself on Windows")
 def test_interrupt_keeps_the_part_and_says_so(fake, tmp_path, monkeypatch, capsys):
-    def watched(*arguments):
-        for block in web.body(*arguments):
-            yield block
-            # the next block is asked for once this one is written
-            if len(block) > 1000:
+    class Watched(hub.tqdm):
+        def update(self, count):
+            # the block is written by then
+            if count > 1000:
                 fake.arrived.set()
+            return super().update(count)
 
-    monkeypatch.setattr(hub, "body", watched)
+    monkeypatch.setattr(hub, "tqdm", Watched)
     fake.faults["model.safetensors"] = ["interrupt"]
     assert exit_status(hub.main, ["gpt2", "--cache_dir", str(tmp_path)]) == 130
     assert "same command resumes" in capsys.readouterr().err.splitlines()[-1]
@@ -388,7 +385,7 @@ def test_interrupt_keeps_the_part_and_says_so(fake, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_damaged_file_is_fetched_again_then_refused(fake, tmp_path, name):
-    fake.faults[name] = ["corrupt"] * (web.RETRIES + 1)
+    fake.faults[name] = ["corrupt"] * (hub.RETRIES + 1)
     assert name in fails(fake, tmp_path, "damaged")
     # neither the file nor its part
     assert not list(tmp_path.rglob(name + "*"))
@@ -402,31 +399,23 @@ def test_bytes_beyond_the_stated_size_are_not_taken(fake, tmp_path):
     assert fake.gets("model.safetensors") == [None]
 
 
-@pytest.mark.parametrize("name", [
-    "../evil.safetensors",
-    "/tmp/evil.safetensors",
-    "a\\b.safetensors",
-    ".safetensors",
-    "run.py",
-    3,
+@pytest.mark.parametrize("content", [
+    b"[]", b"{}", b"<html>", b'{"weight_map": 1}', b'{"weight_map": {}}', index_of({"a": 3}),
+    *(index_of({"a": name}) for name in (
+        "../evil.safetensors", "/tmp/evil.safetensors", "a\\b.safetensors", ".safetensors",
+        "run.py")),
 ])
-def test_shard_names_must_be_plain(fake, tmp_path, name):
-    fake.commits[OLD] = SMALL | {"model.safetensors.index.json": index_of({"a": name})}
-    fails(fake, tmp_path, "plain file name|not an index")
-    assert not list(tmp_path.rglob("*"))
-
-
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"<html>", b'{"weight_map": 1}'])
-def test_index_must_be_an_index(fake, tmp_path, content):
+def test_an_index_names_plain_files(fake, tmp_path, content):
     fake.commits[OLD] = SMALL | {"model.safetensors.index.json": content}
-    fails(fake, tmp_path, "not an index of shards")
+    fails(fake, tmp_path, "is not an index of shards: .* plain file names")
+    assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("files, match", [
     ({}, "no config.json"),
     ({"config.json": b"{}"}, "no tokenizer"),
     (SMALL, "no model.safetensors"),
-    (SMALL | {"pytorch_model.bin": b"pickle"}, "pickle, which can run code"),
+    (SMALL | {"pytorch_model.bin": b"pickle"}, "no model.safetensors .* a pickle, which can run"),
     (SMALL | {"model.safetensors.index.json": index_of({"a": "a.safetensors"})},
      "incomplete on the hub"),
 ])
@@ -447,13 +436,13 @@ def test_a_server_that_states_no_checksum_is_refused(fake, tmp_path):
 
 def test_gated_model_without_and_with_a_refused_token(fake, tmp_path, monkeypatch):
     fake.needs_token = "good"
-    line = fails(fake, tmp_path, "gated, private or does not exist")
+    line = fails(fake, tmp_path, "refused without HF_TOKEN .* gated, private or does not exist")
     assert f"{fake.url}/{REPO}" in line
-    assert "HF_TOKEN" in line
+    assert f"{fake.url}/settings/tokens" in line
     # asked once, no retry
     assert len(fake.log) == 1
     monkeypatch.setenv("HF_TOKEN", "bad")
-    assert "bad" not in fails(fake, tmp_path, "HF_TOKEN was refused")
+    assert "bad" not in fails(fake, tmp_path, "refused with HF_TOKEN")
     assert len(fake.log) == 2
     monkeypatch.setenv("HF_TOKEN", "good\n")
     succeeds(tmp_path)
@@ -468,6 +457,11 @@ def test_the_token_never_reaches_the_other_host(fake, tmp_path, monkeypatch):
         sent[entry["role"]].append(entry["token"])
     assert set(sent["hub"]) == {"Bearer secret"}
     assert sent["cdn"] == [None] * 3
+    # nor does a host that was asked directly, as for the data of a benchmark
+    url = f"http://127.0.0.1:{fake.cdn.server_port}/signed/{OLD}/merges.txt"
+    size, digest = len(SMALL["merges.txt"]), hashlib.sha256(SMALL["merges.txt"]).hexdigest()
+    hub.fetch_files([hub.RemoteFile("merges.txt", url, "x", size, digest)], tmp_path / "data")
+    assert (fake.log[-1]["role"], fake.log[-1]["token"]) == ("cdn", None)
 
 
 def test_a_refusal_by_the_other_host_does_not_speak_of_licences(fake, tmp_path):
@@ -479,13 +473,13 @@ def test_a_refusal_by_the_other_host_does_not_speak_of_licences(fake, tmp_path):
 
 def test_a_redirect_to_a_local_file_is_refused(fake, tmp_path):
     fake.redirect = (tmp_path / "secret").as_uri()
-    fails(fake, tmp_path / "cache", "no web address")
+    fails(fake, tmp_path / "cache", "Redirection to url 'file:.*is not allowed")
 
 
 def test_a_token_with_a_line_break_is_refused_unsent(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "se\ncret")
     with pytest.raises(ValueError, match="HF_TOKEN contains") as error:
-        hub.fetch_model(REPO, tmp_path)
+        hub.resolve(REPO, tmp_path)
     assert "cret" not in one_line(error)
     assert not fake.log
 
@@ -500,7 +494,7 @@ def test_errors_of_the_server_are_retried_with_growing_waits(fake, tmp_path):
 def test_a_server_that_stays_broken_ends_in_one_line(fake, tmp_path):
     fake.faults["model.safetensors"] = [500] * 20
     assert "given up after 5 retries" in fails(fake, tmp_path, "HTTP 500")
-    assert len(fake.gets("model.safetensors")) == web.RETRIES + 1
+    assert len(fake.gets("model.safetensors")) == hub.RETRIES + 1
     assert fake.waits == [1, 2, 4, 8, 16]
 
 
@@ -509,15 +503,12 @@ def test_a_server_that_stays_broken_ends_in_one_line(fake, tmp_path):
     ({"RateLimit": '"resolvers";r=0;t=42'}, 42),
     ({}, 1),
     ({"Retry-After": "soon"}, 1),
-    ({"Retry-After": "in 60 s, as a date"}, 60),
 ])
 def test_a_busy_server_is_given_the_time_it_asks_for(fake, tmp_path, headers, expected):
-    if "date" in headers.get("Retry-After", ""):
-        headers = {"Retry-After": formatdate(time() + 60, usegmt=True)}
     fake.headers = headers
     fake.head_faults["config.json"] = [429]
     succeeds(tmp_path)
-    assert fake.waits == [pytest.approx(expected, abs=3)]
+    assert fake.waits == [expected]
 
 
 def test_a_server_that_asks_for_an_hour_is_not_waited_for(fake, tmp_path):
@@ -544,7 +535,7 @@ def test_too_little_room_is_noticed_before_the_download(fake, tmp_path, monkeypa
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=299_999))
     line = fails(fake, tmp_path, "only 299,999 bytes are free")
     total = sum(map(len, fake.commits[OLD].values()))
-    assert f"{total:,} bytes are needed" in line
+    assert f"{total:,} bytes are missing" in line
     assert "NANOL2D_CACHE" in line
     assert str(tmp_path) in line
     assert not fake.gets("model.safetensors")
@@ -557,14 +548,13 @@ def test_a_disk_that_fills_up_during_the_download(fake, tmp_path):
     digest = hashlib.sha256(WEIGHTS).hexdigest()
     (folder / f"model.safetensors.{digest[:16]}.part").symlink_to("/dev/full")
     line = fails(fake, tmp_path, "No space left on device")
-    assert "bytes are needed there" in line
     assert "--cache_dir" in line
     assert len(fake.gets("model.safetensors")) == 1
 
 
 def test_a_cache_that_cannot_be_written(fake, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    line = fails(fake, tmp_path / "file", "cannot download to")
+    line = fails(fake, tmp_path / "file", "cannot download .* bytes to .*: Not a directory")
     assert "--cache_dir" in line
     assert "NANOL2D_CACHE" in line
     assert not fake.gets("model.safetensors")
@@ -588,33 +578,17 @@ def test_a_name_that_means_two_things_is_refused(fake, tmp_path, monkeypatch):
     assert hub.resolve("./gpt2").samefile(tmp_path / "gpt2")
 
 
-@pytest.mark.parametrize("name", ["gpt3", "", "data/gpt2", "no/such/folder"])
-def test_unknown_names_are_told_the_known_ones(fake, name):
+@pytest.mark.parametrize("name", [
+    "gpt3", "", "data/gpt2", "no/such/folder", "../../etc", "a/..", "../x/y"])
+def test_unknown_names_are_refused_unsent_with_the_known_ones(fake, name):
     with pytest.raises(ValueError, match="existing directory, tiny, or one of gpt2, ") as error:
         hub.resolve(name)
     one_line(error)
-
-
-def test_resolve_tiny(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "checkpoints" / "hub.py"))
-    with pytest.raises(FileNotFoundError, match="tiny is missing"):
-        hub.resolve("tiny")
-    (tmp_path / "tiny").mkdir()
-    assert hub.resolve("tiny") == tmp_path / "tiny"
-
-
-@pytest.mark.parametrize("arguments", [
-    ("gpt2",),
-    ("../../etc",),
-    ("a/..",),
-    ("a/b/c",),
-    ("a/b", None, "../x"),
-    ("a/b", None, ""),
-])
-def test_malformed_names_are_refused_unsent(fake, arguments):
-    with pytest.raises(ValueError, match="malformed"):
-        hub.fetch_model(*arguments)
     assert not fake.log
+
+
+def test_resolve_tiny():
+    assert (hub.resolve("tiny") / "config.json").exists()
 
 
 def test_command(fake, tmp_path, capsys):
@@ -672,20 +646,20 @@ def test_a_blank_behind_the_endpoint_is_no_part_of_it(blank, fake, tmp_path, mon
 def test_a_blank_inside_the_endpoint_is_refused_unsent(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1 :1")
     with pytest.raises(ValueError, match="malformed HF_ENDPOINT .* expected https://host"):
-        hub.fetch_model(REPO, tmp_path)
+        hub.resolve(REPO, tmp_path)
     assert fake.waits == [] and fake.log == []
 
 
 def test_offline_takes_what_is_there_and_never_asks(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE") as error:
-        hub.fetch_model(REPO, tmp_path)
+        hub.resolve(REPO, tmp_path)
     assert one_line(error) and fake.log == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     folder = succeeds(tmp_path)
     asked = len(fake.log)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert hub.fetch_model(REPO, tmp_path) == folder and len(fake.log) == asked
+    assert hub.resolve(REPO, tmp_path) == folder and len(fake.log) == asked
 
 
 @pytest.mark.parametrize("content", [
@@ -708,4 +682,4 @@ def test_verify_hashes_what_is_in_the_cache(fake, tmp_path, capsys):
     # of the same length, so that only its hash tells
     weights.write_bytes(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
     assert exit_status(hub.main, flags) == 2
-    assert "is not what the hub stated" in capsys.readouterr().err
+    assert "does not have the hub's checksum" in capsys.readouterr().err

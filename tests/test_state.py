@@ -149,7 +149,7 @@ def test_data_that_was_replaced_is_refused(base, tmp_path, capsys):
     train.main([f"--init_from={base}", f"--data={data}", f"--out_dir={out}", *flags(updates=1)])
     prepare(2)
     capsys.readouterr()
-    resume_refused(capsys, out, "was trained beside other data than there are now")
+    resume_refused(capsys, out, "data has changed since the training in")
 
 
 def test_a_run_stopped_before_its_first_update_goes_on(base, tmp_path):

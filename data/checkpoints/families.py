@@ -1,9 +1,9 @@
-"""The table of differences between model families: the one file that a new family touches.
+"""The table of differences between model families: the one file that a new family changes.
 
-Nothing else in the project knows GPT-2 from Llama or Qwen 2.5. A family is what its config.json
-calls things, what an absent key means there, and where its files keep each matrix. `ModelConfig`
-is what we make of a config.json. Read model.py for what the parts are; run alone this file prints
-where the tensors of a model are found:
+Nothing else in the project distinguishes GPT-2 from Llama or Qwen 2.5. A family is: the names of
+its settings in config.json, the meaning of an absent setting, and the place of each matrix in its
+files. `ModelConfig` is our form of a config.json. Read model.py for the parts of the network. Run
+alone, this file prints where the tensors of a model are found:
 
     python -m data.checkpoints.families
 """
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch.nn.functional as F
+
+from data.system.command import check_range, choices, command
 
 # Theirs -> ours; `{i}` is the layer. Several names on the right: one fused matrix that we split.
 LLAMA_MAP = {
@@ -40,7 +42,7 @@ GPT2_MAP = {
     "ln_f": ("ln_f",),
     "lm_head": ("head",),
 }
-# What GPT-2's config.json calls the things that the others agree on.
+# The names of GPT-2's settings where they differ from those of all others.
 GPT2_KEYS = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -50,7 +52,7 @@ GPT2_KEYS = {
     "hidden_act": "activation_function",
     "rms_norm_eps": "layer_norm_epsilon",
 }
-# What an absent key means: the defaults of the configuration classes in transformers.
+# The values of absent settings: the defaults of the configuration classes in transformers.
 LLAMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
@@ -72,7 +74,7 @@ GPT2_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one `model_type` apart."""
+    """The differences of one `model_type`."""
     weights: dict
     norm: str = "rms"              # "rms" or "layer"
     positions: str = "rotary"      # "rotary" or "learned"
@@ -87,7 +89,7 @@ class Family:
     def read(self, raw: dict, key: str, default=None):
         """The value of `key` in a config.json, under the family's own name for it.
 
-        Raises ValueError where it is absent and nobody says what that means.
+        Raises ValueError for a value out of range, and for an absent one without a default.
         """
         name = self.keys.get(key, key)
         value = raw.get(name)
@@ -96,7 +98,9 @@ class Family:
         if value is None:
             raise ValueError(
                 f"config.json has no {name!r}, which model_type {raw['model_type']!r} needs")
-        return check_value(name, value, KINDS[key])
+        if key in RANGES:
+            check_range(f"config.json: {name}", value, *RANGES[key])
+        return value
 
 
 FAMILIES = {
@@ -111,7 +115,7 @@ FAMILIES = {
         ignored=("rotary_emb.inv_freq",),
         defaults=QWEN2_DEFAULTS,
     ),
-    # without its window, which is checked below
+    # its attention window is not supported, see check_heads_and_window
     "mistral": Family(
         LLAMA_MAP,
         ignored=("rotary_emb.inv_freq",),
@@ -135,7 +139,7 @@ FAMILIES = {
 def weight_map(family: Family, layers: int, ours):
     """(name in the file, names of our parameters, stored transposed?) for every tensor of a model.
 
-    ours: the names of our parameters. A tied head is not among them, so it has no entry.
+    ours: the names of our parameters. A tied head is not one of them, so it has no entry.
     """
     for theirs, modules in family.weights.items():
         for layer in range(layers if "{i}" in theirs else 1):
@@ -157,7 +161,7 @@ ACTIVATIONS = {
     "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
 }
-# A config.json that sets one of these otherwise describes another network.
+# A config.json with other values describes another network.
 REQUIRED = {
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
@@ -169,11 +173,11 @@ REQUIRED = {
 LLAMA3_ROPE = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-# What a value may be: a type, and the range of a number, both ends allowed.
-SIZE = (int, 1, 10**8)
-POSITIVE = ((int, float), 1e-30, 1e30)
-SWITCH = (bool, False, True)
-KINDS = {
+# (low, high, kind) of check_range
+SIZE = (1, 10**8, int)
+POSITIVE = (1e-30, 1e30)
+SWITCH = (False, True, bool)
+RANGES = {
     "vocab_size": SIZE,
     "hidden_size": SIZE,
     "num_hidden_layers": SIZE,
@@ -182,41 +186,17 @@ KINDS = {
     "head_dim": SIZE,
     "intermediate_size": SIZE,
     "max_position_embeddings": SIZE,
-    "rms_norm_eps": ((int, float), 0, 1),
+    "rms_norm_eps": (0, 1),
     "rope_theta": POSITIVE,
-    "hidden_act": (str, "", "\uffff"),
     "tie_word_embeddings": SWITCH,
     "attention_bias": SWITCH,
     "mlp_bias": SWITCH,
 }
 
 
-def check_value(name: str, value, kind: tuple):
-    """Return a value of config.json. Raises ValueError for another type or out of range."""
-    types, low, high = kind
-    # to Python True is an integer, to whoever wrote the file it is not
-    right = isinstance(value, types) and isinstance(value, bool) == (types is bool)
-    if not right or not low <= value <= high:
-        types = types if isinstance(types, tuple) else (types,)
-        names = " or ".join(one.__name__ for one in types)
-        limits = "" if str in types or bool in types else f" from {low:g} to {high:g}"
-        raise ValueError(f"config.json: {name} = {str(value)[:60]!r} is not valid; "
-                         f"allowed: {names}{limits}")
-    return value
-
-
-def choices(received, allowed, what: str):
-    """Raise ValueError in the project's one form unless `received` is among `allowed`."""
-    # a list or another thing that JSON can hold is in no table
-    if not isinstance(received, (str, int, float)) or received not in allowed:
-        names = ", ".join(map(str, allowed))
-        raise ValueError(f"{what} {received!r} is not supported; allowed: {names}")
-    return received
-
-
 @dataclass
 class ModelConfig:
-    """The numbers of one model. `raw` is its config.json, written back unchanged when saving."""
+    """The settings of one model. `raw` is its config.json, which saving writes unchanged."""
     model_type: str
     vocab_size: int        # V
     hidden_size: int       # C
@@ -241,18 +221,18 @@ class ModelConfig:
 
     @property
     def numbers(self) -> dict:
-        """All that shapes what the model computes, as JSON can hold it."""
+        """All settings on which the computation depends, in a form for JSON."""
         return {name: value for name, value in vars(self).items() if name != "raw"}
 
     @classmethod
     def from_hf(cls, raw: dict) -> "ModelConfig":
-        """From a config.json. Raises ValueError for anything that we would have to guess."""
+        """From a config.json. Raises ValueError for settings that are unknown or not supported."""
         family = FAMILIES[choices(raw.get("model_type"), FAMILIES, "model_type")]
         check_network(raw)
         read = partial(family.read, raw)
         width = read("hidden_size")
         heads = read("num_attention_heads")
-        # only GPT-2 leaves the MLP's width out, and then it is four times the model's
+        # GPT-2's MLP is four times as wide as the model if its width is absent
         mlp_default = None if family.gated else 4 * width
         attention_bias = read("attention_bias", False)
         config = cls(
@@ -274,41 +254,36 @@ class ModelConfig:
             rope=read_rope(raw, read("rope_theta", 10000.0)),
             raw=raw,
         )
-        config.check_heads()
-        config.check_window()
+        config.check_heads_and_window()
         return config
 
-    def check_heads(self):
-        """Raise ValueError where the heads cannot be cut as config.json says."""
+    def check_heads_and_window(self):
+        """Raise ValueError for heads of unequal size, and for a window that limits attention."""
         if self.heads % self.kv_heads:
             raise ValueError(f"config.json: {self.heads} heads cannot share "
                              f"{self.kv_heads} key/value heads evenly")
         if self.family.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"config.json: head_dim = {self.head_dim} is odd; "
-                             "rotary positions turn pairs")
+                             "rotary positions rotate pairs")
         if self.family.positions == "learned" and self.heads * self.head_dim != self.hidden_size:
-            raise ValueError(f"config.json: a width of {self.hidden_size} cannot be cut into "
+            raise ValueError(f"config.json: a width of {self.hidden_size} cannot be divided into "
                              f"{self.heads} heads")
-
-    def check_window(self):
-        """Raise ValueError for a Mistral whose attention is cut to a window that would act."""
-        # an absent window is one of 4,096 tokens, null is none
+        # Mistral's default is a window of 4,096 tokens; null means no window
         window = self.raw.get("sliding_window", 4096)
-        if self.model_type != "mistral" or window is None:
-            return
-        if check_value("sliding_window", window, SIZE) < self.max_positions:
-            raise ValueError(f"config.json: a sliding window of {window} tokens is not supported; "
-                             "allowed: null, or one that is never reached")
+        if self.model_type == "mistral" and window is not None:
+            # a window of at least all positions has no effect
+            check_range("config.json: sliding_window (null: none)", window, self.max_positions,
+                        10**8, int)
 
     def check_depth(self, tensors):
-        """Raise ValueError for more layers than tensors: they would take for ever to build."""
+        """Raise ValueError for more layers than tensors: building them would take for ever."""
         if self.layers > len(tensors):
-            raise ValueError(f"config.json asks for {self.layers:,} layers, but the weights are "
+            raise ValueError(f"config.json has {self.layers:,} layers, but the weights are only "
                              f"{len(tensors):,} tensors; use the config.json that came with them")
 
 
 def check_network(raw: dict):
-    """Raise ValueError for a config.json that describes another network than we build."""
+    """Raise ValueError for a config.json that describes a network which we do not build."""
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
             method = raw[key].get("quant_method", "") if isinstance(raw[key], dict) else ""
@@ -323,17 +298,17 @@ def check_network(raw: dict):
 
 
 def read_rope(raw: dict, theta: float) -> dict:
-    """The rotary settings of a config.json, which two generations of files call differently.
+    """The rotary settings of a config.json, which has two names for them, an old and a new one.
 
-    Raises ValueError where both are there and differ: nobody says which one is meant.
+    Raises ValueError if both are present with different values.
     """
-    both = [raw.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
-    if not all(isinstance(rope, dict) for rope in both):
+    parts = [raw.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError("config.json: rope_parameters and rope_scaling must be objects or null")
-    if "rope_theta" in raw and raw["rope_theta"] is not None:
-        both.append({"rope_theta": theta})
+    if raw.get("rope_theta") is not None:
+        parts.append({"rope_theta": theta})
     rope = {}
-    for part in both:
+    for part in parts:
         for key, value in part.items():
             key = "rope_type" if key == "type" else key
             if rope.setdefault(key, value) != value:
@@ -343,20 +318,21 @@ def read_rope(raw: dict, theta: float) -> dict:
     used = ("rope_theta", *LLAMA3_ROPE) if kind == "llama3" else ("rope_theta",)
     rope = {"rope_theta": theta, **rope, "rope_type": kind}
     wrong = set(rope) ^ {*used, "rope_type"}
-    # some files say that all of a head is turned, as it is here
+    # some files state that the whole head is rotated, as it is here
     if rope.get("partial_rotary_factor") == 1:
         wrong.remove("partial_rotary_factor")
     if wrong:
-        raise ValueError(f"config.json: the {kind} rope lacks, or does not know, "
+        raise ValueError(f"config.json: missing or unknown settings of the {kind} rope: "
                          f"{', '.join(sorted(wrong))}")
     for key in used:
-        check_value(key, rope[key], POSITIVE)
+        check_range(f"config.json: {key}", rope[key], *POSITIVE)
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError("config.json: high_freq_factor must be more than low_freq_factor")
     return rope
 
 
-def main():
+@command("data.checkpoints.families")
+def main(argv=None):
     for name, family in FAMILIES.items():
         print(f"{name}: {family.norm} norm, {family.positions} positions")
         for theirs, ours in family.weights.items():

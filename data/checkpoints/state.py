@@ -1,9 +1,9 @@
-"""A training's state on disk, all that the next update depends on: out_dir/state.safetensors.
+"""The state of a training on disk, from which it resumes to the bit: out_dir/state.safetensors.
 
-Flags and progress stand in the file's metadata; the tensors are named weights/NAME, the moments of
-AdamW beside them (step/NAME, exp_avg/NAME, exp_avg_sq/NAME; none before the first update). What is
-random in an update follows from its number, so no generator is kept. One file, so that a kill at
-any moment leaves a state that is whole. train.py says when.
+Flags and progress are in the file's metadata; the tensors are weights/NAME, the moments of AdamW
+step/NAME, exp_avg/NAME and exp_avg_sq/NAME (absent before the first update), and average/NAME, the
+EMA. The randomness of an update follows from its number, so no generator is saved. It is one file,
+so that a kill at any moment leaves a complete state. train.py decides when to save.
 """
 
 import json
@@ -17,12 +17,11 @@ from data.system import processes, sharding
 from data.system.disk import (
     check_absent, open_safetensors, parse_json, present, remove, write_safetensors)
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")     # of AdamW
-# What a training leaves in its directory; any of them means that there was one.
+# The files of a training; any of them in a directory is the sign of an earlier one.
 RESULTS = ("state.safetensors", "path.json", "path.safetensors", "config.json",
            "model.safetensors", "model.safetensors.index.json")
-BEST = "best-"          # before the number of an update: one of the best paths
-# What the metadata of a state holds, beside the flags.
+BEST = "best-"          # a directory with one of the best paths: best-UPDATE
+# The metadata of a state and their types.
 FACTS = {"args": dict, "update": int, "position": int, "frozen": (str, type(None)),
          "curriculum": list, "facts": dict, "history": list}
 
@@ -30,7 +29,7 @@ FACTS = {"args": dict, "update": int, "position": int, "frozen": (str, type(None
 # --- a directory of one run -----------------------------------------------------------------------
 
 def check_out_dir(out_dir, source: Path, overwrite: bool):
-    """Raise ValueError where a new run would replace what an earlier one or a model has left."""
+    """Raise ValueError if a new run would replace an earlier one or the model in `source`."""
     out_dir = Path(out_dir)
     if out_dir.exists() and source.exists() and out_dir.samefile(source):
         raise ValueError(f"--out_dir {out_dir} is the directory of the model that is trained from; "
@@ -44,9 +43,9 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
 
 
 def clear(out_dir: Path):
-    """Remove an earlier run, so that no file of it is taken for one of the next.
+    """Remove an earlier run, so that none of its files is mistaken for one of the next.
 
-    What data/training/frozen.py keeps stays: it is new, or of the same model.
+    The cached states of data/training/frozen.py stay: they are new, or of the same model.
     """
     for name in (*RESULTS, "log.jsonl"):
         remove(out_dir / name)
@@ -54,26 +53,27 @@ def clear(out_dir: Path):
         remove(path)
 
 
-def best_updates(history: list, count: int) -> set:
-    """The updates of the lowest validation losses; history: [update, loss] of every one."""
-    return {update for update, _ in sorted(history, key=lambda entry: entry[1])[:count]}
-
-
 def out_of_patience(history: list, patience: int) -> bool:
-    """Have so many validations passed since the best one? 0 never runs out."""
+    """Have `patience` validations passed since the best one? 0: never.
+
+    history: [update, loss] of every validation
+    """
     if not patience or not history:
         return False
-    best = min(range(len(history)), key=lambda place: history[place][1])
+    best = min(range(len(history)), key=lambda index: history[index][1])
     return len(history) - 1 - best >= patience
 
 
 def keep_best(run, save):
-    """Of all validated paths the best stay in directories of their own; save(directory)."""
+    """Keep the paths of the lowest validation losses in directories of their own.
+
+    save(directory) writes the present one.
+    """
     out_dir = Path(run.args.out_dir)
-    best = best_updates(run.history, run.args.keep)
-    if run.update in best:
+    best = sorted(run.history, key=lambda entry: entry[1])[:run.args.keep]
+    names = {f"{BEST}{update}" for update, _ in best}
+    if f"{BEST}{run.update}" in names:
         save(out_dir / f"{BEST}{run.update}")
-    names = {f"{BEST}{update}" for update in best}
     for path in out_dir.glob(f"{BEST}*"):
         if path.name not in names:
             remove(path)
@@ -81,12 +81,8 @@ def keep_best(run, save):
 
 # --- the state ------------------------------------------------------------------------------------
 
-def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
-    """trainable, average: name -> tensor; meta: flags and progress, anything that JSON can hold.
-
-    Raises ValueError for weights that are not finite: the last good state stays.
-    """
-    path = Path(out_dir) / "state.safetensors"
+def named_tensors(trainable: dict, optimizer, average: dict) -> dict:
+    """Name in the file -> tensor; trainable, average: name -> tensor."""
     tensors = {}
     for name, p in trainable.items():
         tensors[f"weights/{name}"] = p
@@ -94,18 +90,27 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
             tensors[f"{moment}/{name}"] = value
     for name, value in average.items():
         tensors[f"average/{name}"] = value
-    for name, value in tensors.items():
-        # all processes have a part of what is divided, and one of them writes
+    return tensors
+
+
+def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
+    """Save a training; meta: flags and progress, in a form for JSON.
+
+    Raises ValueError for values that are not finite: the last good state stays.
+    """
+    tensors = {}
+    for name, value in named_tensors(trainable, optimizer, average).items():
+        # every process has a part of a divided tensor, and one process writes the file
         value = sharding.whole(value.detach())
-        check_finite(name, value, "this run")
+        check_finite(name, value, "this run", "the last good state stays; try a lower --lr")
         tensors[name] = value.cpu().contiguous()
-    if processes.number():
-        return
-    write_safetensors(tensors, path, {"state": json.dumps(meta)})
+    if processes.number() == 0:
+        path = Path(out_dir) / "state.safetensors"
+        write_safetensors(tensors, path, {"state": json.dumps(meta)})
 
 
 def read_state_meta(out_dir) -> dict:
-    """Flags and progress of the last saved state. Raises ValueError where there is none."""
+    """Flags and progress of the saved state. Raises ValueError if it is missing or invalid."""
     path = Path(out_dir) / "state.safetensors"
     if not present(path):
         raise ValueError(f"{path} does not exist, so there is nothing to resume; "
@@ -120,73 +125,43 @@ def read_state_meta(out_dir) -> dict:
                              f"(no {name}); start anew with another --out_dir")
     for entry in meta["history"]:
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, float]:
-            raise ValueError(f"{path} holds a history of another form ({str(entry)[:40]}); "
+            raise ValueError(f"{path} holds an invalid history ({str(entry)[:40]}); "
                              "start anew with another --out_dir")
     return meta
 
 
 def read_state(out_dir):
-    """(tensors, metadata) of the last saved state. Raises ValueError where there is none."""
+    """(tensors, metadata) of the saved state. Raises ValueError if it is missing or invalid."""
     meta = read_state_meta(out_dir)
     return load_file(Path(out_dir) / "state.safetensors"), meta
 
 
 @torch.no_grad()
 def restore_state(run, facts: dict) -> dict:
-    """Put a saved state back into a Run of train.py and return its meta.
+    """Copy a saved state into a Run of train.py and return its metadata.
 
-    Raises ValueError where its tensors are others, or where it was trained beside something else
-    than what `facts` and the fingerprint of the frozen weights say.
+    facts: name -> identity of everything that was beside the weights in training
+    Raises ValueError for another fact, and for tensors of other names, shapes, types or values that
+    are not finite.
     """
     path = Path(run.args.out_dir) / "state.safetensors"
     tensors, meta = read_state(run.args.out_dir)
-    check_facts(run.args, {**meta["facts"], "weights": meta["frozen"]},
-                {**facts, "weights": run.frozen})
-    begun = meta["update"] > 0
-    check_tensors(path, tensors, expected_tensors(run, begun))
-    for name, p in run.trainable.items():
-        p.copy_(sharding.divided(tensors[f"weights/{name}"], p))
-        if begun:
-            run.optimizer.state[p] = restore_moments(tensors, name, p)
-    for name, value in run.average.tensors.items():
-        value.copy_(sharding.divided(tensors[f"average/{name}"], value))
-    return meta
-
-
-def restore_moments(tensors: dict, name: str, p) -> dict:
-    # copies: load_file maps the file, which the next save replaces
-    moments = {moment: tensors[f"{moment}/{name}"].to(p.device, copy=True) for moment in MOMENTS}
-    # the number of steps is the same everywhere
-    return {moment: value if moment == "step" else sharding.divided(value, p)
-            for moment, value in moments.items()}
-
-
-def check_facts(args, stated: dict, found: dict):
-    """Raise ValueError where what a state was trained beside has changed since."""
-    for name, value in found.items():
+    stated = {**meta["facts"], "weights": meta["frozen"]}
+    for name, value in {**facts, "weights": run.frozen}.items():
         if stated.get(name) != value:
-            raise ValueError(f"{args.out_dir} was trained beside other {name} than there are now "
-                             f"(model {args.init_from}, data {args.data}); put the right ones "
-                             "back, or start anew with another --out_dir")
-
-
-def expected_tensors(run, begun: bool) -> dict:
-    """Name -> shape of all that a state holds, its moments only after the first update."""
-    expected = {}
-    for name, p in run.trainable.items():
-        expected[f"weights/{name}"] = tuple(p.shape)
-        if begun:
-            for moment in MOMENTS:
-                expected[f"{moment}/{name}"] = () if moment == "step" else tuple(p.shape)
-    for name, value in run.average.tensors.items():
-        expected[f"average/{name}"] = tuple(value.shape)
-    return expected
-
-
-def check_tensors(path: Path, tensors: dict, expected: dict):
-    """Raise ValueError unless these are the tensors, and all their values finite."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
+            raise ValueError(f"{name} has changed since the training in {run.args.out_dir} "
+                             f"(model {run.args.init_from}, data {run.args.data}); restore it, "
+                             "or start anew with another --out_dir")
+    if meta["update"] > 0:
+        for p in run.trainable.values():
+            run.optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p)}
+    ours = named_tensors(run.trainable, run.optimizer, run.average.tensors)
+    shapes = {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    wrong = sorted({name for name, _ in shapes ^ {(name, tuple(tensor.shape))
+                                                  for name, tensor in ours.items()}})
     if wrong:
         raise ValueError(f"{path} does not fit: {len(wrong)} tensors, "
                          f"first {wrong[0]}; resume with the flags it was made with")
@@ -194,4 +169,6 @@ def check_tensors(path: Path, tensors: dict, expected: dict):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{path} does not fit: {name} is of type {tensor.dtype}; "
                              "start anew with another --out_dir")
-        check_finite(name, tensor, path)
+        check_finite(name, tensor, path, "start anew with another --out_dir")
+        ours[name].copy_(sharding.divided(tensor, ours[name]))
+    return meta

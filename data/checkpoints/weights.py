@@ -1,7 +1,7 @@
-"""A model's weights on disk: every tensor accounted for, mapped into memory, never unpickled.
+"""A model's weights on disk: every tensor checked, mapped into memory, never unpickled.
 
 `load_weights` fills a model of any family by its weight map (families.py), from a single file
-or from shards. Everything here is plumbing; read model.py for what the tensors mean.
+or from shards. Read model.py for the meaning of the tensors.
 
     python -c "from model import LM; LM.from_pretrained('tiny')"
 """
@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoints.families import choices, weight_map
+from data.checkpoints.families import weight_map
+from data.system.command import choices
 from data.system.disk import open_safetensors, present, read_json, write_json, write_safetensors
 
 HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
-# How the tensors end that only quantised checkpoints have.
+# Endings of tensor names that only quantised checkpoints have.
 QUANTISED = (
     ".qweight", ".qzeros", ".scales", ".weight_scale", ".weight_scale_inv", ".weight_packed",
     ".SCB", ".absmax", ".quant_map")
-# Weights are copied out of the memory map in pieces of this size, so that pages can be let go.
+# Weights are copied from the memory map in pieces of this size, to limit the resident memory.
 CHUNK_BYTES = 1 << 26
 TOKENIZER_FILES = (
     "tokenizer*", "chat_template*", "vocab*", "merges.txt", "encoder.json", "added_tokens.json",
@@ -33,7 +34,7 @@ TOKENIZER_FILES = (
 # --- a model's weights ----------------------------------------------------------------------------
 
 def read_config(directory: Path) -> dict:
-    """config.json of a model's directory. Raises ValueError for another kind of directory."""
+    """config.json of a model directory. Raises ValueError for another kind of directory."""
     if present(directory / "adapter_config.json"):
         raise ValueError(f"{directory} holds a PEFT adapter (adapter_config.json); "
                          "merge it into its base first")
@@ -41,7 +42,7 @@ def read_config(directory: Path) -> dict:
         return read_json(directory / "config.json")
     if present(directory / "path.json"):
         raise ValueError(f"{directory} holds a diffusion path and no model; give its base, or "
-                         f"train on with --init_from=resume --out_dir={directory}")
+                         f"resume its training with --init_from=resume --out_dir={directory}")
     raise ValueError(f"{directory}/config.json does not exist; a model directory holds "
                      "config.json, model.safetensors and a tokenizer")
 
@@ -51,14 +52,25 @@ def weight_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if present(single):
-        # as everywhere: the whole file wins, but shards beside it may be what was meant
+        # the single file has priority, but the user may have meant the shards
         if present(index):
             read_index(index)
             print(f"note: {directory} holds model.safetensors and {index.name}: "
                   "the former is loaded, the shards are not", file=sys.stderr)
         return {name: single for name in open_safetensors(single).keys()}
     if present(index):
-        return sharded_files(index)
+        # the name alone: an index must not lead out of its directory
+        files = {name: directory / Path(file).name for name, file in read_index(index).items()}
+        for path in sorted(set(files.values())):
+            if not present(path):
+                raise ValueError(f"{path} is missing although {index.name} names it; "
+                                 "download this shard again")
+            wrong = {name for name, file in files.items() if file == path}
+            wrong ^= set(open_safetensors(path).keys())
+            if wrong:
+                raise ValueError(f"the tensors of {path} differ from those in {index.name}: "
+                                 f"{count_names(wrong)}; download this shard and the index again")
+        return files
     if list(directory.glob("pytorch_model*.bin")):
         raise ValueError(f"{directory} has only pytorch_model.bin, a pickle that can run code "
                          "when it is read; convert it to model.safetensors first")
@@ -76,38 +88,21 @@ def read_index(index: Path) -> dict:
     return names
 
 
-def sharded_files(index: Path) -> dict[str, Path]:
-    names = read_index(index)
-    # the name alone: an index must not point out of its directory
-    files = {name: index.parent / Path(file).name for name, file in names.items()}
-    for path in sorted(set(files.values())):
-        if not present(path):
-            raise ValueError(f"{path} is missing although {index.name} names it; "
-                             "download this shard again")
-        stated = {name for name, file in files.items() if file == path}
-        wrong = stated ^ set(open_safetensors(path).keys())
-        if wrong:
-            raise ValueError(f"{path} does not hold what {index.name} says: {count_names(wrong)}; "
-                             "download this shard and the index again")
-    return files
-
-
 def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
     """(device, dtype): CUDA, else MPS, else CPU; bfloat16 where the GPU has it, else float32.
 
-    Raises ValueError for a device that is not here.
+    Raises ValueError for a device that this machine lacks.
     """
-    here = ["cpu"]
+    available = ["cpu"]
     if torch.backends.mps.is_available():
-        here.insert(0, "mps")
+        available.insert(0, "mps")
     if torch.cuda.is_available():
-        here.insert(0, "cuda")
-    device = device or here[0]
-    choices(device.split(":")[0], here, "--device")
-    # the number of a card, where there are several
-    count = torch.cuda.device_count() if device.startswith("cuda") else 1
-    allowed = here + [f"{device.split(':')[0]}:{n}" for n in range(count)]
-    choices(device, allowed, "--device")
+        available.insert(0, "cuda")
+    device = device or available[0]
+    kind = choices(device.split(":")[0], available, "--device")
+    # cuda:1 is the second card
+    cards = torch.cuda.device_count() if kind == "cuda" else 1
+    choices(device, available + [f"{kind}:{card}" for card in range(cards)], "--device")
     if dtype is None:
         half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if half else torch.float32
@@ -115,9 +110,10 @@ def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
 
 
 def plan_weights(model, files: dict, directory: Path) -> dict:
-    """Name in the files -> (names of our parameters, stored transposed?), every tensor checked.
+    """Name in the files -> (names of our parameters, stored transposed?) for every tensor.
 
-    The model may be on the meta device: nothing is read yet, names, shapes and types are compared.
+    Only names, shapes and types are read, so the model may be on the meta device.
+    Raises ValueError for tensors that are missing, left over, or of another shape or type.
     """
     config = model.config
     family = config.family
@@ -127,7 +123,7 @@ def plan_weights(model, files: dict, directory: Path) -> dict:
         prefix = family.prefix
     plan = {}
     for theirs, names, transposed in weight_map(family, config.layers, ours):
-        # the head stands outside of what the prefix names
+        # the head has no prefix
         name = theirs if theirs.startswith("lm_head") else prefix + theirs
         plan[name] = (names, transposed)
     check_names(plan, files, config, directory)
@@ -135,19 +131,46 @@ def plan_weights(model, files: dict, directory: Path) -> dict:
         embedding = next(name for name, (names, _) in plan.items() if names == ["embed.weight"])
         check_tied_head(files, embedding)
     for name, (names, transposed) in plan.items():
-        check_tensor(files[name], name, [ours[n].shape for n in names], transposed)
+        path = files[name]
+        stored = open_safetensors(path).get_slice(name)
+        if stored.get_dtype() not in FLOATS:
+            raise ValueError(f"{name} in {path} is of type {stored.get_dtype()}: is it quantised? "
+                             f"allowed: {', '.join(FLOATS)}")
+        # one matrix of the file may be several of ours, joined along their rows
+        expected = [sum(len(ours[n]) for n in names), *ours[names[0]].shape[1:]]
+        if transposed:
+            expected.reverse()
+        if stored.get_shape() != expected:
+            raise ValueError(f"{name} in {path} has shape {stored.get_shape()}, but config.json "
+                             f"requires {expected}; use the config.json that came with the weights")
     return plan
 
 
 def load_weights(model, plan: dict, files: dict):
-    """Fill the model, whose memory is there by now; values are checked on their way."""
+    """Copy the files into the model. Raises ValueError for values that are not finite."""
     ours = dict(model.named_parameters())
     for name, (names, transposed) in plan.items():
-        copy_tensor(files[name], name, [ours[n].data for n in names], transposed)
+        # of this target in the matrix of the file: the first row, or column if transposed
+        start = 0
+        for target in (ours[n].data for n in names):
+            size = len(target)
+            target = target.T if transposed else target
+            rows = max(1, CHUNK_BYTES // (4 * math.prod(target.shape[1:])))
+            for row in range(0, len(target), rows):
+                # opened anew: the pages of a map count as resident until it is closed
+                stored = open_safetensors(files[name]).get_slice(name)
+                end = min(row + rows, len(target))
+                if transposed:
+                    piece = stored[row:end, start:start + size]
+                else:
+                    piece = stored[start + row:start + end]
+                check_finite(name, piece, files[name], "download it again")
+                target[row:end].copy_(piece)
+            start += size
 
 
 def save_weights(model, directory: Path):
-    """The other way: model.safetensors with the family's names and forms, then config.json."""
+    """Write model.safetensors with the family's names and shapes, then config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config
     ours = dict(model.named_parameters())
@@ -160,10 +183,10 @@ def save_weights(model, directory: Path):
 
 
 def fingerprint(model) -> str:
-    """sha256 of all weights as bfloat16: the same in whatever precision a model was loaded."""
+    """sha256 of all weights as bfloat16, so that it does not depend on the dtype of loading."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        # the final norm had another name when the first paths were saved, and those must still load
+        # the name of the final norm when the first paths were saved, which must go on loading
         digest.update(name.replace("ln_f.", "norm_f.").encode())
         values = p.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(values.view(torch.uint8).numpy())
@@ -171,7 +194,7 @@ def fingerprint(model) -> str:
 
 
 def check_names(wanted, files, config, directory):
-    """Raise ValueError unless the files hold every tensor of the model, and no other one."""
+    """Raise ValueError unless the files hold every tensor of the model and no other."""
     ignored = config.family.ignored
     if config.tied:
         ignored += (HEAD,)
@@ -189,13 +212,13 @@ def check_names(wanted, files, config, directory):
 
 
 def check_tied_head(files: dict, embedding: str):
-    """Raise ValueError where a model that should have no head of its own has another one."""
+    """Raise ValueError if the file of a model with a tied head holds a different head."""
     head = open_safetensors(files[HEAD]).get_slice(HEAD)
     embed = open_safetensors(files[embedding]).get_slice(embedding)
     same = head.get_shape() == embed.get_shape() and head.get_dtype() == embed.get_dtype()
     rows = 1 + CHUNK_BYTES // (4 * math.prod(embed.get_shape()[1:]))
     for row in range(0, embed.get_shape()[0], rows):
-        # a file may well hold the embedding twice
+        # a copy of the embedding is allowed
         same = same and torch.equal(head[row:row + rows], embed[row:row + rows])
     if not same:
         raise ValueError(f"{files[HEAD]} holds a {HEAD} that is not the embedding, but config.json "
@@ -210,65 +233,15 @@ def count_names(names) -> str:
     return f"{len(names)} ({min(names)}{more})"
 
 
-def check_tensor(path, name, shapes: list, transposed):
-    """Raise ValueError unless a tensor is the floating-point concatenation of these shapes."""
-    stored = open_safetensors(path).get_slice(name)
-    if stored.get_dtype() not in FLOATS:
-        raise ValueError(f"{name} in {path} is of type {stored.get_dtype()}: is it quantised? "
-                         f"allowed: {', '.join(FLOATS)}")
-    expected = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-    if transposed:
-        expected.reverse()
-    shape = stored.get_shape()
-    if shape != expected:
-        raise ValueError(f"{name} in {path} has shape {shape}, but config.json asks for {expected};"
-                         " use the config.json that came with the weights")
-
-
-def copy_tensor(path: Path, name: str, targets: list, transposed: bool):
-    """Copy one tensor of the file into `targets`, which share its rows (or columns, if transposed).
-
-    The file is mapped anew for every piece: pages of a map count as resident until it is closed.
-    """
-    shape = open_safetensors(path).get_slice(name).get_shape()
-    step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
-    for row in range(0, shape[0], step):
-        piece = open_safetensors(path).get_slice(name)[row:row + step]
-        check_finite(name, piece, path)
-        if transposed:
-            copy_columns(targets, piece, row)
-        else:
-            copy_rows(targets, piece, row)
-
-
-def check_finite(name: str, tensor, path):
-    """Raise ValueError for a value that is not a number, or none that is finite."""
+def check_finite(name: str, tensor, path, remedy: str):
+    """Raise ValueError for NaN and infinity; remedy: the end of the message."""
     # the extremes are not finite if any value is not; 14 times as fast as isfinite().all()
     if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
-        raise ValueError(f"{name} in {path} holds values that are not finite; "
-                         "download it again")
-
-
-def copy_rows(targets: list, piece, row: int):
-    """Rows row, row + 1, ... of a tensor that is the concatenation of `targets`."""
-    for target in targets:
-        size = len(target)
-        low = max(row, 0)
-        high = min(row + len(piece), size)
-        if low < high:
-            target[low:high].copy_(piece[low - row:high - row])
-        row -= size     # counted from the next target's first row
-
-
-def copy_columns(targets: list, piece, row: int):
-    """The same of a transposed tensor: a piece of its rows holds a few columns of every target."""
-    sizes = [target.shape[0] for target in targets]
-    for target, part in zip(targets, piece.split(sizes, dim=-1)):
-        target.T[row:row + len(piece)].copy_(part)
+        raise ValueError(f"{name} in {path} holds values that are not finite; {remedy}")
 
 
 def copy_tokenizer(source: Path, directory: Path):
-    """Put the files of a tokenizer beside a finetuned model, so that its directory is complete."""
+    """Copy the files of a tokenizer to a finetuned model, so that its directory is complete."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             if path.resolve().parent != directory.resolve():

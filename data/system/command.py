@@ -1,12 +1,13 @@
-"""What all commands have in common: how they end, and which of their flags were really given.
+"""What all commands share: how they end, and how values and flags are checked.
 
-A mistake that a user can mend is one line on standard error and exit status 2, Ctrl-C one line and
-130; a reader that goes away (`| head`) is no mistake. A character that the terminal lacks is
-written as its escape. Imported first of all, so that Ctrl-C while torch is imported is quiet too.
+A mistake that a user can mend ends with one line on standard error and exit status 2, Ctrl-C with
+one line and 130, a closed pipe (`| head`) with 0. A character that the terminal lacks is written
+as its escape. Import this file first: then Ctrl-C during the import of torch is one line too.
 """
 
 import argparse
 import functools
+import math
 import os
 import sys
 
@@ -17,7 +18,7 @@ def command(name: str):
         @functools.wraps(main)
         def run(argv=None):
             for stream in (sys.stdout, sys.stderr):
-                # a captured stream may not know how
+                # a captured stream may lack the method
                 if hasattr(stream, "reconfigure"):
                     stream.reconfigure(errors="backslashreplace")
             try:
@@ -37,6 +38,7 @@ def command(name: str):
 
 
 def fail(line: str, status: int):
+    """Print one line and leave with this exit status."""
     print(visible(line), file=sys.stderr)
     try:
         sys.stdout.flush()
@@ -46,17 +48,17 @@ def fail(line: str, status: int):
 
 
 def silence():
-    """Nothing more can be written: Python would complain once more at its end."""
+    """Discard further output: Python would report the closed pipe again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def visible(text) -> str:
-    """One line without commands to the terminal: a file's name may hold anything."""
+    """One line without commands to the terminal: a file's name may contain any character."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def quiet_interrupt(kind, error, trace):
-    """For what is interrupted before its main has begun."""
+    """Ctrl-C before main has begun is one line; other errors keep their traceback."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -66,26 +68,54 @@ def quiet_interrupt(kind, error, trace):
 sys.excepthook = quiet_interrupt
 
 
+# --- values ---------------------------------------------------------------------------------------
+
+def check_range(name: str, value, low, high=math.inf, kind: type = float):
+    """Return `value`, a finite number from low to high, both included.
+
+    kind  float: any number, int: integers alone, bool: True or False
+    Raises ValueError for another number and for another type, which a file may hold.
+    """
+    types = (int, float) if kind is float else kind
+    # to Python True is an integer
+    right_type = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
+    if right_type and low <= value <= high and value != math.inf:
+        return value
+    allowed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+    if kind is int:
+        allowed += ", an integer"
+    raise ValueError(f"{name} = {repr(value)[:60]} is out of range; allowed: {allowed}")
+
+
+def choices(received, allowed, what: str):
+    """Return `received`. Raises ValueError unless it is among `allowed`."""
+    # a list, which a file may hold, is in no table
+    if not isinstance(received, (str, int, float)) or received not in allowed:
+        names = ", ".join(map(str, allowed))
+        raise ValueError(f"{what} {received!r} is not supported; allowed: {names}")
+    return received
+
+
 # --- flags ----------------------------------------------------------------------------------------
 
 def flag_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help begins with the file's own text, as it is laid out there."""
+    """A parser whose help begins with the docstring of the file, in its own layout."""
     return argparse.ArgumentParser(
         prog=prog, usage=argparse.SUPPRESS, description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_model_flags(add):
-    """Where and how a model that is not trained is loaded; add: a parser's add_argument."""
+    """The flags of loading a model; add: the add_argument of a parser."""
     add("--merge_lora", "--fold_lora", action=argparse.BooleanOptionalAction, default=True,
-        help="add the path's LoRA into copies of its matrices: faster, more memory")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights")
-    add("--cache_dir", help="where downloaded models are kept")
+        help="the path's LoRA added into copies of its matrices: faster, more memory")
+    add("--device", help="cuda, mps or cpu (default: the best available)")
+    add("--dtype", choices=("float32", "bfloat16"), help="type of the frozen weights")
+    add("--cache_dir", help="directory of downloaded models")
 
 
 def given_flags(parser, argv) -> dict:
-    """The flags that stand on the command line, whatever their defaults are."""
+    """The flags on the command line, without those that have their default value."""
     names = vars(parser.parse_args(argv))
     # no value on a command line is None
     parser.set_defaults(**dict.fromkeys(names))
@@ -94,9 +124,9 @@ def given_flags(parser, argv) -> dict:
 
 
 def refuse_idle(given, rules):
-    """Raise ValueError for a flag that would do nothing: that is a misunderstanding.
+    """Raise ValueError for a flag without effect: its user expects one.
 
-    rules  (names, can they act?, what they need), the names without dashes
+    rules  (names without dashes, do they have an effect?, what they need)
     """
     for names, acts, needed in rules:
         idle = [name for name in names if name in given]

@@ -1,8 +1,8 @@
-"""Files as they are in the world: written whole or not at all, read without trust, used by one run.
+"""Files that appear whole, files that are checked when read, and directories of one run.
 
-A file appears by write, fsync, rename: whoever reads sees the old one or the new one, also after a
-power cut. What is read may be anything: damaged, of another program, marked by a Windows editor.
-Everything here says in one line what is wrong and what to do. data/checkpoints/ builds on this.
+A file appears by write, fsync, rename: a reader sees the old one or the new one, also after a power
+cut. A file to be read may be damaged, of another program, or marked by a Windows editor. Every
+error is one line that says what is wrong and how to repair it. data/checkpoints/ builds on this.
 """
 
 import codecs
@@ -21,8 +21,8 @@ if os.name == "nt":
 else:
     import fcntl
 
-PART = ".part"          # behind the name of a file that is not whole yet
-# What editors put before a text; the longer ones first, since one begins like another.
+PART = ".part"          # after the name of an incomplete file
+# Byte order marks; the longer ones first, since UTF-32's begins with UTF-16's.
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -36,21 +36,21 @@ MARKS = (
 
 @contextmanager
 def appearing(path: str | Path):
-    """Yield a place to write to: what stands there at the end becomes `path`, or nothing does."""
-    # through a link, which stays one
+    """Yield a path to write to; at the end the file there becomes `path`, unless an error came."""
+    # a link stays one: the file behind it is replaced
     path = Path(os.path.realpath(path))
-    # a device or a pipe has no old content to keep
+    # a device or a pipe has no old content to protect
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
-    # a folder, so that a library's own temporary files are swept away with it
+    # a folder, so that a library's own temporary files are removed with it
     folder = Path(f"{path}{PART}")
     remove(folder)
     folder.mkdir()
     try:
         part = folder / path.name
         yield part
-        # some libraries write for their owner alone: what the umask allows is what a folder got
+        # some libraries write for the owner alone; the folder has the mode of the umask
         os.chmod(part, folder.stat().st_mode & 0o666)
         flush(part)
         os.replace(part, path)
@@ -60,8 +60,8 @@ def appearing(path: str | Path):
 
 
 def flush(path: Path):
-    """Have the disk keep a file, or a folder's names, before anything else happens."""
-    # Windows keeps the names by itself, and opens no folder
+    """Write a file, or the names in a folder, from the system's cache to the disk."""
+    # Windows writes the names by itself, and opens no folder
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
@@ -72,17 +72,11 @@ def flush(path: Path):
 
 
 def remove(path: Path):
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def sweep(directory: Path):
-    """Remove what killed runs left unfinished."""
-    for path in directory.glob(f"*{PART}"):
-        remove(path)
 
 
 def write_json(content: dict, path: str | Path):
@@ -92,7 +86,7 @@ def write_json(content: dict, path: str | Path):
 
 
 def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = None):
-    """Raises OSError with one line where they cannot be written."""
+    """Raises OSError, in one line, if the file cannot be written."""
     try:
         with appearing(path) as part:
             save_file(tensors, part, metadata)
@@ -103,7 +97,7 @@ def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = N
 
 
 def check_writable(path: str | Path):
-    """Raise OSError where no file can be written: better now than after the work."""
+    """Raise OSError, before the work, if a file cannot be written there."""
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; allowed: the name of a file")
@@ -111,7 +105,7 @@ def check_writable(path: str | Path):
         raise FileNotFoundError(f"{path.parent} is no directory, so {path.name} cannot be written "
                                 "there; make it first")
     try:
-        # to ask for permissions is not enough: a disk may be mounted for reading only
+        # permissions do not tell: a disk may be mounted read-only
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -120,29 +114,29 @@ def check_writable(path: str | Path):
 
 
 def check_absent(path: str | Path, overwrite: bool):
-    """Raise ValueError for a file of an earlier run, unless it may go."""
+    """Raise ValueError for a file of an earlier run, unless it may be overwritten."""
     if Path(path).is_file() and not overwrite:
         raise ValueError(f"{path} is there already, from an earlier run; "
                          "allowed: another name, or --overwrite")
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Where downloads are kept: as asked, else NANOL2D_CACHE, else ~/.cache/nanol2d."""
+    """Directory of downloads: `cache_dir`, else NANOL2D_CACHE, else ~/.cache/nanol2d."""
     root = cache_dir or os.environ.get("NANOL2D_CACHE") or "~/.cache/nanol2d"
     return Path(root).expanduser()
 
 
-# --- read without trust ---------------------------------------------------------------------------
+# --- checked when read ----------------------------------------------------------------------------
 
 def present(path: Path) -> bool:
-    """Is this file there? Raises ValueError for a link to nothing: a file was meant to be."""
+    """Does this file exist? Raises ValueError for a link to nothing, since one was intended."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to nothing; copy or download the file itself")
     return path.exists()
 
 
 def decode(content: bytes, where) -> str:
-    """Text in UTF-8, or in what its first bytes announce. Raises ValueError for anything else."""
+    """Text in UTF-8, or in the encoding of its byte order mark. Raises ValueError for others."""
     coding = next((coding for mark, coding in MARKS if content.startswith(mark)), "utf-8")
     try:
         return content.decode(coding)
@@ -152,17 +146,18 @@ def decode(content: bytes, where) -> str:
 
 
 def parse_json(content: bytes | str, where):
-    """Any JSON. Raises ValueError with one line."""
+    """Any JSON value. Raises ValueError, in one line that names the file `where`."""
+    text = content if isinstance(content, str) else decode(content, where)
     try:
-        return json.loads(content if isinstance(content, str) else decode(content, where))
-    # brackets nested deeper than Python can follow are damage too
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    # brackets nested too deeply for Python, or a number with too many digits
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}); "
                          "copy or download it again") from None
 
 
 def read_json(path: str | Path) -> dict:
-    """Parse a JSON object. Raises ValueError with one line for a missing or damaged file."""
+    """Parse a JSON object. Raises ValueError, in one line, for a missing or damaged file."""
     try:
         content = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
@@ -173,7 +168,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def open_safetensors(path: Path):
-    """The file, mapped into memory. Raises ValueError where it is none."""
+    """The file, mapped into memory. Raises ValueError for a damaged or missing one."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -181,27 +176,25 @@ def open_safetensors(path: Path):
                          "download it again") from None
 
 
-# --- used by one run at a time --------------------------------------------------------------------
-
-@contextmanager
-def held(directory: Path):
-    """Keep a directory for this process. Raises ValueError while another one has it."""
-    with open(directory / "lock", "a", encoding="utf-8") as handle:
-        # closing the file releases the lock, also when the process dies
-        if not try_lock(handle):
-            raise ValueError(f"another process is writing to {directory}; "
-                             "wait for it, or choose another --out_dir")
-        yield
-
+# --- directories of one run -----------------------------------------------------------------------
 
 @contextmanager
 def claimed(directory: Path):
-    """Make a directory, if it is new, and keep it; it goes again if nothing was written to it."""
+    """Hold a directory for this process; a new one is removed again if nothing was written to it.
+
+    Raises ValueError while another process holds it.
+    """
     new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with held(directory):
-            sweep(directory)
+        with open(directory / "lock", "a", encoding="utf-8") as handle:
+            # closing the file releases the lock, also when the process dies
+            if not try_lock(handle):
+                raise ValueError(f"another process is writing to {directory}; "
+                                 "wait for it, or choose another --out_dir")
+            for path in directory.glob(f"*{PART}"):
+                # of killed runs
+                remove(path)
             yield
     finally:
         if new and [path.name for path in directory.iterdir()] == ["lock"]:
@@ -209,7 +202,7 @@ def claimed(directory: Path):
 
 
 def try_lock(handle) -> bool:
-    """Lock an open file, if no other process has."""
+    """Lock an open file; False if another process has locked it."""
     try:
         if os.name == "nt":
             msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
@@ -218,6 +211,6 @@ def try_lock(handle) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError:
-        # some network disks have no locks: one process at a time is then up to the user
+        # some network disks have no locks: there the user is responsible
         pass
     return True

@@ -1,8 +1,7 @@
 """A model whose weights are divided among the processes, by PyTorch's own FSDP2 (`fully_shard`).
 
-Every process keeps a part of each layer, and has it whole only while it computes with it. What is
-trained beside a frozen model is small and stays whole. train.py --shard; read processes.py
-before.
+Every process stores a part of each layer, and gathers the whole only while it computes with it. The
+small trained path beside a frozen model stays whole. train.py --shard; read processes.py before.
 """
 
 import warnings
@@ -18,7 +17,7 @@ from data.system.processes import count
 def shard(lm, path_blocks=None):
     """Divide the weights of `lm`; path_blocks: the layers of a path, each beside a frozen one."""
     mesh = init_device_mesh(lm.embed.weight.device.type, (count(),))
-    # a layer gives back its keys and values, which nobody changes in place
+    # a layer returns its keys and values, which are never changed in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     trained_whole = set()
     if not lm.embed.weight.requires_grad:
@@ -30,11 +29,11 @@ def shard(lm, path_blocks=None):
         else:
             shard_pair(block, path_blocks[layer], mesh)
     if lm.embed.weight.requires_grad:
-        # embedding, final norm and head: they stay whole from the reading to the loss
+        # embedding, final norm and head stay whole until the loss is computed
         fully_shard(lm, mesh=mesh)
         register_fsdp_forward_method(lm, "read")
     for module in divided_modules(lm):
-        # sums, as everywhere here, and no means
+        # sums, as everywhere here, instead of means
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
 
@@ -44,29 +43,29 @@ def divided_modules(lm) -> list:
 
 
 def shard_pair(block, path_block, mesh):
-    """A frozen layer and the path's beside it, which takes the frozen one's weights along."""
+    """Divide a frozen layer together with the path's layer beside it."""
     path_block.frozen = block
     trained = {p for p in path_block.parameters() if p.requires_grad}
     fully_shard(path_block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
     register_fsdp_forward_method(path_block, "read")
-    # the frozen layer reads before the path does, without a gradient
+    # the frozen layer computes before the path does, without a gradient
     block.register_forward_pre_hook(lambda *_: path_block.unshard())
     block.register_forward_hook(lambda *_: path_block.reshard())
 
 
 def gather(lm):
-    """All weights whole again on every process, to be saved."""
+    """Make all weights whole on every process, to save them."""
     for module in divided_modules(lm):
         module.unshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a divided tensor; every process must ask."""
+    """The whole of a divided tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divided(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole one, if `like` is divided."""
+    """This process's part of a whole tensor, if `like` is divided."""
     tensor = tensor.to(like.device)
     if isinstance(like, DTensor):
         return distribute_tensor(tensor, like.device_mesh, like.placements)
