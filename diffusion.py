@@ -1,13 +1,13 @@
-"""The diffusion path beside a frozen language model, its objective, its velocity: all of L2D.
+"""The diffusion path beside a frozen language model, its objectives, its velocity: all of L2D.
 
 Time runs from noise (t = 0) to data (t = 1): x_0 ~ N(0, σ²I), x_1 = V_y the vector of the next
-token, x_t between them. A language model trained with cross-entropy already answers at t = 0, where
-x_t says nothing. The path reads the frozen model's keys and values, sees x_t, and adds to the last
-hidden state with a weight that is exactly zero at t = 0.
+token, x_t between them. A language model trained with cross-entropy is right already at t = 0,
+where x_t says nothing. The path reads the frozen model's keys and values and x_t, and adds to the
+last hidden state with a weight that is exactly zero at t = 0.
 
-    1 the path        Eq. 5 and 6
-    2 the objective   Eq. 3
-    3 the velocity    Eq. 4 and 7
+    1 the path         Eq. 5 and 6
+    2 the objectives   Eq. 3, and our own
+    3 the velocity     Eq. 4 and 7
 
 Equation numbers are those of "Large Language Models to Diffusion Finetuning" (ICML 2025). Read
 solvers.py before and model.py after this file. Run alone it lets noise flow to tokens. In 8 steps:
@@ -26,18 +26,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoints.families import choices
 from data.checkpoints.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
 from data.parts.draws import (
-    RowDraws, check_classes, draw_schedule, draw_times, draw_tokens, drop_classes, spread_classes)
+    RowDraws, check_classes, draw_schedule, draw_times, draw_tokens, drop_classes)
 from data.parts.kv_cache import KVCache
 from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
 from data.parts.positions import FREQUENCIES, sinusoid
 from data.results.figures import draw_points
 from data.tiny.oracle import LINE, Oracle
-from data.training.batches import Batch, Targets, Losses, pick
-from model import LM, PathBlock, FrozenStates, read_own_kv, run_layer, two_layers
+from data.training.batches import Batch, Losses, pick
+from model import LM, FrozenStates, PathBlock, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")
@@ -52,7 +51,6 @@ class L2D(nn.Module):
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
         self.config = config
-        self.checkpointing = False
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
         # with words to read, the path starts as a copy of the frozen layers, which understand them
@@ -77,7 +75,7 @@ class L2D(nn.Module):
     def train(self, mode: bool = True):
         """Path to training or evaluation; the frozen model is always evaluated.
 
-        Call it whenever weights have changed: what sampling keeps is made again from the new ones.
+        Call it after every change of the weights: what sampling has cached is computed again.
         """
         super().train(mode)
         self.lm.eval()
@@ -85,7 +83,7 @@ class L2D(nn.Module):
         return self
 
     def forget(self):
-        """Drop what was kept while sampling: V, the modulation of every time, folded matrices."""
+        """Drop what sampling has cached: V, the modulation of every time, merged matrices."""
         self.cached_vocabulary = None
         self.time_table = TimeTable(self)
         self.merge_lora(False)
@@ -121,28 +119,27 @@ class L2D(nn.Module):
         return math.sqrt(self.config.width) * F.normalize(self.to_z(e), dim=-1)
 
     def vocabulary(self) -> torch.Tensor:
-        """All of V, (V, Z) float32. Made once while sampling; in training it moves."""
+        """All of V, (V, Z) float32. Computed once while sampling; in training it moves."""
         if self.cached_vocabulary is None or self.training:
             ids = torch.arange(self.lm.config.vocab_size, device=self.to_z.weight.device)
             with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
                 self.cached_vocabulary = self.vectors(ids)
         return self.cached_vocabulary
 
-    # --- what depends on the time alone ---
-
-    def embed_time(self, t, class_ids=None):
-        """e(t), (..., S): a sinusoid of t, two layers, plus the class embedding (None: none)."""
-        e = self.time(sinusoid(t))
-        if self.class_embedding is None:
-            return e
-        if class_ids is None:
-            class_ids = torch.full_like(t, self.config.classes, dtype=torch.long)
-        return e + self.class_embedding(class_ids)
+    # --- the network ---
 
     def modulation(self, t, class_ids=None) -> Modulation:
-        """What times t (...) and classes (...) do to the path."""
-        e = self.embed_time(t, class_ids)
-        e_0 = self.embed_time(torch.zeros_like(t), class_ids)
+        """What times t (...) and classes (...), None for no class, do to the path."""
+        if class_ids is None:
+            class_ids = torch.full_like(t, self.config.classes, dtype=torch.long)
+        embedded = []
+        for time in (t, torch.zeros_like(t)):
+            # e(t), (..., S): a sinusoid of t, two layers, plus the class embedding
+            e = self.time(sinusoid(time))
+            if self.class_embedding is not None:
+                e = e + self.class_embedding(class_ids)
+            embedded.append(e)
+        e, e_0 = embedded
         # w_d(t) = g(e(t)) − g(e(0))                                    (paper Eq. 6)
         w_d = self.time_gate(e) - self.time_gate(e_0)
         # zero at t = 0 to the bit, however the device orders its sums
@@ -151,31 +148,38 @@ class L2D(nn.Module):
         with self.autocast():
             return Modulation([block.modulation(e) for block in self.blocks], w_d)
 
-    # --- the network ---
-
     def read(self, ids, documents=None, cache: KVCache | None = None, cached=None) -> FrozenStates:
-        """What the path looks at: arguments and reading as of LM.read.
+        """What the path reads: arguments and states as of LM.read.
 
-        With own reading, keys and values are those of the path's own layers, which run over the
-        tokens once, at t = 0, with no class: guidance asks twice and reads once.
+        With own keys and values the path's own layers run over the tokens too, once, at t = 0 and
+        without a class, so that both predictions of guidance read the same.
         """
         with torch.no_grad():
             states = self.lm.read(ids, documents, cache, cached)
         if not self.config.own_kv:
             return states
-        # t = 0: before anything is known of the next token
+        # t = 0: the next token is not known yet
         if torch.is_grad_enabled():
             modulation = self.modulation(torch.zeros(1, 1, device=ids.device))
         else:
             modulation = self.time_table.at(0.0, None)
+        keys = []
+        values = []
         with self.autocast():
-            return read_own_kv(self.blocks, modulation.blocks, self.lm, states, cache)
+            h = self.lm.add_positions(states.inputs, states.positions)
+            for block, m, frozen in zip(self.blocks, modulation.blocks, self.lm.blocks):
+                # behind the frozen model's in the cache
+                number = len(self.blocks) + len(keys)
+                h, k, v = block(h, m, frozen, states, cache=cache, layer=number)
+                keys.append(k)
+                values.append(v)
+        return replace(states, keys=tuple(keys), values=tuple(values))
 
-    def last_hidden(self, x_t, t, modulation, states, prediction=None, index=None):
-        """Hidden state (..., C) from which norm and head make the guess f(x_t, t, c): path, merge.
+    def last_hidden(self, x_t, t, modulation, states, before=None, index=None):
+        """Hidden state (..., C) from which final norm and head make the logits f(x_t, t, c).
 
-        x_t (..., Z), t (...), modulation and the logits of the guess before (..., V) for every
-        token of the reading, or for those `where`.
+        x_t (..., Z), t (...), modulation and, with self-conditioning, the logits of the prediction
+        before (..., V), for every token of the states, or for those at `index`: two tensors (N,).
         """
         hidden, positions, inputs = states.hidden, states.positions, states.inputs
         if index is not None:
@@ -188,169 +192,30 @@ class L2D(nn.Module):
         with self.autocast():
             h = self.from_z(u)                                          # (..., C)
             if self.config.self_conditioning:
-                h = h + self.from_prediction(self.embed_prediction(prediction, hidden))
+                # before the first evaluation it is the frozen model's prediction
+                if before is None:
+                    before = self.lm.logits(hidden)
+                p = before.float().softmax(-1).to(self.lm.embed.weight.dtype)
+                # E·Σ_y p_y·e_y
+                h = h + self.from_prediction(p @ self.lm.embed.weight)
             elif self.config.own_kv:
                 h = h + inputs
             h = self.lm.add_positions(h, positions)
-            layers = zip(self.blocks, modulation.blocks, self.lm.blocks)
-            for layer, (block, m, frozen) in enumerate(layers):
-                h = run_layer(self.checkpointing, block, h, m, frozen, states, layer, index)
+            pairs = zip(states.keys, states.values)
+            for block, m, frozen, kv in zip(self.blocks, modulation.blocks, self.lm.blocks, pairs):
+                h, *_ = block(h, m, frozen, states, kv, index)
         # h_LM + w_d(t)·h                                               (paper Eq. 6)
         return hidden + (modulation.w_d * h).to(hidden.dtype)
 
-    def embed_prediction(self, prediction, hidden):
-        """What the path reads of its previous guess, logits (..., V): (..., C).
-
-        Before the first evaluation it is the frozen model's, which stands in `hidden` (..., C).
-        """
-        if prediction is None:
-            prediction = self.lm.logits(hidden)
-        p = prediction.float().softmax(-1).to(self.lm.embed.weight.dtype)
-        # Σ_y p_y·e_y
-        return p @ self.lm.embed.weight
-
-    def forward(self, ids, x_t, t, class_ids=None):
-        """Logits (B, T, V) = f(x_t, t, c) at every position.
-
-        ids (B, T) tokens so far, x_t (B, T, Z) noisy vector of the *next* token of each position,
-        t (B, T) in [0, 1], class_ids (B,) or (B, T) in [0, classes], None for no class.
-        Raises ValueError for other shapes.
-        """
-        expected = (*ids.shape, self.config.width)
-        if x_t.shape != expected or t.shape != ids.shape:
-            raise ValueError(f"x_t has shape {tuple(x_t.shape)} and t {tuple(t.shape)}; "
-                             f"allowed: {expected} and {expected[:2]}")
-        modulation = self.modulation(t, spread_classes(class_ids, ids, self.config.classes))
-        states = self.read(ids)
-        return self.lm.logits(self.last_hidden(x_t, t, modulation, states))
-
     def predict(self, x_t, t, class_ids, states, before=None):
-        """The same while sampling: logits (n, T, V) float32 after a reading; t a float or (n,).
-
-        before  (n, T, V) logits of the evaluation before this one, None at the first
-        """
+        """Logits (n, T, V) float32 while sampling; t a float or (n,), before (n, T, V) or None."""
         if not torch.is_tensor(t) and t == 0:
-            # w_d(0) = 0: whatever the path would say, these are the frozen model's logits
+            # w_d(0) = 0: whatever the path computes, these are the frozen model's logits
             return self.lm.logits(states.hidden).float()
         modulation = self.time_table.at(t, class_ids)
         time = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
         hidden = self.last_hidden(x_t, time, modulation, states, before)
         return self.lm.logits(hidden).float()
-
-    # --- 2 the objectives ---
-
-    def draw(self, batch: Batch, generators: list, unroll: int = 0, hide: bool = True) -> Batch:
-        """A batch on the CPU with all that is random in it, each row's from its own generator.
-
-        A time and a noise for every position that counts: one pass teaches N noise levels.
-        unroll  0: the paper's, one time a position; else the times of at most so many evaluations
-        hide    some of the classes, or guidance would have nothing to compare with
-
-        Raises ValueError for classes that this path does not have.
-        """
-        targets = batch.targets
-        counts = targets.index[0].bincount(minlength=len(generators))
-        draws = RowDraws(counts.tolist(), generators)
-        if unroll:
-            t = draw_schedule(draws, targets.hops, unroll)             # (N, unroll)
-        else:
-            t = draw_times(draws, self.config.time_distribution)        # (N,)
-        noise = draws.normal(self.config.width)                         # (N, Z)
-        class_ids = targets.class_ids
-        if class_ids is not None:
-            check_classes(class_ids, self.config.classes)
-            if hide:
-                share = self.config.class_dropout
-                class_ids = drop_classes(class_ids, share, self.config.classes, draws)
-        return replace(batch, targets=replace(targets, t=t, noise=noise, class_ids=class_ids))
-
-    def token_losses(self, batch: Batch) -> Losses:
-        """The paper's objective: a guess at one random time for each position that counts.
-
-        batch  of `draw`; only where a token counts is the path evaluated
-        """
-        targets = batch.targets
-        # 1. The frozen model reads the text once, without gradient.
-        states = self.read(batch.ids, batch.documents, cached=batch.cached)
-        # 2. The noisy vector of the right token; the gradient also goes through V_y.
-        t = targets.t                                                   # (N,)
-        x_0 = self.config.sigma * targets.noise                         # (N, Z)
-        x_1 = self.vectors(targets.y)
-        # x_t = t·x_1 + (1−t)·x_0
-        x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                 # (N, Z)
-        # 3. The path guesses the token, and is scored like any language model.
-        modulation = self.modulation(t, targets.class_ids)
-        hidden = self.last_hidden(x_t, t, modulation, states, index=targets.index)
-        # L = −log f(x_t, t, c)_y                                       (paper Eq. 3)
-        losses = -self.lm.log_p(hidden, targets.y)
-        return Losses(losses, losses, t, targets.hops)
-
-    def refined_losses(self, batch: Batch, backprop: int = 3) -> Losses:
-        """Our own objective: the path goes through its own steps and is scored at the last ones.
-
-        batch     of `draw` with unroll: the last evaluation is at any time in (0, 1], or the path
-                  would learn to act only at the end
-        backprop  how many evaluations, the last, have a gradient: `values` are means over these
-        """
-        # 1. The frozen model reads the text. All positions end together, so those with the most
-        #    evaluations begin, and the others join them.
-        states = self.read(batch.ids, batch.documents, cached=batch.cached)
-        count = (batch.targets.t > 0).sum(1)                            # (N,)
-        order = count.argsort(descending=True)
-        targets, count = batch.targets.at(order), count[order]
-        hops = targets.hops
-        if hops is None:
-            # nobody knows: the answer may be right at once
-            hops = torch.zeros_like(count)
-        # 2. From noise step by step; the guesses of the last evaluations come back.
-        x_0 = self.config.sigma * targets.noise                         # (N, Z)
-        total = scored = loss = torch.zeros_like(x_0[:, 0])
-        for left, prediction in self.refine(x_0, targets, states, backprop):
-            # 3. Each is scored where it could be right: before it came the frozen model's guess
-            #    and those `made`, each one step further on the way to the answer.
-            made = count - left
-            fair = (made > 0) & (made + 1 >= hops)
-            loss = F.cross_entropy(prediction, targets.y, reduction="none")  # (N,)
-            total = total + fair * loss
-            scored = scored + fair
-        return Losses(total / scored.clamp_min(1), loss, targets.t[:, -1], targets.hops)
-
-    def refine(self, x, targets: Targets, states: FrozenStates, backprop: int):
-        """The path's own steps from noise x (N, Z): yields (evaluations to come, guess).
-
-        The positions with most evaluations come first; only what the last `backprop` evaluations
-        say is yielded, and only they have a gradient.
-        """
-        times = targets.t                                               # (N, K)
-        # at t = 0 the guess is what the frozen model says
-        with torch.no_grad():
-            prediction = self.lm.logits(states.hidden[targets.index]).float()   # (N, V)
-        t = torch.zeros_like(times[:, 0])                               # (N,)
-        V = self.vocabulary()
-        for left in reversed(range(int(times.any(0).sum()))):
-            new_t = times[:, -1 - left]
-            # the first n are under way
-            n = int((new_t > 0).sum())
-            new_t = new_t[:n]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and left < backprop):
-                new = self.step(
-                    x[:n], prediction[:n], t[:n], new_t, V, targets.at(slice(n)), states)
-            x = torch.cat((new[0], x[n:]))
-            prediction = torch.cat((new[1], prediction[n:]))
-            t = torch.cat((new_t, t[n:]))
-            if left < backprop:
-                yield left, prediction
-
-    def step(self, x, prediction, t, new_t, V, targets: Targets, states: FrozenStates):
-        """(x, logits) at new_t: a soft Euler step towards the guess, then the next guess."""
-        # x̂ = Σ_y p_y·V_y
-        x_hat = prediction.softmax(-1) @ V                                   # (n, Z)
-        # x ← x + (x̂ − x)·Δt/(1 − t)
-        part = (new_t - t) / (1 - t).clamp_min(1e-6)
-        x = x + (x_hat - x) * part[:, None]
-        modulation = self.modulation(new_t, targets.class_ids)
-        hidden = self.last_hidden(x, new_t, modulation, states, prediction, targets.index)
-        return x, self.lm.logits(hidden).float()
 
     # --- on disk ---
 
@@ -376,15 +241,129 @@ class L2D(nn.Module):
         return model.eval()
 
 
+# --- 2 the objectives -----------------------------------------------------------------------------
+#
+# Each is two functions of a path and a batch: what is random, drawn by the loader an update ahead,
+# and the loss. Every row draws from a generator of its own.
+
+def draw_classes(config: L2DConfig, class_ids, draws: RowDraws, hide: bool):
+    """class_ids (N,) or None, some of them hidden: guidance needs an unconditional prediction too.
+
+    Raises ValueError for classes that this path does not have.
+    """
+    if class_ids is None:
+        return None
+    check_classes(class_ids, config.classes)
+    if not hide:
+        return class_ids
+    return drop_classes(class_ids, config.class_dropout, config.classes, draws)
+
+
+def draw_paper(config: L2DConfig, batch: Batch, draws: RowDraws, hide: bool = True) -> Batch:
+    """A time and a noise for each of the N positions that count: one pass teaches N noise levels.
+
+    hide  some of the classes, as in training
+    """
+    # t ~ U[0, 1]
+    t = draw_times(draws, config.time_distribution)                     # (N,)
+    noise = draws.normal(config.width)                                  # (N, Z)
+    class_ids = draw_classes(config, batch.targets.class_ids, draws, hide)
+    return replace(batch, targets=replace(batch.targets, t=t, noise=noise, class_ids=class_ids))
+
+
+def paper_losses(l2d: L2D, batch: Batch) -> Losses:
+    """The paper's objective: a prediction at one random time for each position that counts.
+
+    batch  of `draw_paper`; the path is evaluated only where a token counts
+    """
+    targets = batch.targets
+    # 1. The frozen model reads the text once, without gradient.
+    states = l2d.read(batch.ids, batch.documents, cached=batch.cached)
+    # 2. The noisy vector of the right token; the gradient also goes through V_y.
+    t = targets.t                                                       # (N,)
+    x_0 = l2d.config.sigma * targets.noise                              # (N, Z)
+    x_1 = l2d.vectors(targets.y)
+    # x_t = t·x_1 + (1−t)·x_0
+    x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                     # (N, Z)
+    # 3. The path predicts the token, and is scored like any language model.
+    modulation = l2d.modulation(t, targets.class_ids)
+    hidden = l2d.last_hidden(x_t, t, modulation, states, index=targets.index)
+    # L = −log f(x_t, t, c)_y                                           (paper Eq. 3)
+    losses = -l2d.lm.log_p(hidden, targets.y)
+    return Losses(losses, losses, t, targets.hops)
+
+
+def draw_refined(config: L2DConfig, batch: Batch, draws: RowDraws, unroll: int,
+                 hide: bool = True) -> Batch:
+    """A noise, and the rising times of at most `unroll` evaluations, for each position."""
+    t = draw_schedule(draws, batch.targets.hops, unroll)                # (N, unroll)
+    noise = draws.normal(config.width)                                  # (N, Z)
+    class_ids = draw_classes(config, batch.targets.class_ids, draws, hide)
+    return replace(batch, targets=replace(batch.targets, t=t, noise=noise, class_ids=class_ids))
+
+
+def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
+    """Our own objective: the path takes its own steps, and is scored at the last evaluations.
+
+    batch     of `draw_refined`: the last evaluation is at any time in (0, 1], or the path would
+              learn to act only at the end
+    backprop  number of evaluations, the last ones, with a gradient: `values` are means over these
+    """
+    # 1. The frozen model reads the text. All positions end together, so those with the most
+    #    evaluations begin, and the others join them.
+    states = l2d.read(batch.ids, batch.documents, cached=batch.cached)
+    count = (batch.targets.t > 0).sum(1)                                # (N,)
+    order = count.argsort(descending=True)
+    targets, count = batch.targets.at(order), count[order]
+    hops = targets.hops
+    if hops is None:
+        # without labels the answer may be reachable at once
+        hops = torch.zeros_like(count)
+    # 2. At t = 0: noise, and the frozen model's prediction.
+    x = l2d.config.sigma * targets.noise                                # (N, Z)
+    with torch.no_grad():
+        logits = l2d.lm.logits(states.hidden[targets.index]).float()    # (N, V)
+    t = total = scored = loss = torch.zeros_like(x[:, 0])               # (N,)
+    V = l2d.vocabulary()
+    for left in reversed(range(int(targets.t.any(0).sum()))):
+        new_t = targets.t[:, -1 - left]
+        # the first n have begun
+        n = int((new_t > 0).sum())
+        some, new_t = targets.at(slice(n)), new_t[:n]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and left < backprop):
+            # 3. A soft Euler step towards the prediction: x̂ = Σ_y p_y·V_y
+            x_hat = logits[:n].softmax(-1) @ V                          # (n, Z)
+            # x ← x + (x̂ − x)·Δt/(1 − t)
+            part = (new_t - t[:n]) / (1 - t[:n]).clamp_min(1e-6)
+            new_x = x[:n] + (x_hat - x[:n]) * part[:, None]
+            # 4. The next prediction, which reads the one before.
+            modulation = l2d.modulation(new_t, some.class_ids)
+            hidden = l2d.last_hidden(new_x, new_t, modulation, states, logits[:n], some.index)
+            new_logits = l2d.lm.logits(hidden).float()
+        x = torch.cat((new_x, x[n:]))
+        logits = torch.cat((new_logits, logits[n:]))
+        t = torch.cat((new_t, t[n:]))
+        if left >= backprop:
+            continue
+        # 5. Score an evaluation only if the answer is reachable by then: the frozen prediction
+        #    covers one hop, each evaluation adds one.
+        made = count - left
+        fair = (made > 0) & (made + 1 >= hops)
+        loss = F.cross_entropy(logits, targets.y, reduction="none")     # (N,)
+        total = total + fair * loss
+        scored = scored + fair
+    return Losses(total / scored.clamp_min(1), loss, targets.t[:, -1], targets.hops)
+
+
 # --- 3 the velocity -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class VelocityField:
     """What `odeint` integrates for the newest tokens of a batch (Algorithm 1); made per token.
 
-    l2d          or another thing with config, vocabulary() and guess(): the oracle
-    reading      of the tokens after which the next one is drawn
-    estimate     "argmax", "sample" or "average": how logits become the clean point x̂
+    l2d          or another thing with config, vocabulary() and predict(): the oracle
+    states       of the tokens after which the next one is drawn
+    estimate     one of ESTIMATES: how logits become the clean point x̂
     temperature  of that estimate, > 0, or "1-t"; argmax does not use it
     class_ids    (B,) or None
     guidance     w: 1 is conditional, 0 unconditional, above 1 pushes towards the class
@@ -398,25 +377,22 @@ class VelocityField:
     guidance: float = 1.0
     generators: list | None = None
 
-    def __post_init__(self):
-        choices(self.estimate, ESTIMATES, "estimate")
+    def __call__(self, t, x, before=None):
+        """(dx/dt, prediction) at x (n, T, Z), t one float or (n,), below 1.
 
-    def __call__(self, t, x, prediction=None):
-        """(dx/dt, new guess) at x (n, T, Z), t one float or (n,), below 1.
-
-        guess  logits (n, T, V) of the evaluation before, None at the first
+        prediction  logits (n, T, V); before: those of the last evaluation, None at the first
         """
         remaining = 1 - t
         if torch.is_tensor(t):
             remaining = remaining.view(-1, 1, 1)
-        copies = self.look(t, x, prediction)
+        copies = self.predict(t, x, before)
         x_hat = self.guide([self.clean_point(logits, remaining) for logits in copies])
         # dx/dt = (x̂ − x_t)/(1 − t)                                     (paper Eq. 4)
         return (x_hat - x) / remaining, self.guide(copies)
 
-    def logits(self, x, prediction=None):
-        """Logits (B, T, V) from which the token is chosen: a last look, at t = 1."""
-        return self.guide(self.look(1.0, x, prediction))
+    def final_logits(self, x, before=None):
+        """Logits (B, T, V) from which the token is chosen: the final evaluation, at t = 1."""
+        return self.guide(self.predict(1.0, x, before))
 
     def rows(self, index) -> "VelocityField":
         """The same for some sequences of the batch, index (n,)."""
@@ -425,37 +401,37 @@ class VelocityField:
         return replace(self, states=states, class_ids=pick(self.class_ids, index),
                        generators=generators)
 
-    # --- guidance: two lines in one batch, the second without the class ---
-
-    @property
-    def cost(self) -> int:
-        """Network evaluations per call: two where one with and one without the class are mixed."""
-        return 2 if self.class_ids is not None and self.guidance not in (0, 1) else 1
+    # --- classifier-free guidance: two predictions in one batch, the second without the class ---
 
     @cached_property
     def guided_inputs(self):
-        """(reading, class ids) of all lines, the conditional one first. Made once per token."""
+        """(copies of the tokens, their states, their class ids), the conditional copy first."""
         if self.class_ids is None or self.guidance == 1:
-            return self.states, self.class_ids
+            return 1, self.states, self.class_ids
         no_class = torch.full_like(self.class_ids, self.l2d.config.classes)
-        if self.cost == 1:
-            return self.states, no_class
-        return self.states.copies(2), torch.cat((self.class_ids, no_class))
+        if self.guidance == 0:
+            return 1, self.states, no_class
+        return 2, self.states.copies(2), torch.cat((self.class_ids, no_class))
 
-    def look(self, t, x, prediction):
-        """Logits (n, T, V) of every line; both go on from the same guess, the guided one."""
-        states, class_ids = self.guided_inputs
-        if self.cost == 2:
+    @property
+    def cost(self) -> int:
+        """Network evaluations per call."""
+        return self.guided_inputs[0]
+
+    def predict(self, t, x, before):
+        """Logits (n, T, V) of every copy; all read the same prediction before, the guided one."""
+        count, states, class_ids = self.guided_inputs
+        if count == 2:
             x = torch.cat((x, x))                                       # (2n, T, Z)
             if torch.is_tensor(t):
                 t = torch.cat((t, t))
-            if prediction is not None:
-                prediction = torch.cat((prediction, prediction))
-        return self.l2d.predict(x, t, class_ids, states, prediction).chunk(self.cost)
+            if before is not None:
+                before = torch.cat((before, before))
+        return self.l2d.predict(x, t, class_ids, states, before).chunk(count)
 
     def guide(self, copies):
-        """Classifier-free guidance of clean points, and so of velocities, or of logits."""
-        if self.cost == 1:
+        """The copies' clean points (and so velocities), or their logits, as one."""
+        if len(copies) == 1:
             return copies[0]
         conditional, unconditional = copies
         w = self.guidance
@@ -476,7 +452,9 @@ class VelocityField:
         if self.estimate == "average":
             # x̂ = Σ_y p_y·V_y
             return p @ V
-        return V[draw_tokens(p, self.generators)]
+        if self.estimate == "sample":
+            return V[draw_tokens(p, self.generators)]
+        raise ValueError(f"estimate {self.estimate!r} is unknown; allowed: {', '.join(ESTIMATES)}")
 
 
 # --- run alone ------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The frozen language model: one decoder-only Transformer for GPT-2, Llama 3 and Qwen 2.5.
 
-What sets the families apart stands in data/checkpoints/families.py. Read solvers.py and
-diffusion.py first: they are the method. Here is what it is built on (L2D paper, section 3.1):
-`LM.read` runs the model over some tokens and returns a `Reading`, all that the diffusion path may
-look at. The path's own layers stand beside the model's.
+The differences between the families stand in data/checkpoints/families.py. Read solvers.py and
+diffusion.py first: they are the method. This file is what the method is built on (L2D paper,
+section 3.1): `LM.read` runs the model over some tokens and returns `FrozenStates`, all that the
+diffusion path reads. The path's own layers stand beside the model's.
 
 Shapes, in every file: B batch, T tokens (queries), S tokens (keys), C hidden width, H heads, G
 key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion space.
@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.checkpoints.families import ACTIVATIONS, ModelConfig
 from data.checkpoints.hub import resolve
@@ -29,7 +28,7 @@ from data.checkpoints.weights import (
 from data.parts.kv_cache import KVCache
 from data.parts.log_p import log_p
 from data.parts.lora import adapt
-from data.parts.positions import check_positions, positions_and_mask, rope_inv_freq, rotate
+from data.parts.positions import check_positions, positions_and_mask, rope_inv_freq, split_heads
 from data.text.tokenizer import load_tokenizer
 
 
@@ -78,22 +77,22 @@ class MLP(nn.Module):
 
 
 def attention(q, k, v, mask, cos_sin):
-    """Queries q (B, T, H·D), not yet turned, over keys and values (B, G, S, D): (B, T, H·D).
+    """Queries q (B, T, H·D), not yet rotated, over keys and values (B, G, S, D): (B, T, H·D).
 
-    There may be several lines of queries, (lines·B, T, H·D), see Reading.lines: as more queries of
-    the same sequence, they look at one and the same keys.
+    The queries may be there several times over, (copies·B, T, H·D), see FrozenStates.copies: as
+    further queries of the same sequence, they attend to one and the same keys.
     """
-    # the keys were turned when they were made, the queries are turned here
+    # the keys were rotated when they were computed, the queries are rotated here
     q = split_heads(q, k.shape[-1], cos_sin)                            # (B, H, T, D)
     if isinstance(mask, tuple):
         return attend_documents(q, k, v, mask).transpose(1, 2).flatten(2)
-    # one query is the newest token: it may look at everything there is
+    # one query is the newest token: it may attend to everything there is
     causal = False
-    if mask is None and q.shape[2] > 1:
+    if mask is None and q.shape[2] > 1:      # a branch: torch.compile wants a bool that it knows
         causal = True
     copies = len(q) // len(k)
     if copies > 1:
-        q = torch.cat(q.chunk(copies), dim=2)                            # (B, H, lines·T, D)
+        q = torch.cat(q.chunk(copies), dim=2)                           # (B, H, copies·T, D)
     # softmax(q·kᵀ / √D)·v
     out = F.scaled_dot_product_attention(
         q,
@@ -104,31 +103,26 @@ def attention(q, k, v, mask, cos_sin):
         enable_gqa=k.shape[1] != q.shape[1],      # several query heads share one key head
     )
     if copies > 1:
-        out = torch.cat(out.chunk(copies, dim=2))                        # (lines·B, H, T, D)
+        out = torch.cat(out.chunk(copies, dim=2))                       # (copies·B, H, T, D)
     return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
 
 
 def attend_documents(q, k, v, borders):
     """Packed rows, (B, heads, T, D) each: every document attends to itself, none to another.
 
-    A mask would have all pairs of the row computed, and most of them thrown away.
+    With a mask all pairs of the row would be computed, and most of them thrown away.
     """
     shape = q.shape
     # the rows one behind the other, (heads, B·T, D)
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype)))
-    found = []
+    out = []
     for start, end in pairwise(borders):
-        here = slice(start, end)
-        found.append(F.scaled_dot_product_attention(
-            q[:, here], k[:, here], v[:, here], is_causal=True, enable_gqa=len(k) != len(q)))
-    out = torch.cat(found, dim=1)                                       # (H, B·T, D)
+        document = slice(start, end)
+        out.append(F.scaled_dot_product_attention(
+            q[:, document], k[:, document], v[:, document], is_causal=True,
+            enable_gqa=len(k) != len(q)))
+    out = torch.cat(out, dim=1)                                         # (H, B·T, D)
     return out.unflatten(1, (shape[0], shape[2])).transpose(0, 1)       # (B, H, T, D)
-
-
-def split_heads(x, head_dim: int, cos_sin=None):
-    """(B, T, heads·D) -> (B, heads, T, D), turned by its position where there are angles."""
-    x = x.unflatten(-1, (-1, head_dim))                                 # (B, T, heads, D)
-    return rotate(x.transpose(1, 2), cos_sin)
 
 
 class Block(nn.Module):
@@ -162,29 +156,22 @@ class Block(nn.Module):
         # k and v of the new tokens go in, those of all tokens come out
         if cache is not None:
             k, v = cache.append(layer, k, v)                            # (B, G, S, D)
-        found = attention(self.q(n), k, v, mask, cos_sin)               # (B, T, H·D)
-        x = x + self.o(found)                                           # (B, T, C)
+        out = attention(self.q(n), k, v, mask, cos_sin)                 # (B, T, H·D)
+        x = x + self.o(out)                                             # (B, T, C)
         x = x + self.mlp(self.norm_mlp(x))                              # (B, T, C)
         return x, k, v
 
 
-def run_layer(checkpointing: bool, layer: nn.Module, *args):
-    """layer(*args); in training perhaps without what backward needs: it is computed again there."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False)
-    return layer(*args)
-
-
-# --- what was read --------------------------------------------------------------------------------
+# --- what the path reads --------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class FrozenStates:
-    """What the frozen model made of some tokens: all that the diffusion path may look at.
+    """What the frozen model computed for some tokens: all that the diffusion path reads.
 
-    hidden        (B, T, C) last hidden state of the tokens in question, before the final norm
-    keys, values  L tensors (B, G, S, D) of everything read so far, keys already turned
-    positions     (B or 1, T) of the tokens in question, each document counted from 0
-    mask          (B or 1, 1, T, S) True where a token may look, or None: plain causal;
+    hidden        (B, T, C) last hidden state of these tokens, before the final norm
+    keys, values  L tensors (B, G, S, D) of all tokens so far, keys already rotated
+    positions     (B or 1, T) of these tokens, each document counted from 0
+    mask          (B or 1, 1, T, S) True where a token may attend, or None: plain causal;
                   or the borders of packed documents
     cos_sin       (B or 1, 2, T, D/2) of their rotary angles, or None
     inputs        (B, T, C) their embeddings
@@ -197,12 +184,8 @@ class FrozenStates:
     cos_sin: torch.Tensor | None
     inputs: torch.Tensor
 
-    def is_own(self, x) -> bool:
-        """Is there a row of x for every sequence? What is the same for all is kept once."""
-        return x is not None and len(x) == len(self.hidden)
-
-    def last(self) -> "Reading":
-        """The same for the last token of every sequence: what decoding goes on from."""
+    def last(self) -> "FrozenStates":
+        """The same for the last token of every sequence, from which decoding goes on."""
         mask, cos_sin = self.mask, self.cos_sin
         return replace(
             self,
@@ -213,7 +196,11 @@ class FrozenStates:
             inputs=self.inputs[:, -1:],
         )
 
-    def rows(self, index) -> "Reading":
+    def is_own(self, x) -> bool:
+        """Is there a row of x for every sequence? A single row stands for all of them."""
+        return x is not None and len(x) == len(self.hidden)
+
+    def rows(self, index) -> "FrozenStates":
         """The same for some sequences of the batch, index (n,)."""
         def pick(x):
             return x[index] if self.is_own(x) else x
@@ -228,15 +215,15 @@ class FrozenStates:
             inputs=self.inputs[index],
         )
 
-    def copies(self, count: int) -> "Reading":
-        """Its tokens `count` times over, (count·B, T), before the same keys: none is copied."""
+    def copies(self, count: int) -> "FrozenStates":
+        """The tokens `count` times over, (count·B, T), before the same keys: no key is copied."""
         def repeat(x):
             return torch.cat([x] * count) if self.is_own(x) else x
 
         mask = self.mask
         tokens = self.hidden.shape[1]
         if tokens > 1:
-            # causal in every line, which attention does not know by itself
+            # causal in every copy, which attention does not know by itself
             if mask is None:
                 mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
                 mask = mask.to(self.hidden.device)
@@ -267,7 +254,7 @@ class PathBlock(nn.Module):
     """A layer of the path: its own queries and MLP, the frozen layer's norms, keys and values.
 
     rank, alpha   as of `adapt`; cond_dim: width of the time embedding that modulates the layer
-    own_kv   it has keys and values of its own too
+    own_kv        it has keys and values of its own too
     working_copy  it starts as a copy of the frozen layer, not as a layer that adds nothing
     """
 
@@ -295,64 +282,36 @@ class PathBlock(nn.Module):
             for gate in (2, 5):
                 nn.init.ones_(gates[gate])
 
-    def forward(self, h, modulation, frozen, states, layer, index):
-        """h (..., C) one layer further; `frozen` is the same layer of the language model."""
+    def forward(self, h, modulation, frozen, states: FrozenStates, kv=None, index=None, cache=None,
+                layer=0):
+        """(h, keys, values): h one layer further, and what its queries attended to.
+
+        h       (B, T, C), one vector for every token of the states, or (N, C) for N of them, at
+                the rows and columns `index`: two tensors (N,)
+        frozen  the same layer of the language model
+        kv      keys and values (B, G, S, D) to attend to. None: the layer computes its own from
+                h (B, T, C), and they go into the cache, if there is one, as number `layer`
+        """
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
+        n = frozen.norm_attn(h, a1, s1)                                 # (..., C)
+        q = self.q(n)                                                   # (..., H·D)
+        if kv is None:
+            kv = (split_heads(self.k(n), self.head_dim, states.cos_sin),
+                  split_heads(self.v(n), self.head_dim))
+            if cache is not None:
+                kv = cache.append(layer, *kv)
+        if index is not None:
+            # N queries go to their places among B·T and are taken out again. The empty places cost
+            # a little attention; a copy of the keys for each query would cost N·S of memory.
+            q = q.new_zeros(*states.hidden.shape[:2], q.shape[-1]).index_put(index, q)
+        out = attention(q, *kv, states.mask, states.cos_sin)
+        if index is not None:
+            out = out[index]
         # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), K, V))
-        q = self.q(frozen.norm_attn(h, a1, s1))                         # (..., H·D)
-        h = h + g1 * self.o(attend(q, states, layer, index))           # (..., C)
+        h = h + g1 * self.o(out)
         # h ← h + g2·MLP((w + a2)·norm(h) + s2)
-        return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2))            # (..., C)
-
-    def read(self, h, modulation, frozen, states, cache, layer):
-        """The same over the tokens themselves: (h, keys, values), these (B, G, S, D) of all."""
-        a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
-        n = frozen.norm_attn(h, a1, s1)                                 # (B, T, C)
-        k = split_heads(self.k(n), self.head_dim, states.cos_sin)      # (B, G, T, D)
-        v = split_heads(self.v(n), self.head_dim)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        found = attention(self.q(n), k, v, states.mask, states.cos_sin)
-        h = h + g1 * self.o(found)
-        return h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2)), k, v
-
-
-def read_own_kv(blocks, modulation, lm, states: FrozenStates,
-                cache: KVCache | None) -> FrozenStates:
-    """The reading with keys and values of the path's own `blocks`, which run over its tokens."""
-    keys = []
-    values = []
-    h = lm.add_positions(states.inputs, states.positions)
-    for layer, (block, m, frozen) in enumerate(zip(blocks, modulation, lm.blocks)):
-        # behind the frozen model's own in the cache
-        place = len(blocks) + layer
-        h, k, v = block.read(h, m, frozen, states, cache, place)
-        keys.append(k)
-        values.append(v)
-    return replace(states, keys=tuple(keys), values=tuple(values))
-
-
-def attend(q, states: FrozenStates, layer: int, index):
-    """What queries of the path find among the keys and values of one layer.
-
-    q      (B, T, H·D), one for every token of the reading, or
-           (N, H·D) for N tokens of it, at the rows and columns `where`: two tensors (N,)
-
-    N queries go to their places among B·T and are taken out again. The empty places cost a little
-    attention; to give each query its own copy of the keys before it would cost N·S of memory.
-    """
-    if index is not None:
-        size = states.hidden.shape[:2]
-        places = q.new_zeros(*size, q.shape[-1])
-        q = places.index_put(index, q)                                  # (B, T, H·D)
-    found = attention(
-        q,
-        states.keys[layer],
-        states.values[layer],
-        states.mask,
-        states.cos_sin,
-    )
-    return found if index is None else found[index]
+        h = h + g2 * self.mlp(frozen.norm_mlp(h, a2, s2))
+        return h, *kv
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -364,11 +323,10 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.directory = None
-        self.checkpointing = False
         self.inv_freq = None           # made when it is first needed
         c = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, c)
-        # GPT-2 has a table of positions; the others turn queries and keys instead
+        # GPT-2 has a table of positions; the others rotate queries and keys instead
         self.embed_positions = None
         if config.family.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions, c)
@@ -383,12 +341,12 @@ class LM(nn.Module):
             self.head.weight = self.embed.weight
 
     def read(self, ids, documents=None, cache: KVCache | None = None, cached=None) -> FrozenStates:
-        """Run the blocks over ids (B, T) and return what they made of them.
+        """Run the blocks over ids (B, T); returns what they computed.
 
-        documents  (B, T) integers: a token sees its own document only, padding is document 0;
-                   a Packed, only without a cache; None: no borders
-        cache      goes on after the tokens in it, and holds these too afterwards
-        kept       what the blocks have made of these tokens before: they need not run again
+        documents  (B, T) integers: a token attends to its own document only, padding is document
+                   0; a Packed, only without a cache; None: no borders
+        cache      the tokens follow those in it, and are in it afterwards
+        cached     hidden, keys and values of these tokens, if the blocks have computed them before
 
         Raises ValueError past the last learned position.
         """
@@ -398,25 +356,24 @@ class LM(nn.Module):
             past = cache.length
             documents = cache.extend(documents, tokens)
         positions, mask = positions_and_mask(tokens, past, documents, ids.device)
-        if self.embed_positions is not None and past + tokens > self.config.max_positions:
-            check_positions(positions, self.config.max_positions)
         inputs = self.embed(ids)                                        # (B, T, C)
-        x = self.add_positions(inputs, positions)
         cos_sin = None
         if self.embed_positions is None:
             if self.inv_freq is None:
                 self.inv_freq = rope_inv_freq(self.config)
             angles = positions[..., None] * self.inv_freq.to(ids.device)
-            # turned once here, for all layers and for the path
+            # rotated by in all layers, and in the path
             cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
+        elif past + tokens > self.config.max_positions:
+            check_positions(positions, self.config.max_positions)
         if cached is not None:
-            return FrozenStates(cached.hidden, cached.keys, cached.values, positions, mask,
-                                cos_sin, inputs)
-        # every layer's keys and values are kept: the path attends to them, layer by layer
+            return FrozenStates(*cached, positions, mask, cos_sin, inputs)
+        x = self.add_positions(inputs, positions)
+        # every layer's keys and values are returned: the path attends to them, layer by layer
         keys = []
         values = []
         for layer, block in enumerate(self.blocks):
-            x, k, v = run_layer(self.checkpointing, block, x, mask, cos_sin, cache, layer)
+            x, k, v = block(x, mask, cos_sin, cache, layer)
             keys.append(k)
             values.append(v)
         return FrozenStates(x, tuple(keys), tuple(values), positions, mask, cos_sin, inputs)
@@ -430,9 +387,11 @@ class LM(nn.Module):
     def logits(self, hidden):
         return self.head(self.ln_f(hidden))                             # (..., C) -> (..., V)
 
-    def log_p(self, hidden, targets):
-        """log p (N,) float32 of targets (N,) after hidden (N, C), by the same logits."""
-        return log_p(self.ln_f(hidden), self.head.weight, targets)
+    def log_p(self, hidden, y):
+        """log p (N,) float32 of tokens y (N,) after hidden (N, C), by the same logits."""
+        n, head = self.ln_f(hidden), self.head.weight
+        learning = torch.is_grad_enabled() and (n.requires_grad or head.requires_grad)
+        return log_p(n, head, y, learning)[0]
 
     def forward(self, ids, documents=None):
         """Logits (B, T, V) of the next token at every position of ids (B, T)."""

@@ -1,12 +1,12 @@
-"""Train a diffusion path beside a frozen model, or a baseline it is compared with. One loop.
+"""Train a diffusion path beside a frozen model, or a baseline to compare it with. One loop.
 
     python train.py                                            the embedded model, minutes
     python train.py --init_from=gpt2-xl --data=DIR             a real one; data by data/text/chat.py
     python train.py --init_from=resume --out_dir=out           go on after Ctrl-C, to the same bits
     python train.py --init_from=scratch --method=pretrain      make the embedded base again
 
-`update_once` is all that training is; the objective itself is L2D.token_losses in diffusion.py
-(paper Eq. 3). Read sample.py before and eval.py next.
+First the update, which is all that training is, then the loop around it, then what both need. The
+objectives themselves are in diffusion.py (paper Eq. 3). Read sample.py before and eval.py next.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.system.command import command # first: from here on Ctrl-C is one line
+from data.system.command import command      # first: from here on Ctrl-C is one line
 
 import torch
 import torch.nn as nn
@@ -37,66 +37,61 @@ from data.system.processes import Interrupt
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
 from data.text.tokens import TokenFiles
-from data.tiny.topics import Documents, LEVELS, Problems
-from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
+from data.tiny.topics import LEVELS, Documents, Problems
 from data.training.batches import Batch, Losses
-from data.training.curriculum import Curriculum, growing_unroll
+from data.training.curriculum import Curriculum, unroll_of
 from data.training.frozen import NAMES, cache_states
 from data.training.loader import Loader
 from data.training.log import Log, by_tenth, tenth_sums
-from diffusion import L2D
+from data.training.memory import recompute, saved_bytes
+from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
+from diffusion import L2D, draw_paper, draw_refined, paper_losses, refined_losses
 from model import LM
 from sample import Settings, answer_problems
 
-PLANNED = 3                # updates that --plan measures
 
+# --- one update -----------------------------------------------------------------------------------
 
-# --- what is trained, on what ---------------------------------------------------------------------
+def update_once(model, optimizer, batches: list, objective, clip: float):
+    """One step of the optimizer on all batches together.
 
-def load_data(args, tokenizer):
-    """(train, val) data sets, whose rows are as data/training/batches.py says."""
-    # of one's own: any text, prepared once by data/text/chat.py
-    if args.data != "tiny":
-        return [TokenFiles(args.data, split, tokenizer) for split in ("train", "val")]
-    # the base reads whole documents, a finetuning answers problems
-    kind = Documents if args.method == "pretrain" else Problems
-    return kind(tokenizer, "train"), kind(tokenizer, "val")
-
-
-def build_model(args, classes: int):
-    """(module to train, fingerprint of what stays frozen beside it): an L2D, or the LM itself."""
-    # the only use of the global generator: torch fills new layers from it
-    torch.manual_seed(args.seed)
-    device = processes.card(args.device)
-    device, dtype = pick_device(device, args.dtype and getattr(torch, args.dtype))
-    if args.init_from == "scratch":
-        lm = LM(ModelConfig.from_hf(read_json(source_directory(args) / "config.json")))
-        # on the CPU, so that every device starts from the same weights
-        init_weights(lm, torch.Generator().manual_seed(args.seed))
-        return lm.to(device), None
-    if args.method != "l2d":
-        dtype = torch.float32       # weights that are trained themselves need all their bits
-    lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
-    if args.method == "l2d":
-        rank = None if args.full_copies else args.rank
-        config = L2DConfig(args.width, args.cond_dim, rank=rank, classes=classes,
-                           time_distribution=args.time_distribution,
-                           self_conditioning=args.objective != "paper",
-                           own_kv=args.own_kv)
-        l2d = L2D(lm, config)
-        return l2d, l2d.base_sha256
-    if args.method != "lora":
-        return lm, None
-    # before the correction is added: hashed is what lies on disk
-    frozen = lm.requires_grad_(False).fingerprint()
-    replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, args.rank, alpha=args.rank))
-    return lm, frozen
+    objective  objective(model, batch) -> Losses
+    clip       largest norm of the gradient; 0: any
+    Returns loss, gradient norm, number of tokens that count, and the Losses of every batch.
+    Raises FloatingPointError, before the step, where loss or gradient is not finite.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    # counted before the first backward pass, because every batch is divided by all of them
+    counted = sum(len(batch.targets.y) for batch in batches)
+    tokens = int(processes.total(torch.tensor(counted)))
+    if not tokens:
+        raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
+                         "prepare the data again")
+    total, found = 0.0, []
+    for batch in batches:
+        losses = objective(model, batch)
+        # every token of the update weighs the same, however the update is cut into batches
+        loss = losses.values.sum() / tokens
+        loss.backward()
+        # on the device still: to read it here would make a GPU wait for every batch
+        total += loss.detach()
+        found.append(losses._replace(values=None, last=losses.last.detach()))
+    processes.sum_gradients(trained)
+    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+    total, norm = float(processes.total(total)), float(sharding.whole(norm))
+    # before the step: the weights can still be saved
+    if not math.isfinite(total + norm):
+        raise FloatingPointError(f"the loss is {total:g}, the norm of its gradient {norm:g}")
+    optimizer.step()
+    # dropped and not zeroed: the next backward pass writes them anew
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm, tokens, found
 
 
 def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
-    """Of every token that counts (N,): L2D's, by its own steps where `backprop`; cross-entropy."""
+    """Of every token that counts (N,): L2D's, by our own objective where `backprop`; or an LM's."""
     if isinstance(model, L2D):
-        return model.refined_losses(batch, backprop) if backprop else model.token_losses(batch)
+        return refined_losses(model, batch, backprop) if backprop else paper_losses(model, batch)
     targets = batch.targets
     # weights stay float32; on CUDA the arithmetic need not
     device = batch.ids.device.type
@@ -106,92 +101,29 @@ def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
         return Losses(losses, losses, None, targets.hops)
 
 
-# --- one update -----------------------------------------------------------------------------------
-
-def refinement(args, update: int | None = None) -> tuple:
-    """The most evaluations in an update, and how many have a gradient; (0, 0): the paper's one.
-
-    update  None stands for the whole training: that is what is validated
-    """
-    turn = args.objective == "both" and update is not None and update % 2 == 0
-    paper = args.objective == "paper" or turn
-    if paper or args.method != "l2d":
-        return 0, 0
-    unroll = args.unroll
-    if args.data != "tiny" and update is not None:
-        # nobody says how hard a row is
-        unroll = growing_unroll(update, args.updates, unroll)
-    return unroll, args.backprop
+def draw(config: L2DConfig, unroll_at, batch: Batch, draws, update: int | None) -> Batch:
+    """The batch with all that is random in it; update None: the validation, with all classes."""
+    hide = update is not None
+    unroll = unroll_at(update)
+    if unroll:
+        return draw_refined(config, batch, draws, unroll, hide)
+    return draw_paper(config, batch, draws, hide)
 
 
-def update_once(model, optimizer, batches: list, clip: float, objective=token_losses,
-                curriculum: Curriculum | None = None):
-    """One step of the optimizer on all batches together. Returns loss, gradient norm and tokens."""
-    # counted before the first backward pass, because every batch is divided by all of them
-    targets = sum(len(batch.targets.y) for batch in batches)
-    tokens = int(processes.total(torch.tensor(targets)))
-    if not tokens:
-        raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
-                         "prepare the data again")
-    total = learned = 0.0
-    for batch in batches:
-        losses = objective(model, batch)
-        # every token of the update weighs the same, however the update is cut into batches
-        loss = losses.values.sum() / tokens
-        loss.backward()
-        # on the device still: to read it here would make a GPU wait for every batch
-        total += loss.detach()
-        if curriculum:
-            learned += curriculum.count(losses.hops, losses.last)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    processes.sum_gradients(trained)
-    # 0 switches it off, as everywhere
-    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
-    total, norm = float(processes.total(total)), float(sharding.whole(norm))
-    # before the step: what the weights are now can still be saved
-    if not math.isfinite(total + norm):
-        raise FloatingPointError(f"the loss is {total:g}, the norm of its gradient {norm:g}")
-    optimizer.step()
-    # dropped and not zeroed: the next backward pass writes them anew
-    optimizer.zero_grad(set_to_none=True)
-    if curriculum:
-        curriculum.note(*processes.total(learned).tolist())
-    return total, norm, tokens
-
-
-@torch.no_grad()
-def validate(model, batches: list, backprop: int) -> dict:
-    """Mean loss over all tokens that count, and for the path its mean in each tenth of t."""
-    model.eval()
-    sums = torch.zeros(2, 10, dtype=torch.float64)
-    for batch in batches:
-        losses = token_losses(model, batch, backprop)
-        sums += tenth_sums(losses.last, losses.t)
-    model.train()
-    sums = processes.total(sums)
-    # of tokens, not of batches: the last batch may be short
-    loss, count = sums.sum(1).tolist()
-    result = {"val_loss": round(loss / count, 4)}
-    if not math.isfinite(result["val_loss"]):
-        raise FloatingPointError(f"the validation loss is {result['val_loss']:g}")
-    if losses.t is not None:
-        result["by_tenth"] = by_tenth(sums)
-    return result
-
-
-# --- on disk --------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
-    """A training under way. What is frozen beside the model has the fingerprint `frozen`."""
+    """A training under way. `frozen` is the fingerprint of the weights beside the trained ones."""
     args: argparse.Namespace
     model: nn.Module
     frozen: str | None
     tokenizer: object
     data: object
     val: object
-    trainable: dict
+    trainable: dict            # name -> parameter
     optimizer: torch.optim.Optimizer
+    unroll_at: object          # unroll_at(update): most evaluations; 0: the paper's objective
     loader: Loader
     curriculum: Curriculum
     average: EMA
@@ -199,136 +131,19 @@ class Run:
     history: list = field(default_factory=list)     # [update, validation loss] of every one
 
     @property
-    def position(self) -> int:
-        """Rows read."""
-        return self.update * self.args.batch_size * self.args.accumulate
-
-    @property
     def lm(self) -> LM:
         return self.model.lm if isinstance(self.model, L2D) else self.model
 
     @property
     def facts(self) -> dict:
-        """What must be the same where the run goes on, beside the frozen weights."""
+        """What must be the same in a resumed run, beside the frozen weights."""
         data = "tiny" if self.args.data == "tiny" else self.data.fingerprint
         return {"data": data, "config": self.lm.config.numbers,
                 "tokenizer": self.tokenizer.fingerprint}
 
-    @property
-    def device(self):
-        return next(iter(self.trainable.values())).device
-
-
-def set_up(args) -> Run:
-    """Everything that the loop needs, from a saved state where resuming."""
-    classes = len(TASKS["tiny"].classes) if args.data == "tiny" else 0
-    model, frozen = build_model(args, classes)
-    lm = model.lm if isinstance(model, L2D) else model
-    tokenizer = load_tokenizer(source_directory(args), lm.config.vocab_size)
-    data, val = load_data(args, tokenizer)
-    # found now and not at the first validation
-    if not len(val):
-        raise ValueError(f"--data {args.data} has no validation rows; "
-                         "prepare it again with a larger --val_fraction")
-    if args.data != "tiny":
-        longest = max(data.longest, val.longest)
-        check_length(lm.config, longest, "prepare the data with a smaller --block_size")
-    processes.check_shares(args, len(val))
-    if args.cache_frozen:
-        data, val = cache_states(args, model, [data, val])
-    processes.same_start(p for p in model.parameters() if p.requires_grad)
-    model.checkpointing = args.checkpointing
-    if args.shard and processes.count() > 1:
-        sharding.shard(lm, model.blocks if isinstance(model, L2D) else None)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(trainable, args)
-    run = Run(args, model, frozen, tokenizer, data, val, trainable, optimizer,
-              build_loader(args, model, data), Curriculum(max(LEVELS["chains"])),
-              EMA(trainable, args.ema))
-    if args.resume:
-        meta = restore_state(run, run.facts)
-        run.update = meta["update"]
-        run.curriculum.restore(meta["curriculum"])
-        run.history = meta["history"]
-        processes.saved.append(f"update {run.update} is still there; {go_on(run)}")
-        if run.position != meta["position"]:
-            raise ValueError(f"--batch_size {args.batch_size} times --accumulate "
-                             f"{args.accumulate} are not the rows per update that this run had; "
-                             "their product must stay")
-    return run
-
-
-def build_loader(args, model, data) -> Loader:
-    draw = model.draw if isinstance(model, L2D) else None
-    device = next(model.parameters()).device
-    return Loader(data, args, device, draw, lambda update: refinement(args, update)[0])
-
-
-def source_directory(args) -> Path:
-    """Where the tokenizer is; a base from scratch has it, and its shape, from the embedded one."""
-    name = "tiny" if args.init_from == "scratch" else args.init_from
-    return resolve(name, args.cache_dir)
-
-
-def save_state(run: Run):
-    """All that the next update depends on, so that what follows is the same to the bit."""
-    # where the state lies and that it is resumed are not the run's own
-    args = {name: value for name, value in vars(run.args).items()
-            if name not in ("resume", "out_dir", "overwrite")}
-    meta = {"args": args, "update": run.update, "position": run.position, "frozen": run.frozen,
-            "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
-    write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.average.tensors)
-    processes.saved.append(f"update {run.update} is saved; {go_on(run)}")
-
-
-def save_model(run: Run, directory=None):
-    """What sample.py and eval.py read: the path alone, or a model directory."""
-    out_dir = Path(directory or run.args.out_dir)
-    if isinstance(run.model, L2D):
-        run.model.save(out_dir, tokenizer=run.tokenizer.fingerprint, updates=run.update)
-        return
-    sharding.gather(run.model)
-    if run.args.method == "lora":
-        # merged, so that the directory is an ordinary model
-        replace_linears(run.model, LoRA, merge_linear)
-    if processes.number():
-        return
-    run.model.save_pretrained(out_dir)
-    copy_tokenizer(source_directory(run.args), out_dir)
-
-
-# --- the loop -------------------------------------------------------------------------------------
-
-def train(args) -> dict:
-    """Run the training that `args` describes; returns the last validation and this run's losses.
-
-    Raises ValueError, after the last good state was saved, where a loss is not finite.
-    """
-    out_dir = Path(args.out_dir)
-    if not args.resume:
-        check_out_dir(out_dir, source_directory(args), args.overwrite)
-    first = processes.number() == 0
-    with claimed(out_dir) if first else nullcontext():
-        run = set_up(args)
-        if args.overwrite and first:
-            clear(out_dir)
-        try:
-            return train_on(run)
-        except RuntimeError as error:
-            # of torch.compile's own: no C++ compiler, say
-            if not args.compile or not type(error).__module__.startswith("torch._"):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--compile does not work here ({reason}); go without it") from None
-        except FloatingPointError as error:
-            lr = learning_rate(run.update, args)
-            raise ValueError(f"update {run.update}, learning rate {lr:g}: {error}; the last good "
-                             f"state stays in {args.out_dir}: try a lower --lr, from there "
-                             "(--init_from=resume) or anew") from None
-
 
 def train_on(run: Run) -> dict:
-    """The loop: updates, and between them validation and saving."""
+    """Updates, and between them validation and saving; returns the last validation."""
     args = run.args
     announce(run)
     # dynamic: rows differ in length from batch to batch
@@ -344,10 +159,11 @@ def train_on(run: Run) -> dict:
         stopped = processes.any_of(interrupt.asked)
         last = run.update >= args.updates or stopped
         if last or run.update % args.eval_every == 0:
-            with log.looking():
-                # who pressed Ctrl-C does not want to wait for it
+            with log.pause():
+                # Ctrl-C does not wait for it
                 if not stopped:
-                    result = look(run, log)
+                    result = validate(run)
+                    log.show(result)
                     last = last or out_of_patience(run.history, args.patience)
                 # only what could be validated; a state just read need not be written again
                 if last or run.update > log.first:
@@ -355,57 +171,89 @@ def train_on(run: Run) -> dict:
                 save_paths(run)
         if last:
             break
-        log.add(run.update + 1, **one_update(run, objective))
+        numbers = one_update(run, objective)
         run.update += 1
+        log.add(run.update, **numbers)
     log.close()
     interrupt.restore()
     if stopped:
-        print(f"stopped after update {run.update}; {go_on(run)}")
+        print(f"stopped after update {run.update}; {go_on(args.out_dir)}")
         raise SystemExit(130)
-    # a whole model, and merging a LoRA ends its training: only when all is done
+    # a whole model, and merging a LoRA ends its training: only at the end
     run.average.put_in_place()
     if args.method != "l2d":
-        save_model(run)
+        save_model(run, args.out_dir)
     for name in NAMES:
-        # nobody reads on
         remove(Path(args.out_dir) / name)
     print(f"saved to {args.out_dir} after {log.seconds:.0f} s")
     return {**result, "losses": log.losses, "model": run.model, "tokenizer": run.tokenizer}
 
 
-def go_on(run: Run) -> str:
-    return f"go on with: python train.py --init_from=resume --out_dir={run.args.out_dir}"
-
-
 def one_update(run: Run, objective) -> dict:
-    """The next one, and its numbers."""
+    """The next update, and its numbers."""
     args = run.args
     # from the number of the update alone, so it needs no place in the state
-    lr = learning_rate(run.update, args)
+    lr = learning_rate(run.update, args.updates, args.warmup, args.lr, args.min_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    unroll, backprop = refinement(args, run.update)
-    curriculum = run.curriculum if unroll and args.data == "tiny" else None
-    if curriculum:
-        run.data.hardest = curriculum.hardest
-    loss, norm, tokens = update_once(
-        run.model, run.optimizer, run.loader.update(run.update), args.clip,
-        functools.partial(objective, backprop=backprop), curriculum)
+    # our own objective on labelled rows: easy ones first
+    learning = run.unroll_at(run.update) and args.data == "tiny"
+    if learning:
+        run.data.hardest = run.curriculum.hardest
+    batches = run.loader.update(run.update)
+    backprop = args.backprop if run.unroll_at(run.update) else 0
+    objective = functools.partial(objective, backprop=backprop)
+    loss, norm, tokens, losses = update_once(
+        run.model, run.optimizer, batches, objective, args.clip)
     run.average.follow()
     numbers = {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
-    return {**numbers, "hardest": curriculum.hardest} if curriculum else numbers
+    if learning:
+        run.curriculum.note(losses)
+        numbers["hardest"] = run.curriculum.hardest
+    return numbers
 
 
-def look(run: Run, log: Log) -> dict:
-    """Validate, and remember it."""
+@torch.no_grad()
+def validate(run: Run) -> dict:
+    """Mean loss over all tokens that count, and for a path its mean in each tenth of t."""
+    backprop = run.args.backprop if run.unroll_at(None) else 0
+    sums = torch.zeros(2, 10, dtype=torch.float64)
+    run.model.eval()
     with run.average.in_place():
-        batches = run.loader.validation(run.val)
-        result = {"update": run.update, **validate(run.model, batches, refinement(run.args)[1])}
-    # a resumed run looks again at what it has saved
+        for batch in run.loader.validation(run.val, run.args.val_rows):
+            losses = token_losses(run.model, batch, backprop)
+            sums += tenth_sums(losses.last, losses.t)
+    run.model.train()
+    sums = processes.total(sums)
+    # of tokens, not of batches: the last batch may be short
+    loss, count = sums.sum(1).tolist()
+    result = {"update": run.update, "val_loss": round(loss / count, 4)}
+    if not math.isfinite(result["val_loss"]):
+        raise FloatingPointError(f"the validation loss is {result['val_loss']:g}")
+    if losses.t is not None:
+        result["by_tenth"] = by_tenth(sums)
+    # a resumed run validates once more what it has saved
     if not run.history or run.history[-1][0] < run.update:
         run.history.append([run.update, result["val_loss"]])
-    log.show(result)
     return result
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+def go_on(out_dir) -> str:
+    return f"go on with: python train.py --init_from=resume --out_dir={out_dir}"
+
+
+def save_state(run: Run):
+    """All that the next update depends on, so that what follows is the same to the bit."""
+    # these belong to this command, not to the run
+    args = {name: value for name, value in vars(run.args).items()
+            if name not in ("resume", "out_dir", "overwrite")}
+    rows = run.update * run.loader.rows
+    meta = {"args": args, "update": run.update, "position": rows, "frozen": run.frozen,
+            "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
+    write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.average.tensors)
+    processes.saved.append(f"update {run.update} is saved; {go_on(run.args.out_dir)}")
 
 
 def save_paths(run: Run):
@@ -413,9 +261,160 @@ def save_paths(run: Run):
     if run.args.method != "l2d" or processes.number():
         return
     with run.average.in_place():
-        save_model(run)
+        save_model(run, run.args.out_dir)
         if run.args.keep and run.history:
             keep_best(run, functools.partial(save_model, run))
+
+
+def save_model(run: Run, out_dir):
+    """What sample.py and eval.py read: the path alone, or a model directory."""
+    out_dir = Path(out_dir)
+    if isinstance(run.model, L2D):
+        run.model.save(out_dir, tokenizer=run.tokenizer.fingerprint, updates=run.update)
+        return
+    sharding.gather(run.model)
+    if run.args.method == "lora":
+        # merged, so that the directory is an ordinary model
+        replace_linears(run.model, LoRA, merge_linear)
+    if processes.number():
+        return
+    run.model.save_pretrained(out_dir)
+    copy_tokenizer(source_directory(run.args.init_from, run.args.cache_dir), out_dir)
+
+
+# --- what a run is made of ------------------------------------------------------------------------
+
+def load_data(data: str, method: str, tokenizer):
+    """(train, val) data sets, whose rows are as data/training/batches.py says."""
+    # of one's own: any text, prepared once by data/text/chat.py
+    if data != "tiny":
+        return [TokenFiles(data, split, tokenizer) for split in ("train", "val")]
+    # the base reads whole documents, a finetuning answers problems
+    kind = Documents if method == "pretrain" else Problems
+    return kind(tokenizer, "train"), kind(tokenizer, "val")
+
+
+def source_directory(init_from: str, cache_dir: str | None) -> Path:
+    """Where the tokenizer is; a base from scratch has it, and its shape, from the embedded one."""
+    return resolve("tiny" if init_from == "scratch" else init_from, cache_dir)
+
+
+def build_model(args, classes: int):
+    """(module to train, fingerprint of the weights frozen beside it): an L2D, or the LM itself."""
+    # the only use of the global generator: torch fills new layers from it
+    torch.manual_seed(args.seed)
+    device = processes.card(args.device)
+    device, dtype = pick_device(device, args.dtype and getattr(torch, args.dtype))
+    if args.init_from == "scratch":
+        directory = source_directory(args.init_from, args.cache_dir)
+        lm = LM(ModelConfig.from_hf(read_json(directory / "config.json")))
+        # on the CPU, so that every device starts from the same weights
+        init_weights(lm, torch.Generator().manual_seed(args.seed))
+        return lm.to(device), None
+    if args.method != "l2d":
+        dtype = torch.float32       # weights that are trained themselves need all their bits
+    lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
+    if args.method == "l2d":
+        rank = None if args.full_copies else args.rank
+        l2d = L2D(lm, L2DConfig(args.width, args.cond_dim, rank=rank, classes=classes,
+                                time_distribution=args.time_distribution,
+                                self_conditioning=args.objective != "paper",
+                                own_kv=args.own_kv))
+        return l2d, l2d.base_sha256
+    if args.method != "lora":
+        return lm, None
+    # before the correction is added: the hash is that of the file
+    frozen = lm.requires_grad_(False).fingerprint()
+    replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, args.rank, alpha=args.rank))
+    return lm, frozen
+
+
+def set_up(args) -> Run:
+    """Everything that the loop needs, from a saved state where resuming."""
+    tiny = args.data == "tiny"
+    model, frozen = build_model(args, len(TASKS["tiny"].classes) if tiny else 0)
+    is_path = isinstance(model, L2D)
+    lm = model.lm if is_path else model
+    source = source_directory(args.init_from, args.cache_dir)
+    tokenizer = load_tokenizer(source, lm.config.vocab_size)
+    data, val = load_data(args.data, args.method, tokenizer)
+    # found now and not at the first validation
+    if not len(val):
+        raise ValueError(f"--data {args.data} has no validation rows; "
+                         "prepare it again with a larger --val_fraction")
+    if not tiny:
+        longest = max(data.longest, val.longest)
+        check_length(lm.config, longest, "prepare the data with a smaller --block_size")
+    processes.check_shares(args, len(val))
+    if args.cache_frozen:
+        data, val = cache_states(model, [data, val], args.val_rows, args.batch_size,
+                                 Path(args.out_dir), args.plan)
+    processes.same_start(p for p in model.parameters() if p.requires_grad)
+    if args.checkpointing:
+        recompute(model.blocks)
+    if args.shard and processes.count() > 1:
+        sharding.shard(lm, model.blocks if is_path else None)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unroll_at = functools.partial(unroll_of, args.objective if is_path else "paper", args.unroll,
+                                  tiny, updates=args.updates)
+    loader = Loader(
+        data, args.batch_size * args.accumulate, args.batch_size, args.seed,
+        next(model.parameters()).device,
+        functools.partial(draw, model.config, unroll_at) if is_path else None,
+        # under torch.compile borders that change would compile the model anew for every batch
+        packed=not args.compile,
+        # the embedded problems grow harder with what is learned, so they cannot be made before
+        ahead=0 if tiny else args.updates)
+    run = Run(args, model, frozen, tokenizer, data, val, trainable,
+              build_optimizer(trainable, args.lr, args.weight_decay), unroll_at, loader,
+              Curriculum(max(LEVELS["chains"])), EMA(trainable, args.ema))
+    if args.resume:
+        resume(run)
+    return run
+
+
+def resume(run: Run):
+    """Go on from the saved state. Raises ValueError where something else has changed since."""
+    meta = restore_state(run, run.facts)
+    run.update = meta["update"]
+    run.curriculum.restore(meta["curriculum"])
+    run.history = meta["history"]
+    processes.saved.append(f"update {run.update} is still there; {go_on(run.args.out_dir)}")
+    if run.update * run.loader.rows != meta["position"]:
+        raise ValueError(f"--batch_size {run.args.batch_size} times --accumulate "
+                         f"{run.args.accumulate} are not the rows per update that this run had; "
+                         "their product must stay")
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+def train(args) -> dict:
+    """Run the training that `args` describes; returns the last validation and this run's losses.
+
+    Raises ValueError, after the last good state was saved, where a loss is not finite.
+    """
+    out_dir = Path(args.out_dir)
+    if not args.resume:
+        source = source_directory(args.init_from, args.cache_dir)
+        check_out_dir(out_dir, source, args.overwrite)
+    first = processes.number() == 0
+    with claimed(out_dir) if first else nullcontext():
+        run = set_up(args)
+        if args.overwrite and first:
+            clear(out_dir)
+        try:
+            return train_on(run)
+        except RuntimeError as error:
+            # of torch.compile's own: no C++ compiler, say
+            if not args.compile or not type(error).__module__.startswith("torch._"):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--compile does not work here ({reason}); go without it") from None
+        except FloatingPointError as error:
+            lr = run.optimizer.param_groups[0]["lr"]
+            raise ValueError(f"update {run.update}, learning rate {lr:g}: {error}; the last good "
+                             f"state stays in {out_dir}: try a lower --lr, from there "
+                             "(--init_from=resume) or anew") from None
 
 
 def announce(run: Run):
@@ -423,32 +422,35 @@ def announce(run: Run):
     args = run.args
     count = sum(p.numel() for p in run.trainable.values())
     print(f"{args.method} on {args.data}, from {args.init_from}: {count:,} trainable parameters, "
-          f"{run.device}, {run.lm.embed.weight.dtype}")
-    rows = args.batch_size * args.accumulate
-    print(f"preset {args.preset}: {args.updates - run.update:,} updates of {rows} rows, "
+          f"{run.loader.device}, {run.lm.embed.weight.dtype}")
+    print(f"preset {args.preset}: {args.updates - run.update:,} updates of {run.loader.rows} rows, "
           f"lr {args.lr:g}, validation every {args.eval_every}")
 
 
-def plan(args):
-    """What a training would take: arithmetic, and some updates that nobody keeps."""
+def plan(args, updates: int = 3):
+    """What a training would take: arithmetic, and some updates, after one that warms up."""
     run = set_up(args)
     announce(run)
-    frozen = [p for p in run.model.parameters() if not p.requires_grad]
-    trained = sum(p.numel() for p in run.trainable.values())
-    held = sum(p.numel() * p.element_size() for p in frozen)
-    # a weight, its gradient and two moments, of four bytes each
-    print(f"memory: {held / 1e6:,.0f} MB frozen, {16 * trained / 1e6:,.0f} MB of what is trained, "
-          "activations beside them")
     run.model.train()
-    tokens, start = 0, 0.0
-    for number in range(1 + PLANNED):
-        # the first one warms up
-        if number == 1:
-            tokens, start = 0, time.perf_counter()
+    kept = []
+
+    def objective(model, batch, backprop):
+        size, losses = saved_bytes(lambda: token_losses(model, batch, backprop))
+        kept.append(size)
+        return losses
+
+    one_update(run, objective)
+    trained = sum(p.numel() for p in run.trainable.values())
+    frozen = sum(p.nbytes for p in run.model.parameters() if not p.requires_grad)
+    # a weight, its gradient and two moments, of four bytes each
+    print(f"memory: {frozen / 1e6:,.0f} MB frozen, {16 * trained / 1e6:,.0f} MB trained, "
+          f"{max(kept) / 1e6:,.0f} MB of activations of a batch for the backward pass")
+    start = time.perf_counter()
+    tokens = 0
+    for run.update in range(1, 1 + updates):
         tokens += one_update(run, token_losses)["tokens"]
-        run.update += 1
-    each = (time.perf_counter() - start) / PLANNED
-    print(f"{tokens / PLANNED:,.0f} counted tokens and {each:.2f} s an update, "
+    each = (time.perf_counter() - start) / updates
+    print(f"{tokens / updates:,.0f} counted tokens and {each:.2f} s an update, "
           f"{args.updates * each / 60:,.0f} min in all, validation beside them")
 
 

@@ -19,10 +19,13 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from data.parts.draws import RowDraws  # noqa: E402
 from data.parts.kv_cache import KVCache  # noqa: E402
 from data.parts.positions import Packed  # noqa: E402
 from data.training.batches import IGNORE, Batch, CachedStates, find_targets  # noqa: E402
-from diffusion import L2D, VelocityField  # noqa: E402
+from data.training.memory import recompute, saved_bytes  # noqa: E402
+from diffusion import (  # noqa: E402
+    L2D, VelocityField, draw_paper, draw_refined, paper_losses, refined_losses)
 from sample import Settings, generate, load_model  # noqa: E402
 
 
@@ -92,11 +95,14 @@ def drawn(model, ids, targets, unroll=0, hops=None, documents=None):
     cpu = targets.cpu()
     batch = Batch(ids.cpu(), documents, find_targets(cpu, None, hops))
     generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
-    return model.draw(batch, generators, unroll).to(ids.device)
+    draws = RowDraws.of(batch.targets.index[0], generators)
+    if unroll:
+        return draw_refined(model.config, batch, draws, unroll).to(ids.device)
+    return draw_paper(model.config, batch, draws).to(ids.device)
 
 
 def mean_loss(model, ids, targets):
-    return model.token_losses(drawn(model, ids, targets)).values.mean()
+    return paper_losses(model, drawn(model, ids, targets)).values.mean()
 
 
 OPTIONS = {
@@ -237,23 +243,25 @@ def savings_table(model, rows: int, length: int, timed):
     plain = drawn(model, ids, targets)
     states = model.lm.read(ids)
     cached = CachedStates(states.hidden, states.keys, states.values)
-    compiled = torch.compile(L2D.token_losses, dynamic=True)
+    compiled = torch.compile(paper_losses, dynamic=True)
 
-    def again(batch):
-        model.checkpointing = True
-        losses = model.token_losses(batch)
-        model.checkpointing = False
+    def again(_, batch):
+        forwards = [block.forward for block in model.blocks]
+        recompute(model.blocks)
+        losses = paper_losses(model, batch)
+        for block, forward in zip(model.blocks, forwards):
+            block.forward = forward
         return losses
 
     works = {
-        "one document, half of it counted": (L2D.token_losses, plain),
+        "one document, half of it counted": (paper_losses, plain),
         "four documents by their borders": (
-            L2D.token_losses, drawn(model, ids, targets, documents=Packed.of(numbers))),
+            paper_losses, drawn(model, ids, targets, documents=Packed.of(numbers))),
         "four documents by a mask": (
-            L2D.token_losses, drawn(model, ids, targets, documents=numbers)),
+            paper_losses, drawn(model, ids, targets, documents=numbers)),
         "what the frozen model makes is kept": (
-            L2D.token_losses, dataclasses.replace(plain, cached=cached)),
-        "--checkpointing": (lambda _, batch: again(batch), plain),
+            paper_losses, dataclasses.replace(plain, cached=cached)),
+        "--checkpointing": (again, plain),
         "--compile": (compiled, plain),
     }
     print(f"forward and backward on {rows} rows of {length} tokens; memory for backward:")
@@ -270,28 +278,12 @@ def savings_table(model, rows: int, length: int, timed):
             print(f"  {name:38} not here: {str(error).strip().splitlines()[0]}")
             continue
         first = first or ms
-        size = saved_bytes(lambda: objective(model, batch.to(ids.device)))
+        size, _ = saved_bytes(lambda: objective(model, batch.to(ids.device)))
         print(f"  {name:38} {ms:8.1f} ms  {ms / first:6.2f}  {size / 1e6:8.1f} MB")
     ms = timed(lambda: drawn(model, ids, targets))
     print(f"  {'times and noise, made an update ahead':38} {ms:8.1f} ms  {ms / first:6.2f}")
     model.eval()
     model.merge_lora(True)
-
-
-def saved_bytes(forward) -> int:
-    """What autograd keeps of a forward pass, without the weights."""
-    sizes = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = forward()
-    del held
-    return sum(sizes.values())
 
 
 def peak(device, timed, size: int = 1536) -> float:

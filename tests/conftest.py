@@ -21,8 +21,9 @@ for name in list(os.environ):
 os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
 
 from data.checkpoints.families import ModelConfig  # noqa: E402
+from data.parts.draws import RowDraws  # noqa: E402
 from data.training.batches import Batch, find_targets  # noqa: E402
-from diffusion import L2D, L2DConfig  # noqa: E402
+from diffusion import L2D, L2DConfig, draw_paper, draw_refined  # noqa: E402
 from model import LM  # noqa: E402
 
 torch.set_num_threads(1)
@@ -84,6 +85,22 @@ def make_batch(ids, next_ids, class_ids=None, documents=None, hops=None, t=None,
     if t is not None:
         targets = replace(targets, t=t[targets.index], noise=noise[targets.index])
     return Batch(ids, documents, targets)
+
+
+def drawn(l2d, batch, generators, unroll=0, hide=True):
+    """A batch with all that is random in it, as train.py makes one; unroll 0: the paper's."""
+    draws = RowDraws.of(batch.targets.index[0], generators)
+    if unroll:
+        return draw_refined(l2d.config, batch, draws, unroll, hide)
+    return draw_paper(l2d.config, batch, draws, hide)
+
+
+def path_logits(l2d, ids, x_t, t, class_ids=None):
+    """f(x_t, t, c), (B, T, V), at every position: x_t (B, T, Z), t (B, T), class_ids (B,)."""
+    if class_ids is not None:
+        class_ids = class_ids[:, None].expand_as(ids)
+    modulation = l2d.modulation(t, class_ids)
+    return l2d.lm.logits(l2d.last_hidden(x_t, t, modulation, l2d.read(ids)))
 
 
 def generators(count, seed=0):

@@ -490,7 +490,7 @@ def test_lines_that_cannot_be_graded_are_one_line(line, words, data_dir, tmp_pat
     (["--task=tiny", "--shots=2"], "--shots would do nothing"),
     (["--task=mmlu", "--data_dir=DIR", "--search", "vote:3"], "--search would do nothing"),
     (["--task=gsm8k", "--data_dir=DIR", "--choices=letters"], "--choices would do nothing"),
-    (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit 0 is out of range"),
+    (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit = 0 is out of range"),
     (["--task=humaneval", "--data_dir=DIR"], "needs --allow_code_execution"),
     (["--task=gsm8k", "--data_dir=DIR", "--max_new_tokens=600"], "leaves no room for a prompt"),
 ])

@@ -177,12 +177,12 @@ BAD = {
     "num_samples": (
         ["--prompt", "ab", "--num_samples", "0"],
         "path",
-        "--num_samples 0 is out of range",
+        "--num_samples = 0 is out of range",
     ),
     "batch_size": (
         ["--prompt", "ab", "--batch_size", "0"],
         "path",
-        "--batch_size 0 is out of range",
+        "--batch_size = 0 is out of range",
     ),
     "steps": (["--prompt", "ab", "--steps", "-1"], "path", "steps = -1 is out of range"),
     "top_p": (["--prompt", "ab", "--top_p", "2"], "path", "top_p = 2.0 is out of range"),
@@ -194,7 +194,7 @@ BAD = {
     "trace token": (
         ["--prompt", "ab", "--trace", "--trace_token", "9"],
         "path",
-        "--trace_token 9 is out of range",
+        "--trace_token = 9 is out of range",
     ),
     "negative trace token": (
         ["--prompt", "ab", "--trace", "--trace_token", "-1"],

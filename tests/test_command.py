@@ -97,7 +97,7 @@ def test_ctrl_c_in_eval_is_one_line_at_any_moment(wait_for, tmp_path):
     (["--chat", "--steps=0"], "chat"),
     (["--stop=x"], "stop"),
     (["--class=sums"], "class"),
-    (["--trace"], "trace"),
+    (["--trace", "--steps=0"], "trace"),
     (["--prompt=x", "--steps=0", "--max_nfe=3"], "max_nfe"),
     (["--prompt=x", "--steps=0", "--solver=midpoint"], "solver"),
     (["--prompt=x", "--steps=0", "--guidance=2"], "guidance"),

@@ -14,7 +14,6 @@ from data.results.figures import draw_points, main, trace_text
 from data.tasks import TASKS
 from data.text.answer import Answer, Trace, Stop
 from data.text.tokenizer import load_tokenizer
-from data.training.batches import left_pad
 from data.training.log import Log
 
 

@@ -214,7 +214,7 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
             states = model.read(torch.tensor(ids[None, :k])).last()
             field = VelocityField(model, states, class_ids=torch.tensor([label]))
             solution = odeint(field, x_0[None, None], "euler", 3)
-            logits = field.logits(solution.x, solution.prediction)
+            logits = field.final_logits(solution.x, solution.prediction)
             expected.append(int(logits.argmax()) == ids[k])
     _, found = evaluation.forced_tokens(model, tokenizer, TASK, problems, settings, 0)
     assert found.tolist() == expected and 0 < sum(expected)
@@ -339,9 +339,9 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--problems", "0"], r"--problems 0 is out of range; allowed: 1 or more"),
-        (["--steps", "0"], r"--steps 0 is out of range"),
-        (["--draws", "0"], r"--draws 0 is out of range; allowed: 1 or more"),
+        (["--problems", "0"], r"--problems = 0 is out of range; allowed: 1 or more"),
+        (["--steps", "0"], r"--steps = 0 is out of range"),
+        (["--draws", "0"], r"--draws = 0 is out of range; allowed: 1 or more"),
         (["--init_from", "nowhere"], r"unknown model 'nowhere'"),
     ],
 )

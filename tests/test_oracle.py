@@ -220,9 +220,9 @@ def test_sampled_estimate_has_the_softmax_distribution(temperature, t):
 
 
 def test_unknown_estimate_is_refused():
-    message = "estimate 'mode' is not supported; allowed: argmax, sample, average"
+    message = "estimate 'mode' is unknown; allowed: argmax, sample, average"
     with pytest.raises(ValueError, match=message):
-        VelocityField(PLANE, None, "mode")
+        VelocityField(PLANE, None, "mode")(0.5, torch.zeros(1, 1, 2))
 
 
 # --- draws ----------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_ctrl_c_in_any_process_ends_all_after_the_same_update(base, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["--batch_size=3"], "allowed with 2 processes: a multiple"),
-    (["--lr=-1"], "--lr -1.0 is out of range"),
+    (["--lr=-1"], "--lr = -1.0 is out of range"),
     (["--val_rows=7", "--shard"], "7 validation rows (--val_rows 7, "),
     (["--val_rows=1"], "allowed with 2 processes: at least as many, and with --shard a multiple"),
 ])

@@ -1,7 +1,7 @@
-"""Our two departures: the path reads its own guess, and it reads the text itself.
+"""Our two departures: self-conditioning with our own objective, and own keys and values.
 
-Where it starts, its objective against a plain loop, the curriculum, sequences that settle. That a
-path without them is the paper's is what all other tests check.
+Where the path starts, its objective against a plain loop, the curriculum, sampling. All other tests
+are of a path without them, the paper's.
 """
 
 import dataclasses
@@ -9,20 +9,20 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import generators, make_batch, make_ids, make_l2d, make_lm
+from conftest import drawn, generators, make_batch, make_ids, make_l2d, make_lm
 from test_oracle import p_value
 
 from data.parts.draws import RowDraws, draw_schedule
 from data.training.optimizer import EMA
-from data.training.batches import IGNORE
-from data.training.curriculum import Curriculum, growing_unroll
-from diffusion import L2D, L2DConfig, VelocityField
+from data.training.batches import IGNORE, Losses
+from data.training.curriculum import Curriculum, unroll_of
+from diffusion import L2D, L2DConfig, VelocityField, refined_losses
 from sample import Settings, generate
 from solvers import odeint
 
-GUESS = {"self_conditioning": True}
+PREDICTION = {"self_conditioning": True}
 OWN = {"own_kv": True}
-BOTH = {**GUESS, **OWN}
+BOTH = {**PREDICTION, **OWN}
 PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
 
 
@@ -37,7 +37,7 @@ def generator(seed=0):
 
 # --- where it starts ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [GUESS, OWN, BOTH])
+@pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH])
 @torch.no_grad()
 def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
     """A path that is sure of the token it stands on finds what the frozen network found there."""
@@ -65,8 +65,8 @@ def test_the_paper_path_starts_with_closed_gates():
 
 
 @torch.no_grad()
-def test_the_guess_before_changes_the_next_one():
-    l2d = make_l2d(**GUESS)
+def test_a_prediction_changes_the_next_one():
+    l2d = make_l2d(**PREDICTION)
     states = l2d.read(make_ids()).last()
     x = torch.randn(3, 1, 16)
     first = l2d.predict(x, 0.5, None, states)
@@ -112,14 +112,14 @@ def by_hand(l2d, batch, hops, backprop):
 
 
 @pytest.mark.parametrize("hops", [None, torch.tensor([0, 4, 2])])
-@pytest.mark.parametrize("options", [GUESS, BOTH, {}])
+@pytest.mark.parametrize("options", [PREDICTION, BOTH, {}])
 @torch.no_grad()
 def test_refined_losses_are_those_of_a_plain_loop(family, options, hops):
     l2d = make_l2d(family, **options)
     ids = make_ids()
     targets = make_ids(seed=1).masked_fill(torch.rand(ids.shape) < 0.5, IGNORE)
-    batch = l2d.draw(make_batch(ids, targets, hops=hops), generators(3, 7), unroll=5)
-    found = l2d.refined_losses(batch, backprop=2)
+    batch = drawn(l2d, make_batch(ids, targets, hops=hops), generators(3, 7), unroll=5)
+    found = refined_losses(l2d, batch, backprop=2)
     expected = by_hand(l2d, batch, hops, 2)
     assert len(found.values) == len(expected)
     # positions come in another order, so they are compared as a set
@@ -133,18 +133,18 @@ def test_refined_losses_are_those_of_a_plain_loop(family, options, hops):
 @pytest.mark.parametrize("backprop", [1, 3])
 def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypatch):
     l2d = make_l2d(**BOTH).train()
-    original, remembered = L2D.step, []
+    original, remembered = L2D.last_hidden, []
 
-    def step(self, x, prediction, *args):
-        x_new, guess_new = original(self, x, prediction, *args)
-        remembered.append((prediction.requires_grad, guess_new.requires_grad))
-        return x_new, guess_new
+    def last_hidden(self, x, t, modulation, states, before, index):
+        hidden = original(self, x, t, modulation, states, before, index)
+        remembered.append((before.requires_grad, hidden.requires_grad))
+        return hidden
 
-    monkeypatch.setattr(L2D, "step", step)
+    monkeypatch.setattr(L2D, "last_hidden", last_hidden)
     ids = make_ids()
     hops = torch.full((3,), 6)
     batch = make_batch(ids, make_ids(seed=1), hops=hops)
-    losses = l2d.refined_losses(l2d.draw(batch, generators(3), unroll=6), backprop)
+    losses = refined_losses(l2d, drawn(l2d, batch, generators(3), unroll=6), backprop)
     losses.values.mean().backward()
     count = len(remembered)
     assert count == 6
@@ -176,34 +176,36 @@ def test_nothing_to_learn_gives_no_refined_losses():
     l2d = make_l2d(**BOTH)
     ids = make_ids()
     batch = make_batch(ids, torch.full_like(ids, IGNORE))
-    losses = l2d.refined_losses(l2d.draw(batch, generators(3), unroll=4))
+    losses = refined_losses(l2d, drawn(l2d, batch, generators(3), unroll=4))
     assert [len(values) for values in losses[:3]] == [0, 0, 0]
 
 
 # --- what a training asks for ---------------------------------------------------------------------
 
-def test_the_hardest_need_grows_when_the_hardest_rows_are_right():
+def test_the_hardest_level_grows_when_its_rows_are_right():
     curriculum = Curriculum(top=3)
-    hops = torch.tensor([1, 1, 0, 2])
-    right, wrong = torch.full((4,), 0.1), torch.full((4,), 2.0)
-    assert curriculum.count(hops, right).tolist() == [2, 2]
-    assert curriculum.count(hops, wrong).tolist() == [2, 0]
+
+    def note(*hops, loss=0.1):
+        last = torch.full((len(hops),), loss)
+        curriculum.note([Losses(None, last, None, torch.tensor(hops))])
+
     for _ in range(10):
-        curriculum.note(2, 0)
-    assert curriculum.hardest == 1
+        note(1, 1, 0, 2, loss=2.0)
+    assert curriculum.state == [1, 0.0]
     # an average that remembers nine tenths passes 0.9 after 22 updates, and begins anew
     for _ in range(22):
         assert curriculum.hardest == 1
-        curriculum.note(2, 2)
-    assert curriculum.hardest == 2
-    assert curriculum.count(hops, right).tolist() == [1, 1]
-    # an update without any of them says nothing
-    curriculum.note(0, 0)
-    for _ in range(22):
-        curriculum.note(2, 2)
-    assert curriculum.hardest == 3
-    for _ in range(40):
-        curriculum.note(2, 2)
+        note(1, 1, 0, 2)
+    assert curriculum.state == [2, 0.0]
+    # an update without any of them says nothing; two batches count together
+    note(1, 3)
+    assert curriculum.state == [2, 0.0]
+    right, wrong = (Losses(None, torch.full((2,), loss), None, torch.tensor([2, 2]))
+                    for loss in (0.1, 2.0))
+    curriculum.note([right, wrong])
+    assert curriculum.recent == pytest.approx(0.1 * 0.5)
+    for _ in range(62):
+        note(2, 3)
     assert curriculum.hardest == 3
     again = Curriculum(top=3)
     again.restore(curriculum.state)
@@ -211,9 +213,16 @@ def test_the_hardest_need_grows_when_the_hardest_rows_are_right():
 
 
 def test_without_labels_the_evaluations_grow_over_the_first_half():
-    grown = [growing_unroll(update, 100, 8) for update in range(100)]
+    grown = [unroll_of("refine", 8, False, update, 100) for update in range(100)]
     assert grown[0] == 1 and grown == sorted(grown)
     assert set(grown) == set(range(1, 9)) and grown[50] == 8
+
+
+def test_both_objectives_take_turns_and_validation_is_of_our_own():
+    turns = [unroll_of("both", 6, True, update, 100) for update in range(4)]
+    assert turns == [0, 6, 0, 6]
+    assert unroll_of("both", 6, False, None, 100) == 6
+    assert unroll_of("paper", 6, True, None, 100) == 0
 
 
 def test_the_average_follows_and_stands_in():
@@ -246,7 +255,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", [GUESS, BOTH])
+@pytest.mark.parametrize("options", [PREDICTION, BOTH])
 def test_a_sequence_alone_equals_the_same_in_a_batch(family, options, way):
     l2d = make_l2d(family, classes=3, **options)
     settings = Settings(max_new_tokens=3, **way)
@@ -257,7 +266,7 @@ def test_a_sequence_alone_equals_the_same_in_a_batch(family, options, way):
         assert alone == batch[i:i + 1]
 
 
-@pytest.mark.parametrize("options", [GUESS, OWN, BOTH])
+@pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH])
 @torch.no_grad()
 def test_cached_text_equals_everything_read_again(family, options):
     l2d = make_l2d(family, **options)
@@ -269,26 +278,18 @@ def test_cached_text_equals_everything_read_again(family, options):
             velocity = VelocityField(l2d, l2d.read(torch.tensor([ids])).last())
             x_0 = l2d.config.sigma * torch.randn(1, 16, generator=g)[None]
             solution = odeint(velocity, x_0, "euler", 3)
-            ids.append(int(velocity.logits(solution.x, solution.prediction).argmax()))
+            ids.append(int(velocity.final_logits(solution.x, solution.prediction).argmax()))
         assert answer.ids == ids[len(prompt):]
 
 
 def test_guidance_reads_the_tokens_once():
-    """Two lines, one with the class and one without, look at the same keys."""
+    """Two copies, one with the class and one without, attend to the same keys."""
     l2d = make_l2d(classes=3, **BOTH)
     calls = []
-    original = type(l2d.blocks[0]).read
-
-    def read(self, *args):
-        calls.append(1)
-        return original(self, *args)
-
-    type(l2d.blocks[0]).read = read
-    try:
-        settings = Settings(steps=3, guidance=2.0, max_new_tokens=4)
-        generate(l2d, PROMPTS[:1], settings, class_ids=[1])
-    finally:
-        type(l2d.blocks[0]).read = original
+    for block in l2d.blocks:
+        block.k.register_forward_hook(lambda *_: calls.append(1))
+    settings = Settings(steps=3, guidance=2.0, max_new_tokens=4)
+    generate(l2d, PROMPTS[:1], settings, class_ids=[1])
     # the prompt and three tokens, two layers each
     assert len(calls) == 2 * 4
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_ids, make_l2d, make_lm
+from conftest import make_ids, make_l2d, make_lm, path_logits
 from test_oracle import p_value
 
 from diffusion import L2D
 from model import LM
-from data.text.answer import Stop
+from data.text.answer import Stop, TraceFirst
 from data.text.tokenizer import load_tokenizer
 from sample import Settings, generate
 from solvers import odeint
@@ -53,7 +53,7 @@ def greedy_by_hand(lm, prompt, count):
 def l2d_by_hand(l2d, prompt, count, settings, seed, class_id=None):
     """The same with the diffusion path: no cache, no batch.
 
-    The whole text goes through l2d(ids, x, t) at every evaluation.
+    The whole text goes through the path at every evaluation.
     """
     ids, g, Z = list(prompt), torch.Generator().manual_seed(seed), l2d.config.width
     mixture = (
@@ -66,12 +66,9 @@ def l2d_by_hand(l2d, prompt, count, settings, seed, class_id=None):
 
         def logits(x, t, label):
             whole = torch.cat((torch.zeros(1, len(ids) - 1, Z), x), dim=1)
-            return l2d(
-                text,
-                whole,
-                torch.full(text.shape, float(t)),
-                None if label is None else torch.tensor([label]),
-            )[:, -1:]
+            class_ids = None if label is None else torch.tensor([label])
+            times = torch.full(text.shape, float(t))
+            return path_logits(l2d, text, whole, times, class_ids)[:, -1:]
 
         def velocity(t, x, prediction):
             total = 0
@@ -232,17 +229,28 @@ def test_finished_sequences_leave_and_the_others_do_not_notice(family, options, 
     ]
 
 
-def test_tokens_are_announced_as_they_come():
-    told = [[] for _ in PROMPTS]
-    free = generate(make_lm(), PROMPTS, Settings(steps=0, max_new_tokens=8))
-    answers = generate(
-        make_lm(),
-        PROMPTS,
-        Settings(steps=0, max_new_tokens=8),
-        Stop({free[0].ids[3]}),
-        on_token=lambda i, token: told[i].append(token),
-    )
-    assert told == ids_of(answers) and answers[0].stopped
+def test_a_watcher_sees_every_evaluation_and_every_token():
+    model, settings = make_l2d(), Settings(steps=3, max_new_tokens=8)
+    told, seen = {}, []
+
+    def watch(batch, rows, t, logits, tokens=None, solution=None):
+        assert logits.shape == (len(rows), 1, 258)
+        if tokens is None:
+            seen.append(len(rows))
+            return
+        assert t == 1.0 and len(tokens) == len(batch.answers)
+        seen.append(len(rows))
+        for answer, token in zip(batch.answers, tokens):
+            told.setdefault(id(answer), []).append(token)
+
+    free = generate(model, PROMPTS, settings)
+    stop = Stop({free[0].ids[3]})
+    answers = generate(model, PROMPTS, settings, stop, watch=watch)
+    assert answers[0].stopped and sum(seen) == sum(sum(answer.nfe) for answer in answers)
+    for answer in answers:
+        # the stop token is seen too
+        assert told[id(answer)][:len(answer.ids)] == answer.ids
+        assert len(told[id(answer)]) == len(answer.nfe)
 
 
 # --- stop strings ---------------------------------------------------------------------------------
@@ -282,24 +290,17 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it(ids, strings, at,
 
 @pytest.mark.parametrize("options", [dict(steps=0), dict(steps=4)])
 def test_an_answer_that_ends_with_a_string_costs_nothing_more(options):
-    """The others in the batch do not notice, and every token is told."""
-    l2d, settings, told = make_l2d(), Settings(max_new_tokens=8, **options), []
+    """And the others in the batch stay as they are."""
+    l2d, settings = make_l2d(), Settings(max_new_tokens=8, **options)
     tokenizer = Letters([f"<{i}>" for i in range(258)])
     free = generate(l2d, PROMPTS, settings)
     ids = free[0].ids
     string = f"{ids[2]}><{ids[3]}"  # from inside one token into the next
     assert all(string not in tokenizer.decode(answer.ids) for answer in free[1:])
-    cut = generate(
-        l2d,
-        PROMPTS,
-        settings,
-        Stop(set(), [string], tokenizer),
-        on_token=lambda number, token: told.append((number, token)),
-    )
+    cut = generate(l2d, PROMPTS, settings, Stop(set(), [string], tokenizer))
     assert cut[0].stopped and cut[0].ids == ids[:4] and cut[0].nfe == free[0].nfe[:4]
     assert cut[0].text == tokenizer.decode(ids[:2]) + "<"
     assert ids_of(cut[1:]) == ids_of(free[1:])
-    assert [token for number, token in told if number == 0] == ids[:4]
 
 
 def test_stop_texts_of_the_command_line_may_name_special_tokens():
@@ -317,7 +318,7 @@ def test_stop_texts_of_the_command_line_may_name_special_tokens():
 def test_cost_of_a_token(solver, cost, guidance, factor, monkeypatch):
     """What is reported is what was evaluated: every call of the network, counted at its door.
 
-    With guidance both lines are one call, of twice the batch. The evaluation at t = 0 is counted
+    With guidance both copies are one call, of twice the batch. The evaluation at t = 0 is counted
     though it costs nothing: it is the frozen model's.
     """
     l2d, sizes, original = make_l2d(classes=2), [], L2D.last_hidden
@@ -334,8 +335,8 @@ def test_cost_of_a_token(solver, cost, guidance, factor, monkeypatch):
 
 
 @pytest.mark.parametrize("max_nfe, calls", [(1, 1), (2, 1), (6, 3), (7, 3), (16, 8)])
-def test_a_budget_counts_both_lines_of_guidance(max_nfe, calls):
-    """8 Euler steps would cost 16 with guidance; the final look is not part of the budget."""
+def test_a_budget_counts_both_copies_of_guidance(max_nfe, calls):
+    """8 Euler steps would cost 16 with guidance; the final evaluation is not part of the budget."""
     settings = Settings(steps=8, guidance=2.0, max_nfe=max_nfe, max_new_tokens=2)
     answers = generate(make_l2d(classes=2), PROMPTS[:2], settings, class_ids=[0, 1])
     assert all(answer.nfe == [2 * (calls + 1)] * 2 for answer in answers)
@@ -380,9 +381,9 @@ def test_a_spent_budget_is_counted_and_the_text_goes_on(options, most):
     assert all(answer.unfinished == 0 and answer.nfe == [9] * 5 for answer in enough)
 
 
-def test_guesses_of_the_traced_token_are_kept():
+def test_a_trace_holds_the_predictions_of_every_token_of_the_first_answer():
     l2d = make_l2d()
-    traced = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3, trace=True))
+    traced = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3), watch=TraceFirst())
     plain = generate(l2d, PROMPTS, Settings(steps=4, max_new_tokens=3))
     assert ids_of(traced) == ids_of(plain) and all(
         answer.traces == [] for answer in (*plain, *traced[1:])
@@ -390,7 +391,7 @@ def test_guesses_of_the_traced_token_are_kept():
     assert [t for t, _, _ in traced[0].traces[1].predictions] == [0.0, 0.25, 0.5, 0.75, 1.0]
     frozen = l2d.lm(torch.tensor([PROMPTS[0] + traced[0].ids[:1]]))[0, -1].softmax(
         -1
-    )  # at t = 0 the guess is the frozen model's
+    )  # at t = 0 the prediction is the frozen model's
     assert traced[0].traces[1].predictions[0][1:] == (
         int(frozen.argmax()),
         pytest.approx(float(frozen.max()), abs=1e-5),
@@ -398,14 +399,14 @@ def test_guesses_of_the_traced_token_are_kept():
 
 
 def test_times_of_an_adaptive_trace_run_from_noise_to_data():
-    settings = Settings(max_new_tokens=1, trace=True, **ADAPTIVE)
+    settings = Settings(max_new_tokens=1, **ADAPTIVE)
     for l2d in (make_l2d(perturb=0), make_l2d()):
-        (traced,) = generate(l2d, PROMPTS[:1], settings)
+        (traced,) = generate(l2d, PROMPTS[:1], settings, watch=TraceFirst())
         times = [t for t, _, _ in traced.traces[0].predictions]
         assert times[0] == 0 and times[-1] == 1 and max(times[:-1]) < 1
         assert len(times) == traced.nfe[0]
     # a path that never hesitates: nodes of Dormand and Prince, three steps of 1/4, then ½ and ¾
-    (calm,) = generate(make_l2d(perturb=0), PROMPTS[:1], settings)
+    (calm,) = generate(make_l2d(perturb=0), PROMPTS[:1], settings, watch=TraceFirst())
     nodes = [1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
     expected = [0.0] + [k / 4 + c / 4 for k in range(3) for c in nodes] + [0.875, 0.9375, 1.0]
     assert [t for t, _, _ in calm.traces[0].predictions] == pytest.approx(expected)

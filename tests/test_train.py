@@ -3,6 +3,7 @@
 python -m pytest tests/test_train.py
 """
 
+import functools
 import json
 import math
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from data.flags.train import PRESETS
 from data.parts.lora import LoRA
 from data.training.batches import Losses, collate
 from data.training.loader import Loader
+from data.training.optimizer import EMA
 from diffusion import L2D, L2DConfig
 from model import LM
 
@@ -288,7 +291,7 @@ def test_one_batch_is_learned_by_heart(method, base):
     )
     model, _ = train.build_model(args, classes=0)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer, losses = train.build_optimizer(trainable, args), []
+    optimizer, losses = train.build_optimizer(trainable, 0.02, 0.0), []
     for _ in range(60):
         (batch,) = loader(rows(4, 12), model).update(0)
         loss = train.token_losses(model, batch).values.mean()
@@ -344,8 +347,7 @@ def test_the_gradient_is_clipped(base, tmp_path):
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
 def test_learning_rate_rises_and_falls_in_straight_lines(warmup):
-    args = Namespace(lr=1.0, min_lr=0.1, warmup=warmup, updates=10)
-    rates = [train.learning_rate(update, args) for update in range(11)]
+    rates = [train.learning_rate(update, 10, warmup, 1.0, 0.1) for update in range(11)]
     assert rates[:warmup] == [(i + 1) / warmup for i in range(warmup)]
     assert rates[warmup] == 1.0 and rates[10] == pytest.approx(0.1)
     falls = [a - b for a, b in zip(rates[warmup:], rates[warmup + 1 :])]
@@ -355,7 +357,7 @@ def test_learning_rate_rises_and_falls_in_straight_lines(warmup):
 def test_matrices_decay_and_biases_and_norms_do_not():
     l2d = L2D(make_lm(), L2DConfig(8, 8, rank=2, classes=5))
     everything = {**l2d.path_parameters(), **dict(make_lm(LLAMA).named_parameters())}
-    optimizer = train.build_optimizer(everything, Namespace(lr=0.1, weight_decay=0.5))
+    optimizer = train.build_optimizer(everything, 0.1, 0.5)
     before = {name: p.detach().clone() for name, p in everything.items()}
     for p in everything.values():
         p.requires_grad_().grad = torch.zeros_like(p)
@@ -387,12 +389,12 @@ def rows(count, length, spread=5):
     return result
 
 
-def loader(data, model=None, **changes):
+def loader(data, model=None, batch_size=4, accumulate=1, seed=5):
     """Of batches of four rows, as train.py has one for data of one's own."""
-    args = Namespace(**{"data": "rows", "batch_size": 4, "accumulate": 1, "seed": 5, "updates": 9,
-                        "val_rows": 100, "compile": False, **changes})
-    draw = model.draw if isinstance(model, L2D) else None
-    return Loader(data, args, "cpu", draw, lambda update: 0)
+    draw = None
+    if isinstance(model, L2D):
+        draw = functools.partial(train.draw, model.config, lambda update: 0)
+    return Loader(data, batch_size * accumulate, batch_size, seed, "cpu", draw, ahead=9)
 
 
 def drawn(data, update, seed=5):
@@ -473,6 +475,14 @@ def test_padding_and_neighbours_change_no_loss():
 # --- reports --------------------------------------------------------------------------------------
 
 
+def validated(model, data, count=100):
+    """What train.validate says of a model that no training has touched."""
+    args = Namespace(val_rows=count, backprop=0)
+    return train.validate(SimpleNamespace(
+        args=args, model=model, val=data, loader=loader([], model), unroll_at=lambda update: 0,
+        average=EMA({}, 0.0), update=0, history=[]))
+
+
 def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
     """Losses made of t itself: 10·t in the first batch, and 1 more in the second.
 
@@ -488,7 +498,7 @@ def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
 
     monkeypatch.setattr(train, "token_losses", losses)
     model = nn.Linear(1, 1)
-    result = train.validate(model, loader([], val_rows=7).validation(rows(9, 8)), 0)
+    result = validated(model, rows(9, 8), 7)
     assert calls == [(4, False), (3, False)] and model.training
     assert result["by_tenth"] == pytest.approx([i + 1 for i in range(9)] + [10.125], abs=1e-3)
     assert result["val_loss"] == pytest.approx(float(10 * times.mean()) + 0.5, abs=1e-3)
@@ -500,11 +510,10 @@ def test_validation_is_the_plain_loss_of_a_language_model_and_repeats(base):
         expected = torch.cat(
             [train.token_losses(lm, collate([row]))[0] for row in data]
         ).mean()
-    assert train.validate(lm, loader([]).validation(data), 0) == {
-        "val_loss": pytest.approx(float(expected), abs=1e-3)
-    }
+    assert validated(lm, data) == {
+        "update": 0, "val_loss": pytest.approx(float(expected), abs=1e-3)}
     l2d = L2D(lm, L2DConfig(8, 8, rank=2))
-    first, second = (train.validate(l2d, loader([], l2d).validation(data), 0) for _ in range(2))
+    first, second = (validated(l2d, data) for _ in range(2))
     assert first == second and first["val_loss"] == pytest.approx(
         float(expected), abs=1e-3
     )  # a fresh path changes nothing
@@ -614,15 +623,15 @@ def refused(capsys, *argv):
             "state.safetensors does not exist, so there is nothing to resume; "
             "start one with train.py --out_dir=",
         ),
-        (["--lr=-1"], "--lr -1.0 is out of range; allowed: 0 or more"),
-        (["--batch_size=0"], "--batch_size 0 is out of range; allowed: 1 or more"),
-        (["--rank=0"], "--rank 0 is out of range; allowed: 1 or more"),
-        (["--clip=-1"], "--clip -1.0 is out of range"),
-        (["--ema=1"], "--ema 1.0 is out of range; allowed: 0 to 1, without 1"),
-        (["--unroll=0"], "--unroll 0 is out of range; allowed: 1 or more"),
-        (["--backprop=0"], "--backprop 0 is out of range; allowed: 1 or more"),
+        (["--lr=-1"], "--lr = -1.0 is out of range; allowed: 0 or more"),
+        (["--batch_size=0"], "--batch_size = 0 is out of range; allowed: 1 or more"),
+        (["--rank=0"], "--rank = 0 is out of range; allowed: 1 or more"),
+        (["--clip=-1"], "--clip = -1.0 is out of range"),
+        (["--ema=1"], "--ema = 1.0 is out of range; allowed: 0 to 1, without 1"),
+        (["--unroll=0"], "--unroll = 0 is out of range; allowed: 1 or more"),
+        (["--backprop=0"], "--backprop = 0 is out of range; allowed: 1 or more"),
         (["--device=gpu"], "gpu"),
-        (["--warmup=-5"], "--warmup -5 is out of range; allowed: 0 or more"),
+        (["--warmup=-5"], "--warmup = -5 is out of range; allowed: 0 or more"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(argv, message, capsys, tmp_path):
@@ -676,7 +685,7 @@ def test_resuming_on_another_base_is_refused_in_one_line(base, capsys, tmp_path)
 
 
 def test_data_without_validation_rows_is_refused_in_one_line(base, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_data", lambda *args: (rows(8, 12), []))
+    monkeypatch.setattr(train, "load_data", lambda *_: (rows(8, 12), []))
     assert "valid" in refused(
         capsys, f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags()
     )
@@ -693,13 +702,6 @@ def test_a_compiler_that_does_not_work_is_one_line(base, tmp_path, capsys, monke
 
 
 # --- presets and one update -----------------------------------------------------------------------
-
-
-def test_both_takes_turns_and_validates_our_own():
-    args = train.parse(["--objective=both", "--unroll=6"])
-    turns = [train.refinement(args, update)[0] > 0 for update in range(4)]
-    assert turns == [False, True, False, True]
-    assert train.refinement(args) == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -735,9 +737,7 @@ def test_the_optimizer_has_the_papers_betas_and_warms_up(base, tmp_path):
     assert [entry["lr"] for entry in updates(tmp_path / "out")][:5] == pytest.approx(
         [0.0025, 0.005, 0.0075, 0.01, 0.01]
     )
-    optimizer = train.build_optimizer(
-        {"w": nn.Parameter(torch.ones(2, 2))}, Namespace(lr=1.0, weight_decay=0.0)
-    )
+    optimizer = train.build_optimizer({"w": nn.Parameter(torch.ones(2, 2))}, 1.0, 0.0)
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
@@ -746,12 +746,11 @@ def test_one_update_on_two_batches_is_one_update_on_both_together():
     states = []
     for sizes in ([4], [2, 2], [3, 1]):
         lm, some = make_lm(), rows(4, 12)
-        optimizer = train.build_optimizer(
-            dict(lm.named_parameters()), Namespace(lr=0.01, weight_decay=0.0)
-        )
+        optimizer = train.build_optimizer(dict(lm.named_parameters()), 0.01, 0.0)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         batches = [collate(some[at : at + size]) for at, size in zip(starts, sizes)]
-        loss, norm, tokens = train.update_once(lm, optimizer, batches, clip=1.0)
+        loss, norm, tokens, _ = train.update_once(
+            lm, optimizer, batches, train.token_losses, clip=1.0)
         states.append((loss, norm, tokens, lm))
     for loss, norm, tokens, lm in states[1:]:
         assert loss == pytest.approx(states[0][0], rel=1e-5) and tokens == states[0][2]
@@ -814,7 +813,7 @@ def test_a_plan_trains_nothing_and_writes_nothing(method, base, tmp_path, capsys
     assert not out.exists()
 
 
-# --- what the frozen model makes, kept ------------------------------------------------------------
+# --- cached states of the frozen model ------------------------------------------------------------
 
 
 class Rows(list):
@@ -840,11 +839,11 @@ def packed_rows(monkeypatch):
             found.append(([seed, *ids[1:]], mask, numbers))
         return found
 
-    monkeypatch.setattr(train, "load_data", lambda *args: (packed(8, 1), packed(4, 2)))
+    monkeypatch.setattr(train, "load_data", lambda *_: (packed(8, 1), packed(4, 2)))
 
 
 @pytest.mark.parametrize("options", [{}, {"objective": "refine", "own_kv": True, "unroll": 3}])
-def test_a_kept_reading_teaches_what_reading_again_teaches(options, base, tmp_path, packed_rows):
+def test_cached_states_teach_what_computed_ones_teach(options, base, tmp_path, packed_rows):
     own = ["--own_kv"] if options.pop("own_kv", False) else []
     words = [f"--init_from={base}", "--data=rows", *flags(**options, accumulate=2), *own]
     for name, more in (("read", []), ("kept", ["--cache_frozen"])):
@@ -864,7 +863,7 @@ def test_a_kept_reading_teaches_what_reading_again_teaches(options, base, tmp_pa
         entry["loss"] for entry in found]
 
 
-def test_readings_are_kept_when_a_run_stops_and_used_when_it_goes_on(
+def test_states_are_cached_when_a_run_stops_and_used_when_it_goes_on(
     base, tmp_path, packed_rows, monkeypatch, capsys
 ):
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -874,9 +873,9 @@ def test_readings_are_kept_when_a_run_stops_and_used_when_it_goes_on(
         ctrl_c_after(patch, 3)
         train.train(train.parse([*words, f"--out_dir={out}"]))
     before = [(out / f"frozen-{split}.bin").stat() for split in ("train", "val")]
-    assert "keeping what the frozen model makes of" in capsys.readouterr().out
+    assert "caching the frozen model's states of" in capsys.readouterr().out
     train.main(["--init_from=resume", f"--out_dir={out}"])
-    assert "keeping" not in capsys.readouterr().out
+    assert "caching" not in capsys.readouterr().out
     assert before[0].st_size > before[1].st_size > 0
     assert updates(out) == updates(whole)
     # it is no secret how large it is going to be

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_ids, make_l2d
+from conftest import make_ids, make_l2d, path_logits
 
 from data.parts.lora import LoRA
 from data.parts.modulation import MOST
@@ -27,7 +27,7 @@ def whole_logits(l2d, ids, x, t, classes=None):
     """The last position's logits by the forward pass over the whole text; t a float or (B,)."""
     before = torch.zeros(len(ids), ids.shape[1] - 1, x.shape[-1])
     times = torch.zeros(ids.shape) + torch.as_tensor(t).view(-1, 1)
-    return l2d(ids, torch.cat((before, x), dim=1), times, classes)[:, -1:]
+    return path_logits(l2d, ids, torch.cat((before, x), dim=1), times, classes)[:, -1:]
 
 
 # --- the velocity ---------------------------------------------------------------------------------
@@ -69,12 +69,12 @@ def test_velocity_is_the_way_to_the_estimate_over_the_time_left(family, estimate
 
 
 @torch.no_grad()
-def test_the_token_is_chosen_from_a_last_look_at_the_end(family):
+def test_the_token_is_chosen_from_a_final_evaluation_at_the_end(family):
     l2d = make_l2d(family)
     ids = make_ids()
     x = torch.randn(3, 1, 16)
     field = VelocityField(l2d, l2d.lm.read(ids).last())
-    close(field.logits(x), whole_logits(l2d, ids, x, 1.0))
+    close(field.final_logits(x), whole_logits(l2d, ids, x, 1.0))
 
 
 def test_a_field_cannot_be_changed():
@@ -129,9 +129,9 @@ def guided_field(w, estimate="argmax"):
 @torch.no_grad()
 def test_final_logits_are_guided_like_the_velocity():
     x = torch.randn(3, 1, 16)
-    conditional = guided_field(1).logits(x)
-    unconditional = guided_field(0).logits(x)
-    close(guided_field(2).logits(x), 2 * conditional - unconditional)
+    conditional = guided_field(1).final_logits(x)
+    unconditional = guided_field(0).final_logits(x)
+    close(guided_field(2).final_logits(x), 2 * conditional - unconditional)
     assert not torch.allclose(conditional, unconditional, atol=1e-2)
 
 
@@ -294,10 +294,10 @@ def test_folded_lora_says_the_same_and_the_frozen_matrices_stay(family):
     states = l2d.lm.read(make_ids()).last()
     field = VelocityField(l2d, states)
     x = torch.randn(3, 1, 16)
-    apart = field.logits(x)
+    apart = field.final_logits(x)
     l2d.merge_lora()
     assert all(adapter.merged is not None for adapter in adapters(l2d))
-    close(field.logits(x), apart)
+    close(field.final_logits(x), apart)
     # the claim at t = 0 does not hang on the order
     assert torch.equal(field(0.0, x)[1], l2d.lm.logits(states.hidden))
     for name, p in l2d.lm.named_parameters():
@@ -309,18 +309,18 @@ def test_folding_is_undone_by_training(family):
     l2d = make_l2d(family)
     field = VelocityField(l2d, l2d.lm.read(make_ids()).last())
     x = torch.randn(3, 1, 16)
-    apart = field.logits(x)
+    apart = field.final_logits(x)
     l2d.merge_lora()
     l2d.train()
     assert all(adapter.merged is None for adapter in adapters(l2d))
-    assert torch.equal(field.logits(x), apart)
+    assert torch.equal(field.final_logits(x), apart)
     # while folded the sum counts, whatever is learned; after that, what has been learned
     l2d.merge_lora()
     for adapter in adapters(l2d):
         adapter.B += 1.0
-    close(field.logits(x), apart)
+    close(field.final_logits(x), apart)
     l2d.train()
-    assert not torch.allclose(field.logits(x), apart, atol=1e-2)
+    assert not torch.allclose(field.final_logits(x), apart, atol=1e-2)
 
 
 def test_folding_changes_nothing_that_is_trained_or_saved():

@@ -3,7 +3,7 @@
 import argparse
 
 from data.parts.draws import check_seed
-from data.system.command import add_model_flags, flag_parser, refuse_idle
+from data.system.command import add_model_flags, check_range, flag_parser, refuse_idle
 
 # Only the tables of the embedded topics know these, and only benchmarks those.
 TINY = ("topics", "problems", "guidance", "plot")
@@ -20,51 +20,40 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     # what is measured
     add("--init_from", default="tiny",
         help="directory of a trained path or of a model, or tiny (default)")
-    add("--base", help="the frozen model, if it is no longer where the path was trained")
+    add("--base", help="directory of the path's frozen model, if it has moved since training")
     add("--task", default="tiny", choices=list(tasks), help="default: tiny")
-    add("--regrade", metavar="IN.jsonl", help="grade these records again, without a model")
+    add("--regrade", metavar="IN.jsonl", help="records to grade again, without a model")
     # how tokens are found
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
         help="intervals of the fixed solvers; 0, the frozen model, is always shown "
              "(default: 1 2 4 8 16, for benchmarks 8)")
     add("--solvers", "--solver", nargs="+", default=["euler", "dopri5"], choices=list(solvers),
-        help="default: euler dopri5, for benchmarks euler")
+        help="ODE solvers (default: euler dopri5, for benchmarks euler)")
     add("--rtol", type=float, default=default.rtol,
         help="rtol and atol of dopri5 (default: %(default)s)")
     add("--estimate", default="argmax", choices=estimates,
-        help="of the clean point (default: argmax)")
+        help="estimate of the clean point from the logits (default: argmax)")
     add("--stop_unchanged", type=int,
-        help="evaluations after which a guess that stood is final, in a column of its own; "
-             "0: no such column (default: 2, for benchmarks 0)")
+        help="evaluations in a row with the same prediction after which a token's ODE stops, in a "
+             "column of its own; 0: no such column (default: 2, for benchmarks 0)")
     add("--draws", type=int,
         help="noises whose probabilities are averaged: for the calibration (default: 4), "
              "or for the letters of multiple choice (default: 8)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 1.0],
-        help="of the token; 0 is greedy (default: 0 1, for benchmarks 0)")
-    add("--seed", type=int, default=0, help="of problems and noise (default: 0)")
-    add_tiny_flags(add, switch)
-    add_benchmark_flags(add, switch)
-    # output and machine
-    add("--out", help="where the results are written (default: eval.json; for benchmarks a "
-                      "directory, out-TASK)")
-    add("--overwrite", action=switch, default=False, help="of an earlier --out")
-    add_model_flags(add)
-    return parser
-
-
-def add_tiny_flags(add, switch):
-    add("--topics", nargs="+", help="tiny: some kinds of problems only (default: all)")
+        help="temperatures for choosing the token; 0: greedy (default: 0 1, for benchmarks 0)")
+    add("--seed", type=int, default=0, help="seed of problems and noise (default: 0)")
+    # the embedded topics
+    add("--topics", nargs="+", help="tiny: topics to measure (default: all)")
     add("--problems", type=int, default=200,
         help="tiny: test problems of each kind (default: 200)")
     add("--guidance", type=float, nargs="*", default=[0, 1, 1.5, 2, 3],
-        help="tiny: weights to compare where the class matters (default: 0 1 1.5 2 3)")
+        help="tiny: guidance weights to compare where the class matters (default: 0 1 1.5 2 3)")
     add("--plot", action=switch, default=False,
-        help="tiny: draw the results too, as a PNG beside the JSON")
-
-
-def add_benchmark_flags(add, switch):
-    add("--data_dir", help="benchmarks: the published files (default: what data.tasks has got)")
-    add("--limit", type=int, help="benchmarks: the first problems only (default: all)")
+        help="tiny: the results as a picture too, a PNG beside the JSON")
+    # benchmarks
+    add("--data_dir", help="benchmarks: directory of the published files (default: the cache of "
+                           "data.tasks)")
+    add("--limit", type=int, help="benchmarks: number of problems, the first ones (default: all)")
     add("--shots", type=int, help="benchmarks: worked examples in a prompt (default: the task's)")
     add("--style", choices=("chat", "plain"),
         help="benchmarks: turns of the model's chat format, or one text "
@@ -75,19 +64,27 @@ def add_benchmark_flags(add, switch):
     add("--search", nargs="+", default=[], metavar="HOW",
         help="benchmarks: vote:K, the commonest of K answers; best:K, the one that the frozen "
              "model finds likeliest")
-    add("--max_new_tokens", type=int, help="benchmarks: longest answer (default: the task's)")
+    add("--max_new_tokens", type=int,
+        help="benchmarks: longest answer, in tokens (default: the task's)")
     add("--batch_size", type=int, default=16, help="benchmarks: problems at a time (default: 16)")
-    add("--show_prompts", type=int, default=0, help="benchmarks: print the first so many prompts")
+    add("--show_prompts", type=int, default=0,
+        help="benchmarks: number of prompts to print, the first ones (default: 0)")
     add("--allow_code_execution", action=switch, default=False,
-        help="benchmarks of code: run what the model wrote, in a child process with limits")
+        help="benchmarks of code: run the model's programs, in a child process with limits")
     add("--code_seconds", type=float, default=3.0,
-        help="benchmarks of code: limit of each program (default: 3)")
+        help="benchmarks of code: time limit of each program, in seconds (default: 3)")
+    # output and machine
+    add("--out", help="file of the results (default: eval.json); for benchmarks a directory "
+                      "(default: out-TASK)")
+    add("--overwrite", action=switch, default=False, help="replace an earlier --out")
+    add_model_flags(add)
+    return parser
 
 
 def fill_defaults(args, given: dict):
-    """What depends on the task: whoever reads args afterwards finds the values that hold."""
+    """Set the defaults that depend on the task."""
     tiny = args.task == "tiny"
-    # benchmarks take hours: one way, unless more are asked for
+    # benchmarks take hours: one column, unless more are asked for
     for name, value in (("temperatures", [0.0]), ("steps", [8]), ("solvers", ["euler"])):
         if not tiny and name not in given:
             setattr(args, name, value)
@@ -99,30 +96,32 @@ def fill_defaults(args, given: dict):
         args.out = "eval.json" if tiny else f"out-{args.task}"
 
 
-def check_numbers(args):
-    """Refuse what is out of range. Raises ValueError with one line."""
+def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
+    """Refuse numbers out of range, and flags that would be ignored. Raises ValueError.
+
+    adaptive, fixed  is there a solver of this kind?
+    """
+    tiny = args.task == "tiny"
     at_least = {1: ("problems", "draws", "limit", "samples", "max_new_tokens", "batch_size"),
                 0: ("stop_unchanged", "shots", "show_prompts"), 0.1: ("code_seconds",)}
     for least, names in at_least.items():
         for name in names:
-            value = getattr(args, name)
-            if value is not None and not least <= value < 1e9:
-                raise ValueError(f"--{name} {value} is out of range; allowed: {least} or more")
-    if min(args.steps) < 0:
-        raise ValueError(f"--steps {min(args.steps)} is out of range; allowed: 0 or more")
+            if getattr(args, name) is not None:
+                check_range(f"--{name}", getattr(args, name), least)
+    # the frozen model is always shown
+    check_range("--steps", min(args.steps), 1 if tiny else 0)
     check_seed(args.seed)
-
-
-def check_idle(args, given: dict, task, solvers: dict):
-    """Refuse what would otherwise be ignored. solvers: "fixed" and "adaptive" -> asked for?"""
-    tiny = args.task == "tiny"
+    known = list(dict.fromkeys(group[0] for group in task.groups)) if tiny else []
+    for topic in args.topics or []:
+        if tiny and topic not in known:
+            raise ValueError(f"--topics {topic!r} is unknown; allowed: {', '.join(known)}")
     generated = task.kind != "letters" or args.choices == "generate"
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),
         (BENCHMARK, not tiny, "--task with a benchmark"),
         (("data_dir",), tiny or task.folder, "a benchmark that is read from files"),
-        (("rtol",), solvers["adaptive"], "--solvers dopri5"),
-        (("stop_unchanged",), solvers["fixed"] or not args.stop_unchanged, "a fixed solver"),
+        (("rtol",), adaptive, "--solvers dopri5"),
+        (("stop_unchanged",), fixed or not args.stop_unchanged, "a fixed solver"),
         (("choices",), task.kind == "letters", "a task of multiple choice"),
         (("allow_code_execution", "code_seconds"), task.kind == "code", "a task of code"),
         (("max_new_tokens", "samples", "search", "temperatures"), generated,

@@ -5,14 +5,13 @@ would do nothing is refused, as is one that would make another run of the one th
 """
 
 import argparse
-import math
 
 from data.checkpoints.hub import check_not_a_model
 from data.checkpoints.path import TIME_DISTRIBUTIONS
 from data.checkpoints.state import read_state_meta
 from data.parts.draws import check_seed
 from data.system import processes
-from data.system.command import flag_parser, given_flags, refuse_idle
+from data.system.command import check_range, flag_parser, given_flags, refuse_idle
 
 # --- values where the command line is silent; a flag always wins over them ------------------------
 
@@ -81,33 +80,34 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     # what
-    add("--method", default="l2d", choices=METHODS, help="what to train (default: l2d)")
+    add("--method", default="l2d", choices=METHODS, help="weights to train (default: l2d)")
     add("--init_from", default="tiny",
         help="model name, directory, `scratch` or `resume` (default: tiny)")
     add("--data", default="tiny",
         help="`tiny` or a directory made by data/text/chat.py (default: tiny)")
-    add("--out_dir", default="out", help="where everything is written (default: out)")
+    add("--out_dir", default="out", help="directory for everything that is written (default: out)")
     add("--overwrite", action=switch, default=False,
-        help="remove what an earlier run has left in --out_dir")
-    add("--cache_dir", help="where downloaded models are kept")
+        help="remove the files of an earlier run in --out_dir")
+    add("--cache_dir", help="directory of downloaded models")
     add("--preset", choices=list(PRESETS),
-        help="of all values without a default here (default: the one for this model and data)")
+        help="set of all values without a default here (default: by model and data)")
     # diffusion path
     add("--width", type=int, help="Z, width of the diffusion space")
     add("--cond_dim", "--conditioning", type=int, help="S, width of the time embedding")
     add("--rank", type=int, default=32,
-        help="of the LoRA, in the path and in --method=lora (default: 32)")
+        help="rank of the LoRA, in the path and in --method=lora (default: 32)")
     add("--full_copies", action=switch, default=False,
-        help="copy the path's matrices instead of LoRA")
+        help="full copies of the matrices in the path, instead of LoRA")
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
-        help="of the training times (default: uniform)")
-    add("--own_kv", "--own_reading", action=switch, help="the path has keys and values of its own")
+        help="distribution of the training times (default: uniform)")
+    add("--own_kv", "--own_reading", action=switch, help="keys and values of the path's own")
     # objective
     add("--objective", choices=OBJECTIVES,
-        help="paper: random times; refine: through its own steps; both: by turns")
+        help="paper: random times; refine: the path's own steps; both: by turns")
     add("--unroll", type=int, help="most evaluations in a refined update")
-    add("--backprop", type=int, help="how many of them, the last, have a gradient")
-    add("--ema", type=float, help="of the weights that are saved; 0: the last ones")
+    add("--backprop", type=int, help="number of evaluations, the last ones, with a gradient")
+    add("--ema", type=float,
+        help="decay of the average of the weights that is saved; 0: the last weights")
     # optimisation
     add("--updates", type=int, help="optimizer updates in all")
     add("--batch_size", type=int, help="rows per forward pass")
@@ -115,34 +115,34 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--lr", type=float, help="highest learning rate")
     add("--min_lr", type=float, help="last learning rate")
     add("--warmup", type=int, help="updates of linear warm-up, before the linear decay")
-    add("--weight_decay", type=float, help="on matrices only")
+    add("--weight_decay", type=float, help="weight decay of matrices")
     add("--clip", type=float, default=1.0,
         help="largest norm of the gradient; 0: any (default: 1)")
     add("--seed", type=int, default=42,
-        help="of weights, data order, times and noise (default: 42)")
+        help="seed of weights, data order, times and noise (default: 42)")
     # reports
     add("--eval_every", type=int, help="updates between validation and saving")
     add("--val_rows", type=int, help="rows of validation data")
     add("--patience", type=int, default=0,
         help="validations without a better loss after which to stop; 0: never (default)")
     add("--keep", type=int, default=0,
-        help="so many of the best paths are kept, in --out_dir/best-UPDATE (default: 0)")
+        help="number of best paths to keep, in --out_dir/best-UPDATE (default: 0)")
     add("--report", type=int, default=64,
         help="problems of each kind to answer at the end (default: 64)")
     # machine
     add("--plan", action=switch, default=False,
-        help="say what the training would take, and train nothing")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
+        help="parameters, memory and time of the training, without it")
+    add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--dtype", choices=("float32", "bfloat16"),
-        help="of the frozen weights (default: bfloat16 on CUDA)")
+        help="precision of the frozen weights (default: bfloat16 on CUDA)")
     add("--shard", action=switch, default=False,
-        help="divide the weights among the processes of torchrun: for what one card cannot hold")
+        help="weights divided among the processes of torchrun, for models larger than one card")
     add("--cache_frozen", action=switch, default=False,
-        help="keep what the frozen model makes of the data, in --out_dir: for several epochs")
+        help="cache of the frozen model's states in --out_dir, for several epochs")
     add("--checkpointing", action=switch, default=False,
-        help="compute activations again in the backward pass: less memory, more time")
+        help="activations computed again in the backward pass: less memory, more time")
     add("--compile", action=switch, default=False,
-        help="torch.compile the objective: the paper's is one graph, ours breaks into a few")
+        help="torch.compile of the objective: the paper's is one graph, ours breaks into a few")
     return parser
 
 
@@ -211,17 +211,14 @@ def check(args):
         0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema",
             "patience", "keep"),
     }
-    # so that a number that is none does not pass
     for least, names in at_least.items():
         for name in names:
-            value = getattr(args, name)
-            if not least <= value < math.inf:
-                raise ValueError(f"--{name} {value} is out of range; allowed: {least} or more")
+            check_range(f"--{name}", getattr(args, name), least)
     if not args.ema < 1:
-        raise ValueError(f"--ema {args.ema} is out of range; allowed: 0 to 1, without 1")
+        raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")
     if args.cache_frozen and args.shard:
-        raise ValueError("--cache_frozen and --shard exclude each other: one process makes the "
-                         "readings and needs the whole model for it; drop one of them")
+        raise ValueError("--cache_frozen and --shard exclude each other: one process computes the "
+                         "states and needs the whole model for it; drop one of them")
     check_seed(args.seed)
     check_not_a_model(args.out_dir)
     if args.init_from == "scratch" and args.method != "pretrain":

@@ -1,21 +1,22 @@
-"""Random times, noise and tokens, from explicit generators on the CPU, one for every row.
+"""Random times, noise, tokens and class ids, from explicit generators on the CPU, one a row.
 
-So a seed means the same everywhere, and no row's draw moves another's: what is drawn for a row
-depends on neither the batch it is in, nor the process that reads it, nor what was drawn before.
-diffusion.py trains with the times and the noise; sample.py chooses with the tokens.
+So a seed means the same everywhere: what is drawn for a row depends neither on its batch, nor on
+the process that reads it, nor on earlier draws. diffusion.py trains with the times and the noise;
+sample.py chooses with the tokens.
 """
 
 import math
 
 import torch
 
-LARGEST_SEED = (1 << 32) - 1        # of every generator that is used here, numpy's too
+from data.system.command import check_range
+
+LARGEST_SEED = (1 << 32) - 1        # of torch's generators and numpy's
 
 
 def check_seed(seed: int):
-    """Raise ValueError for a seed that some generator would not take."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"--seed {seed} is out of range; allowed: 0 to {LARGEST_SEED}")
+    """Raise ValueError for a seed that a generator would not take."""
+    check_range("--seed", seed, 0, LARGEST_SEED)
 
 
 def row_generator(seed: int, number: int) -> torch.Generator:
@@ -30,6 +31,11 @@ class RowDraws:
 
     def __init__(self, counts: list, generators: list):
         self.rows = list(zip(counts, generators))
+
+    @classmethod
+    def of(cls, rows, generators: list) -> "RowDraws":
+        """For N positions in the rows `rows` (N,), one row after another."""
+        return cls(rows.bincount(minlength=len(generators)).tolist(), generators)
 
     def each(self, draw, shape) -> torch.Tensor:
         return torch.cat([draw(n, *shape, generator=g) for n, g in self.rows])
@@ -53,16 +59,11 @@ def draw_times(draws: RowDraws, distribution: str) -> torch.Tensor:
     return 1 - 1 / (slope + 1)
 
 
-def draw_noise_each(shape, generators) -> torch.Tensor:
-    """(n, *shape) of unit variance, each sequence from its own generator."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
 def draw_schedule(draws: RowDraws, hops, most: int) -> torch.Tensor:
     """Times of every position's evaluations: (N, most), rising, the last uniform in (0, 1].
 
     A position with fewer evaluations than `most` has zeros in front.
-    needs  (N,) how many it is thought to need: it gets one fewer to three more; None: 1 to most
+    hops  (N,) labels: a position gets one evaluation fewer to three more; None: 1 to most
     """
     u = draws.uniform()
     if hops is None:
@@ -79,10 +80,7 @@ def draw_schedule(draws: RowDraws, hops, most: int) -> torch.Tensor:
 
 
 def draw_tokens(p, generators):
-    """A sample for every position of p (n, T, V): (n, T), each sequence from its own generator.
-
-    So no sequence's draw moves another's.
-    """
+    """A sample for every position of p (n, T, V): (n, T), each sequence from its own generator."""
     size = (p.shape[1], 1)
     draws = [torch.rand(size, generator=g, device=g.device) for g in generators]
     u = torch.stack(draws).to(p.device)                                 # (n, T, 1)
@@ -96,17 +94,6 @@ def draw_tokens(p, generators):
 
 
 # --- class ids of guidance: a topic for every token; the id behind the last one means no topic ----
-
-def spread_classes(class_ids, ids, classes: int):
-    """class_ids (B,) or (B, T) -> (B, T) beside ids (B, T); None stays None.
-
-    Raises ValueError for an id that is not in [0, classes].
-    """
-    if class_ids is None:
-        return None
-    check_classes(class_ids, classes)
-    return class_ids.view(len(ids), -1).expand_as(ids)
-
 
 def check_classes(class_ids, classes: int):
     """Raise ValueError for classes that the path was not made with."""

@@ -32,23 +32,22 @@ class KVCache:
         self.documents = documents
         return documents
 
-    def append(self, layer: int, k, v):
+    def append(self, layer: int, k, v) -> list:
         """Write keys and values (B, G, T, D) of new tokens; returns those of all, (B, G, S, D)."""
-        return self.write(self.keys, layer, k), self.write(self.values, layer, v)
-
-    def write(self, buffers: dict, layer: int, new):
-        """Put `new` behind what one buffer holds; returns what it holds now."""
-        old = buffers.get(layer)
-        start = self.length - new.shape[2]
-        if old is None or self.length > old.shape[2]:
-            # twice as long: over a whole text a token is then moved about once
-            batch, heads, _, width = new.shape
-            longer = new.new_empty(batch, heads, 2 * max(self.length, MIN_ROOM), width)
-            if old is not None:
-                longer[:, :, :start] = old[:, :, :start]
-            buffers[layer] = longer
-        buffers[layer][:, :, start:self.length] = new
-        return buffers[layer][:, :, :self.length]
+        start = self.length - k.shape[2]
+        filled = []
+        for buffers, new in ((self.keys, k), (self.values, v)):
+            old = buffers.get(layer)
+            if old is None or self.length > old.shape[2]:
+                # twice as long: over a whole text a token is then moved about once
+                batch, heads, _, width = new.shape
+                longer = new.new_empty(batch, heads, 2 * max(self.length, MIN_ROOM), width)
+                if old is not None:
+                    longer[:, :, :start] = old[:, :, :start]
+                buffers[layer] = longer
+            buffers[layer][:, :, start:self.length] = new
+            filled.append(buffers[layer][:, :, :self.length])
+        return filled
 
     def spread(self, shifts: list, documents):
         """From one row to several: each holds the same, moved to the right by its shift.

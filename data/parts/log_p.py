@@ -11,20 +11,20 @@ import torch.nn.functional as F
 LOGITS = 1 << 26   # most logits held at once: with 128,256 words, 523 positions
 
 
-def log_p(n, head, targets):
-    """log p (N,) float32 of targets (N,), the logits being n·headᵀ for n (N, C), head (V, C)."""
-    learning = torch.is_grad_enabled() and (n.requires_grad or head.requires_grad)
-    return log_p_and_slope(n, head, targets, learning)[0]
-
-
 # one operator, so that torch.compile does not look inside: its loop depends on N
 @torch.library.custom_op("nanol2d::log_p", mutates_args=())
-def log_p_and_slope(n: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
-                    learning: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p, ∂ log p / ∂ n (N, C)): C numbers a position are kept for backward, not V."""
+def log_p(n: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
+          learning: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p (N,) float32 of targets (N,), the logits being n·headᵀ for n (N, C), head (V, C).
+
+    The second result is ∂ log p / ∂ n (N, C), empty unless `learning`: the backward pass keeps C
+    numbers a position, not V.
+    """
     result = torch.empty(len(n), device=n.device)
     slope = torch.empty_like(n if learning else n[:0])
-    for piece in pieces(n, head):
+    size = max(1, LOGITS // len(head))
+    for at in range(0, len(n), size):
+        piece = slice(at, at + size)
         logits = F.linear(n[piece], head).float()                       # (size, V)
         y = targets[piece, None]                                        # (size, 1)
         chosen = logits.gather(1, y)                                    # (size, 1)
@@ -36,10 +36,10 @@ def log_p_and_slope(n: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
     return result, slope
 
 
-@log_p_and_slope.register_fake
+@log_p.register_fake
 def shapes(n, head, targets, learning):
-    log_p = n.new_empty(n.shape[0], dtype=torch.float32)
-    return log_p, torch.empty_like(n if learning else n[:0])
+    result = n.new_empty(n.shape[0], dtype=torch.float32)
+    return result, torch.empty_like(n if learning else n[:0])
 
 
 @torch.library.custom_op("nanol2d::head_gradient", mutates_args=())
@@ -47,7 +47,9 @@ def head_gradient(gradient: torch.Tensor, n: torch.Tensor, head: torch.Tensor,
                   targets: torch.Tensor) -> torch.Tensor:
     """(V, C): a head that is trained itself needs the logits once more."""
     result = torch.zeros_like(head)
-    for piece in pieces(n, head):
+    size = max(1, LOGITS // len(head))
+    for at in range(0, len(n), size):
+        piece = slice(at, at + size)
         logits = F.linear(n[piece], head).float()
         step = gradient[piece] * residual(logits, targets[piece, None])
         result += step.to(n.dtype).T @ n[piece]
@@ -75,14 +77,7 @@ def backward(ctx, gradient, _):
     return to_n, to_head, None, None
 
 
-log_p_and_slope.register_autograd(backward, setup_context=keep)
-
-
-def pieces(n, head):
-    """Slices of the positions, each with at most LOGITS logits."""
-    size = max(1, LOGITS // len(head))
-    for at in range(0, len(n), size):
-        yield slice(at, at + size)
+log_p.register_autograd(backward, setup_context=keep)
 
 
 def residual(logits, y):

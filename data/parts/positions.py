@@ -79,16 +79,17 @@ def sinusoid(t):
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(x, cos_sin):
-    """Rotary position embedding (Su et al. 2021), the two halves of D being the pairs.
+def split_heads(x, head_dim: int, cos_sin=None):
+    """(B, T, heads·D) -> (B, heads, T, D), rotated by position (Su et al. 2021).
 
-    x (B, ·, T, D), cos_sin (B, 2, T, D/2), or None for models with learned positions.
+    cos_sin  (B or 1, 2, T, D/2) of the angles; None for values, and where positions are learned
     """
+    x = x.unflatten(-1, (-1, head_dim)).transpose(1, 2)                 # (B, heads, T, D)
     if cos_sin is None:
         return x
     cos, sin = cos_sin[:, :, None].unbind(1)                            # (B, 1, T, D/2)
-    x1, x2 = x.float().chunk(2, dim=-1)                                 # (B, ·, T, D/2)
-    # each pair is a point in the plane, turned by the angle of its position
+    x1, x2 = x.float().chunk(2, dim=-1)                                 # (B, heads, T, D/2)
+    # a coordinate of each half makes a pair, a point in the plane that rotates
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
     return torch.cat((y1, y2), dim=-1).to(x.dtype)

@@ -47,7 +47,6 @@ def shard_pair(block, path_block, mesh):
     path_block.frozen = block
     trained = {p for p in path_block.parameters() if p.requires_grad}
     fully_shard(path_block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
-    register_fsdp_forward_method(path_block, "read")
     # the frozen layer computes before the path does, without a gradient
     block.register_forward_pre_hook(lambda *_: path_block.unshard())
     block.register_forward_hook(lambda *_: path_block.reshard())

@@ -5,6 +5,7 @@
     frozen       what the frozen model computes on the data, cached on disk
     curriculum   harder problems, or more evaluations, as training goes on
     optimizer    first weights, AdamW, learning rate, exponential moving average
+    memory       activations: measured, or computed again
     log          loss, time left, log.jsonl
 
 May import text, parts, checkpoints, results, system, tiny.

@@ -20,24 +20,24 @@ IGNORE = -100              # target of a position that does not count in the los
 
 @dataclass(frozen=True)
 class Targets:
-    """The N positions of a batch that count, what is asked there, what was drawn for them."""
+    """The N positions of a batch that count in the loss, and what is drawn for them."""
     index: tuple                       # rows and columns, two tensors (N,)
-    y: torch.Tensor                    # (N,) the tokens that are right
+    y: torch.Tensor                    # (N,) the right tokens
     class_ids: torch.Tensor | None     # (N,)
-    hops: torch.Tensor | None         # (N,) evaluations that are thought to lead to the answer
+    hops: torch.Tensor | None          # (N,) predictions, one after another, to reach the answer
     t: torch.Tensor | None = None      # (N,), or (N, K) times of up to K evaluations
     noise: torch.Tensor | None = None  # (N, Z) of unit variance
 
-    def each(self, change) -> "Counted":
-        """The same with every tensor changed; what is None stays None."""
+    def each(self, change) -> "Targets":
+        """The same with every tensor changed; None stays None."""
         def changed(value):
             if isinstance(value, tuple):
-                return tuple(change(place) for place in value)
+                return tuple(change(tensor) for tensor in value)
             return None if value is None else change(value)
 
         return Targets(*(changed(getattr(self, field.name)) for field in fields(self)))
 
-    def at(self, index) -> "Counted":
+    def at(self, index) -> "Targets":
         """Some of the positions, or in another order: index (n,) or a slice."""
         return self.each(lambda values: values[index])
 
@@ -113,7 +113,7 @@ def collate(rows, packed: bool = True) -> Batch:
 
 
 def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
-    """The positions of next_ids (B, T) that are not IGNORE; class_ids, needs (B,) or None.
+    """The positions of next_ids (B, T) that are not IGNORE; class_ids, hops (B,) or None.
 
     next_ids[b, k] is the token after ids[b, k].
     """
@@ -121,31 +121,6 @@ def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
     # two tensors of their own: torch.compile would see them as views of one
     index = (rows.clone(), columns.clone())
     return Targets(index, next_ids[index], pick(class_ids, rows), pick(hops, rows))
-
-
-def common_start(prompts: list) -> int:
-    """How many first tokens all prompts share, without the last one of any."""
-    # the first and the last in order differ where any two do
-    low, high = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    return next((i for i in range(most) if low[i] != high[i]), most)
-
-
-def left_pad(prompts, device):
-    """Prompts of different lengths -> ids and documents (B, T), right-aligned.
-
-    Padding is document 0; documents are None where there is none.
-    """
-    length = max(map(len, prompts))
-    ids, documents = torch.zeros(2, len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        start = length - len(prompt)
-        ids[row, start:] = torch.tensor(prompt)
-        documents[row, start:] = 1
-    if documents.all():
-        # nothing to hide, so the attention needs no mask
-        return ids.to(device), None
-    return ids.to(device), documents.to(device)
 
 
 @functools.lru_cache(maxsize=1)     # of the epoch under way: it is asked for thousands of times
@@ -179,7 +154,7 @@ def main():
     ]
     batch = collate(rows)
     print(f"ids        {batch.ids.tolist()}")
-    print(f"index      {[place.tolist() for place in batch.targets.where]}")
+    print(f"index      {[place.tolist() for place in batch.targets.index]}")
     print(f"y          {batch.targets.y.tolist()}")
     print(f"class_ids  {batch.targets.class_ids.tolist()}")
 

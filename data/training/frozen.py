@@ -1,8 +1,8 @@
-"""The frozen model never changes, so what it makes of a row can be made once and kept.
+"""The frozen model never changes, so its states of a row can be computed once and cached on disk.
 
 For several epochs over small data: hidden states, keys and values of every row in one file a split,
 out_dir/frozen-train.bin and frozen-val.bin, mapped into memory. train.py --cache_frozen wraps its
-data sets so, and diffusion.py finds the readings in its batches.
+data sets so, and diffusion.py finds the states in its batches.
 """
 
 import shutil
@@ -21,28 +21,30 @@ from data.training.batches import Batch, CachedStates, collate
 NAMES = tuple(f"frozen-{split}.{kind}" for split in SPLITS for kind in ("bin", "json"))
 
 
-def cache_states(args, l2d, sets: list) -> list:
-    """The two data sets again, each row with what the frozen model makes of it.
+def cache_states(l2d, sets: list, val_rows: int, batch_size: int, out_dir: Path,
+                 plan: bool = False) -> list:
+    """The two data sets again, each row with the states that the frozen model computes of it.
 
+    plan  only say how large the files would be
     Raises ValueError where the disk has no room.
     """
-    counts = len(sets[0]), min(args.val_rows, len(sets[1]))
-    cached = [FrozenRows(l2d, data, count, Path(args.out_dir) / f"frozen-{split}.bin")
-            for split, data, count in zip(SPLITS, sets, counts)]
-    if args.plan:
+    counts = len(sets[0]), min(val_rows, len(sets[1]))
+    cached = [FrozenRows(l2d, data, count, out_dir / f"frozen-{split}.bin")
+              for split, data, count in zip(SPLITS, sets, counts)]
+    if plan:
         size = sum(rows.bytes for rows in cached)
         print(f"--cache_frozen: {size / 1e9:.1f} GB on the disk, not made for a plan")
         return sets
     if processes.number() == 0:
         for rows in cached:
-            rows.fill(args.batch_size)
+            rows.fill(batch_size)
     # the others wait for the first
     processes.any_of(False)
     return cached
 
 
 class FrozenRows:
-    """The first `count` rows of token files, and a file of what the frozen model makes of them.
+    """The first `count` rows of token files, and a file of the frozen model's states of them.
 
     The file has a line of numbers for every token: its hidden state, then keys and values layer by
     layer.
@@ -64,7 +66,7 @@ class FrozenRows:
         self.tokens = self.starts[-1]
         self.dtype = self.lm.embed.weight.dtype
         self.bytes = self.tokens * self.width * self.dtype.itemsize
-        # what it was made of: another model's is made again
+        # what it was made of: the file of another model or of other data is made again
         self.facts = {"base": l2d.base_sha256, "data": data.fingerprint, "dtype": str(self.dtype),
                       "bytes": self.bytes}
 
@@ -79,7 +81,7 @@ class FrozenRows:
         note = self.path.with_suffix(".json")
         if present(self.path) and present(note) and read_json(note) == self.facts:
             return
-        print(f"keeping what the frozen model makes of {self.tokens:,} tokens: "
+        print(f"caching the frozen model's states of {self.tokens:,} tokens: "
               f"{self.bytes / 1e9:.1f} GB in {self.path}", flush=True)
         folder = self.path.parent
         free = shutil.disk_usage(folder).free
@@ -119,7 +121,7 @@ class FrozenRows:
             lines[span] = row[:span.stop - span.start]
 
     def recall(self, batch: Batch, places: list) -> Batch:
-        """The batch of the rows at these places, read already."""
+        """The batch of the rows at these places, with the cached states."""
         # anew for every batch, one system call: Windows removes no file that is still mapped
         lines = self.map(self.path, written=False)
         found = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)

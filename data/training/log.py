@@ -41,7 +41,7 @@ class Log:
         self.first = done
         self.updates = updates
         self.eval_every = eval_every
-        self.looks = []         # seconds of every validation, saving included
+        self.pauses = []        # seconds of every validation, saving included
         self.start = time.time()
         self.losses = []        # of this run
         # one process writes
@@ -63,7 +63,7 @@ class Log:
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.write({"update": update, "loss": round(loss, 5), **numbers,
                     "seconds": round(self.seconds, 2)})
-        # before the second validation nobody would know how long this is going to take
+        # an estimate long before the second validation
         if len(self.losses) == 10:
             tqdm.write(f"at the pace of the first 10 updates:{self.pace()}")
 
@@ -86,21 +86,21 @@ class Log:
         done = len(self.losses)
         if not done:
             return ""
-        each = (self.seconds - sum(self.looks)) / done
+        each = (self.seconds - sum(self.pauses)) / done
         now = self.first + done
         left = each * (self.updates - now)
-        if self.looks:
+        if self.pauses:
             # one at each multiple of eval_every, and one at the end
             looks = (self.updates - 1) // self.eval_every - now // self.eval_every + 1
-            left += max(0, looks) * sum(self.looks) / len(self.looks)
+            left += max(0, looks) * sum(self.pauses) / len(self.pauses)
         return f"  {1000 * each:5.0f} ms/update  {left / 60:5.1f} min left"
 
     @contextmanager
-    def looking(self):
-        """Around a validation and what is saved with it."""
+    def pause(self):
+        """Around a validation and saving."""
         start = time.time()
         yield
-        self.looks.append(time.time() - start)
+        self.pauses.append(time.time() - start)
 
     def close(self):
         self.bar.close()

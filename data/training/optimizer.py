@@ -12,23 +12,23 @@ import torch.nn as nn
 BETAS = (0.9, 0.95)        # as in the paper
 
 
-def build_optimizer(trainable: dict, args):
-    """AdamW; matrices decay, biases and norms do not."""
-    # decay pulls towards zero, which is where a matrix may be but not the scale of a norm
+def build_optimizer(trainable: dict, lr: float, weight_decay: float):
+    """AdamW on name -> parameter; matrices decay, biases and norms do not."""
+    # decay pulls towards zero: good for a matrix, wrong for the scale of a norm
     matrices = [p for p in trainable.values() if p.dim() >= 2]
     vectors = [p for p in trainable.values() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+    groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
-def learning_rate(update: int, args) -> float:
+def learning_rate(update: int, updates: int, warmup: int, lr: float, min_lr: float) -> float:
     """Linear warm-up, then linear decay from lr to min_lr at the last update."""
-    if update < args.warmup:
-        return args.lr * (update + 1) / args.warmup
+    if update < warmup:
+        return lr * (update + 1) / warmup
     # a run as long as its warm-up has no decay to divide by
-    progress = (update - args.warmup) / max(1, args.updates - args.warmup)
-    return args.lr + progress * (args.min_lr - args.lr)
+    progress = (update - warmup) / max(1, updates - warmup)
+    return lr + progress * (min_lr - lr)
 
 
 class EMA:
@@ -61,10 +61,10 @@ class EMA:
     @contextmanager
     def in_place(self):
         """The averages are the weights for a while; then training goes on with its own."""
-        kept = {name: self.trainable[name].detach().clone() for name in self.tensors}
+        own = {name: self.trainable[name].detach().clone() for name in self.tensors}
         self.put_in_place()
         yield
-        for name, weights in kept.items():
+        for name, weights in own.items():
             self.trainable[name].data.copy_(weights)
 
 
