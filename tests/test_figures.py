@@ -130,6 +130,7 @@ def test_every_kind_of_picture_is_written(tmp_path):
     (["levels"], "levels takes one file, eval.json (from python eval.py), not 0"),
     ([], "picture '' is unknown; allowed: levels eval.json (from python eval.py), nfe"),
     (["curves", "path.json"], "log log.jsonl (from python train.py), tenths log.jsonl (from"),
+    (["trace", "old.html"], "old.html has an unexpected form; make it with: python sample.py"),
     (["trace", "path.json"], "path.json has an unexpected form; make it with: python sample.py"),
     (["levels", "empty.json"], "empty.json has an unexpected form; make it with: python eval.py"),
     (["levels", "half.json"], "half.json has an unexpected form; make it with: python eval.py"),
@@ -139,6 +140,7 @@ def test_a_picture_of_something_else_is_one_line(words, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     fake_results(tmp_path / "path.json", COLUMNS)
     fake_results(tmp_path / "lora.json", COLUMNS[:1])
+    fake_page(tmp_path / "old.html", [[0.0, 3, 0.5, True]])
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "half.json").write_text('{"accuracy": [{"topic": "chains", "temperature": 0}]}')
     assert exit_status(figures.main, words) == 2

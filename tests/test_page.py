@@ -304,7 +304,7 @@ def luminance(colour: str) -> float:
 def test_text_is_readable_in_light_and_dark(dark, paper, ink):
     table = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\);", page.FORM.read_text("utf-8"))
     colours = {name: pair[dark] for name, *pair in table}
-    behind = [colours.pop(name) for name in ("card", "cheap", "dear")]
+    behind = [colours.pop(name) for name in ("card", "fewest", "most")]
     del colours["line"]
     assert len(colours) == 5
     for one, other in [(paper, text) for text in colours.values()] + [(ink, b) for b in behind]:

@@ -186,7 +186,7 @@ def plot_accuracy(records: list, path: Path):
 
 # --- one token ------------------------------------------------------------------------------------
 
-# the kinds of page.trace_data: sign, colour and name
+# sign, colour and name of each kind of prediction in page.trace_data
 MARKS = {
     "frozen": ("D", "C4", "frozen prediction"),
     "evaluation": ("o", "C0", "evaluation"),
@@ -208,19 +208,18 @@ def draw_trace(figure, predictions: list):
     words = unique(word for _, word, _, _ in predictions)
     figure.set_figheight(1.5 + 0.45 * len(words))
     axis = figure.subplots()
-    # the first word is the highest lane; 0.7 leaves room between lanes
+    # the first word is the highest lane; a factor of 0.7 leaves room between lanes
     floor = {word: len(words) - 1 - place for place, word in enumerate(words)}
     points = [(t, floor[word], floor[word] + 0.7 * p, kind) for t, word, p, kind in predictions]
     line = [(t, top) for t, _, top, kind in points if kind != "rejected"]
     axis.plot(*zip(*line), ":", color="0.5", zorder=0)
     axis.hlines(range(len(words)), -0.02, 1.02, colors="0.8", linewidth=0.8, zorder=0)
-    for kind, (sign, colour, name) in MARKS.items():
-        mine = [point[:3] for point in points if point[3] == kind]
-        if mine:
-            t, low, top = zip(*mine)
-            axis.vlines(t, low, top, colors=colour, linewidth=1)
-            axis.plot(t, top, sign, color=colour, label=name)
-    # a word with dollar signs is no formula
+    for kind in unique(kind for *_, kind in predictions):
+        sign, colour, name = MARKS[kind]
+        t, low, top, _ = zip(*(point for point in points if point[3] == kind))
+        axis.vlines(t, low, top, colors=colour, linewidth=1)
+        axis.plot(t, top, sign, color=colour, label=name)
+    # dollar signs in a word do not make it a formula
     axis.set_yticks([floor[word] + 0.35 for word in words], words, family="monospace",
                     parse_math=False)
     axis.tick_params(axis="y", length=0)
@@ -355,7 +354,7 @@ def main(argv=None):
     check_writable(out)
     try:
         save(draw(args.kind, file, args.topic), out)
-    # a file may hold anything
+    # the content of the file is not known to be ours
     except (TypeError, KeyError, IndexError, AttributeError, OverflowError):
         raise ValueError(f"{file} has an unexpected form; make it with: {maker}") from None
     print(out)
