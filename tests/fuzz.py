@@ -216,7 +216,7 @@ def evaluate(work: Path):
 
 
 def draw(work: Path):
-    figures.main(["curves", str(work / "eval.json")])
+    figures.main(["levels", str(work / "eval.json")])
     print(content_of(work, "*.png"))
 
 

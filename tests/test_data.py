@@ -1,4 +1,4 @@
-"""The small files of data/: batches, answers and where they end, pictures, the log, tasks.
+"""The small files of data/: batches, answers and where they end, the log, tasks.
 
 python -m pytest tests/test_data.py
 """
@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from data.checkpoints.hub import resolve
-from data.results.figures import draw_points, main, trace_text
 from data.tasks import TASKS
-from data.text.answer import Answer, Trace, Stop
+from data.text.answer import Answer, Stop
 from data.text.tokenizer import load_tokenizer
 from data.training.log import Log
 
@@ -55,32 +54,6 @@ def test_an_answer_ends_at_a_stop_string_wherever_tokens_break_it(tokenizer):
 def test_an_empty_stop_string_is_refused(tokenizer):
     with pytest.raises(ValueError, match="--stop is empty"):
         Stop.of(tokenizer, [""])
-
-
-# --- pictures -------------------------------------------------------------------------------------
-
-def test_points_are_counted_and_what_lies_outside_is_at_the_border():
-    line = draw_points([-9, 0, 0, 0, 5], low=-5, high=5)
-    assert line[0] == "o" and line[40] == "3" and line[80] == "o"
-    assert draw_points([0] * 12, -5, 5).strip() == "+"
-
-
-def test_a_trace_names_the_tokens_it_could_show(tokenizer):
-    traces = [Trace(), Trace(predictions=[(0.5, 65, 0.25)])]
-    answer = Answer(ids=tokenizer.encode("ab"), nfe=[3, 4], traces=traces)
-    text = trace_text(answer, tokenizer, 1)
-    assert "'a':3 'b':4" in text and "t = 0.5000" in text
-    with pytest.raises(ValueError, match="allowed: 0 to 1"):
-        trace_text(answer, tokenizer, 2)
-
-
-def test_results_that_are_none_are_one_line(tmp_path, capsys):
-    path = tmp_path / "eval.json"
-    path.write_text("{}")
-    with pytest.raises(SystemExit) as end:
-        main(["curves", str(path)])
-    assert end.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 # --- the log --------------------------------------------------------------------------------------

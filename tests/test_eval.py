@@ -7,18 +7,16 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import LLAMA, exit_status, make_l2d
+from conftest import LLAMA, make_l2d
 from solvers import odeint
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 from data.checkpoints.hub import resolve
-from data.results import figures, flops
-from data.results.figures import mean_curve
+from data.results import flops
 from data.results.statistics import calibration, changes, rank_correlation, wilson
 from data.tasks import TASKS
 from data.tiny.topics import make_problem
@@ -323,19 +321,6 @@ def test_a_model_without_a_path_is_scored_alone(tmp_path, capsys):
     assert "no diffusion path: only the model itself is scored" in capsys.readouterr().out
 
 
-def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(
-        evaluation, "accuracy_table", lambda *_: pytest.fail("the work was done before the check")
-    )
-    with pytest.raises(SystemExit):
-        evaluation.main(["--plot"])
-    assert (
-        "--plot needs matplotlib, which is not installed; pip install matplotlib"
-        in capsys.readouterr().err
-    )
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -350,82 +335,3 @@ def test_bad_input_is_one_line_and_exit_status_2(flags, message, capsys):
         evaluation.main(flags)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and re.search(message, error)
-
-
-def fake_results(path, columns):
-    """An eval.json of two levels and one that nobody trained on."""
-    records = []
-    for level in (1, 2, 3):
-        for name, kind, nfe in columns:
-            records.append({
-                "group": f"chains {level}", "topic": "chains", "level": level, "unseen": level == 3,
-                "temperature": 0.0, "column": name, "kind": kind, "settings": {"solver": "euler"},
-                "accuracy": 1.0 if nfe >= level else 0.0, "low": 0.0, "high": 0.9999999,
-                "nfe_per_token": nfe, "nfe_first": nfe + level,
-            })
-    path.write_text(json.dumps({"accuracy": records}), encoding="utf-8")
-    return records
-
-
-def test_the_curve_of_a_way_is_the_mean_over_trained_levels_of_its_fixed_steps(tmp_path):
-    columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("euler 1", "fixed", 1),
-               ("euler 2 stop 2", "adaptive", 2)]
-    records = fake_results(tmp_path / "a.json", columns)
-    assert mean_curve([r for r in records if not r["unseen"]]) == [(0, 0.0), (1, 0.5), (3, 1.0)]
-
-
-def test_pictures_of_one_result_and_of_several(tmp_path):
-    pytest.importorskip("matplotlib")
-    columns = [("frozen", "frozen", 0), ("euler 2", "fixed", 3), ("dopri5", "adaptive", 2)]
-    fake_results(tmp_path / "path.json", columns)
-    fake_results(tmp_path / "lora.json", columns[:1])
-    trace = {"first": 0, "words": {"3": "a"}, "tokens": [
-        {"word": "a", "nfe": 2, "predictions": [[0.0, 3, 0.5, True], [0.5, 3, 0.2, False]]}]}
-    page = f'<p></p><script type="application/json" id="data">{json.dumps(trace)}</script>'
-    (tmp_path / "trace.html").write_text(page)
-    kinds = {"trace": ["trace.html"], "curves": ["path.json"], "levels": ["path.json"], "nfe": ["path.json"],
-             "ways": ["path.json", "lora.json"], "mask": []}
-    for kind, names in kinds.items():
-        out = tmp_path / f"{kind}.png"
-        files = [str(tmp_path / name) for name in names]
-        assert exit_status(figures.main, [kind, *files, f"--out={out}"]) == 0
-        assert out.read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob("*.part*"))
-
-
-@pytest.mark.parametrize("words, message", [
-    (["nfe", "lora.json"], "no greedy adaptive results on chains"),
-    (["levels", "path.json", "--topic=math"], "no greedy results on math in this file; allowed: c"),
-    (["curves", "path.json", "lora.json"], "curves takes one file"),
-    (["mask", "path.json"], "mask takes no file"),
-    (["levels"], "levels takes one file"),
-    (["trace", "path.json"], "path.json is no page of a trace; make one with: python sample.py"),
-])
-def test_a_picture_of_something_else_is_one_line(words, message, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    columns = [("frozen", "frozen", 0), ("dopri5", "adaptive", 2)]
-    fake_results(tmp_path / "path.json", columns)
-    fake_results(tmp_path / "lora.json", columns[:1])
-    assert exit_status(figures.main, words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line and not list(tmp_path.glob("*.png"))
-
-
-def test_the_picture_of_a_training(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "log.jsonl"
-    lines = [{"args": {}}, {"update": 0, "val_loss": 2.0},
-             {"update": 1, "val_loss": 2.0, "by_tenth": [2.0, None, *range(8)]},
-             *({"update": n, "loss": 2 / n, "lr": 0.1} for n in range(1, 30))]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert exit_status(figures.main, ["log", str(path)]) == 0
-    assert exit_status(figures.main, ["tenths", str(path)]) == 0
-    for kind in ("log", "tenths"):
-        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
-    # what was done again after a resume counts once
-    assert figures.points([*lines, {"update": 3, "loss": 9.0}], "loss")[1][2] == 9.0
-    for content in ("", "[1]\n", "{\n", '{"update": 1}\n', '{"update": 1, "loss": "x"}\n'):
-        path.write_text(content)
-        assert exit_status(figures.main, ["log", str(path), "--overwrite"]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1

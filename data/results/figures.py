@@ -1,15 +1,14 @@
-"""Every picture of the project, each with one thing to say: in text, and as PNG by matplotlib.
+"""Every picture of the project: as text, and as PNG by matplotlib.
 
-    python -m data.results.figures levels eval.json   harder problems need more evaluations
-    python -m data.results.figures nfe eval.json   and adaptive ways spend them there
-    python -m data.results.figures curves eval.json   accuracy of every row of a results file
-    python -m data.results.figures ways a.json b.json   several ways to train, side by side
-    python -m data.results.figures trace trace.html   one token's guesses on the way from noise
-    python -m data.results.figures mask   what a noisy token may look at
-    python -m data.results.figures log out/log.jsonl   loss and learning rate of a training
-    python -m data.results.figures tenths out/log.jsonl   its validation loss by time
+    python -m data.results.figures levels eval.json     accuracy by level and evaluations
+    python -m data.results.figures nfe eval.json        evaluations of the adaptive solvers by level
+    python -m data.results.figures trace trace.html     the predictions of one token over t
+    python -m data.results.figures log log.jsonl        loss and learning rate of a training run
+    python -m data.results.figures tenths log.jsonl     its validation loss by tenth of t
+    python -m data.results.figures mask                 the attention mask of the path in training
 
-Pictures are made from numbers that somebody else has measured; nothing here runs a model.
+eval.py writes eval.json, `sample.py --trace --html trace.html` the page of a trace, train.py
+log.jsonl. Nothing here runs a model.
 """
 
 import argparse
@@ -24,15 +23,18 @@ from data.system.command import command
 from data.system.disk import appearing, check_absent, check_writable, decode, parse_json, read_json
 
 WIDTH = 81      # columns of a text picture
+SHADES = (27, 33, 39, 49, 82, 190, 220, 208, 196)      # of a 256-colour terminal, blue to red
 
+
+# --- text -----------------------------------------------------------------------------------------
 
 def draw_points(points, low: float, high: float) -> str:
-    """Numbers as one line of text: o for one, 2 to 9 for several in a column, + for more."""
+    """Numbers as one line of text: o for one in a column, 2 to 9 for several, + for more."""
     last = WIDTH - 1
     counts = [0] * WIDTH
     for point in points:
         place = round((point - low) / (high - low) * last)
-        # what lies outside is drawn at the border
+        # a point outside is drawn at the border
         place = min(last, max(0, place))
         counts[place] += 1
     marks = " o23456789+"
@@ -40,11 +42,8 @@ def draw_points(points, low: float, high: float) -> str:
     return line.rstrip()
 
 
-SHADES = (27, 33, 39, 49, 82, 190, 220, 208, 196)      # of a 256-colour terminal, blue to red
-
-
 def coloured(pieces, costs) -> str:
-    """Tokens on a background from blue (cheap) to red (dear), or followed by their NFE."""
+    """Tokens on a background from blue (low NFE) to red (high NFE), or followed by their NFE."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return " ".join(f"{piece!r}:{cost}" for piece, cost in zip(pieces, costs))
     low = min(costs)
@@ -52,23 +51,22 @@ def coloured(pieces, costs) -> str:
     spread = max(1, high - low)
     text = ""
     for piece, cost in zip(pieces, costs):
-        place = (len(SHADES) - 1) * (cost - low) // spread
-        shade = SHADES[place]
+        shade = SHADES[(len(SHADES) - 1) * (cost - low) // spread]
         text += f"\033[48;5;{shade}m\033[38;5;16m{piece}\033[0m"
     return f"{text}   NFE from {low} (blue) to {high} (red)"
 
 
 def trace_text(answer, tokenizer, token: int) -> str:
-    """The NFE of every token of an answer, and the guesses that led to one of them.
+    """The NFE of every token of an answer, and the predictions of one of them.
 
     Raises ValueError for a token that the answer does not have.
     """
     pieces = [tokenizer.decode([i]) for i in answer.ids]
     if len(pieces) < len(answer.nfe):
         pieces.append("<stop>")
-    if not 0 <= token < len(answer.nfe):
+    if not 0 <= token < len(pieces):
         raise ValueError(f"--trace_token {token} is out of range; this answer has "
-                         f"{len(answer.nfe)} tokens, allowed: 0 to {len(answer.nfe) - 1}")
+                         f"{len(pieces)} tokens, allowed: 0 to {len(pieces) - 1}")
     lines = [
         f"   tokens: {coloured(pieces, answer.nfe)}",
         f"   token {token} ({pieces[token]!r}), prediction at every evaluation:",
@@ -78,6 +76,8 @@ def trace_text(answer, tokenizer, token: int) -> str:
     return "\n".join(lines)
 
 
+# --- matplotlib -----------------------------------------------------------------------------------
+
 def import_pyplot():
     """matplotlib, which only pictures need. Raises ValueError where it is not installed."""
     try:
@@ -85,335 +85,278 @@ def import_pyplot():
     except ImportError:
         raise ValueError("--plot needs matplotlib, which is not installed; "
                          "pip install matplotlib") from None
-    matplotlib.use("Agg")       # files only: no window is needed, nor a screen
+    matplotlib.use("Agg")       # files only: neither a window nor a screen is needed
     import matplotlib.pyplot as plt
     return plt
 
 
-def plot_accuracy(records: list, path: Path):
-    """Accuracy against NFE per token, a line per group, a panel per temperature.
-
-    records: the "accuracy" entries of eval.json. The frozen model stands at NFE 0, then the steps
-    of the first fixed solver.
-    """
-    plt = import_pyplot()
-    temperatures = unique(r["temperature"] for r in records)
-    size = (6 * len(temperatures), 4)
-    figure, axes = plt.subplots(1, len(temperatures), figsize=size, sharey=True, squeeze=False)
-    for axis, temperature in zip(axes[0], temperatures):
-        panel = only(records, temperature=temperature)
-        shown = of_first_solver(panel)
-        groups = unique(r["group"] for r in shown)
-        for place, group in enumerate(groups):
-            line = by_nfe(only(shown, group=group))
-            colour = plt.cm.viridis(place / len(groups))
-            draw_curve(axis, line, group, colour)
-        title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        axis.set(xlabel="NFE per token (0: frozen model)", xscale="symlog", title=title)
-    axes[0][0].set(ylabel="accuracy")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, path)
-
-
-def of_first_solver(records: list) -> list:
-    """The frozen model and the fixed steps of the first solver that has such."""
-    frozen = only(records, kind="frozen")
-    fixed = only(records, kind="fixed")
-    solvers = [r["settings"]["solver"] for r in fixed]
-    return frozen + [r for r, solver in zip(fixed, solvers) if solver == solvers[0]]
-
-
-def by_nfe(records: list) -> list:
-    return sorted(records, key=lambda r: r["nfe_per_token"])
-
-
-def plot_ways(results: dict, topic: str, path: Path):
-    """Left: greedy accuracy on a topic against NFE, a line per way. Right: NFE by level.
-
-    results: name -> the "accuracy" entries of eval.json. Accuracy is the mean over the levels that
-    were trained on. A model without a path is one height, whatever the evaluations.
-    """
-    plt = import_pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name, records in results.items():
-        some = greedy(records, topic)
-        line = mean_curve(only(some, unseen=False))
-        if len(line) == 1:
-            left.axhline(line[0][1], linestyle="--", color=f"C{len(left.lines)}", label=name)
-        else:
-            left.plot(*zip(*line), marker="o", color=f"C{len(left.lines)}", label=name)
-        draw_efforts(right, some, f"{name}, ")
-    left.set(xlabel="evaluations of the path per token (0: frozen model)", xscale="symlog",
-             ylabel="accuracy", title=f"{topic}: mean over the levels, greedy")
-    left.set_xlim(left=-0.1)
-    right.set(xlabel="level", ylabel="evaluations", title="what a problem is worth")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, path)
-
-
-def draw_efforts(axis, records: list, prefix: str = ""):
-    """NFE by level, a line per adaptive way."""
-    adaptive = only(records, kind="adaptive")
-    for column in unique(r["column"] for r in adaptive):
-        cells = only(adaptive, column=column)
-        levels = [r["level"] for r in cells]
-        nfe = [r["nfe_first"] for r in cells]
-        axis.plot(levels, nfe, marker="o", label=f"{prefix}{column}")
-
-
-def mean_curve(records: list) -> list:
-    """(NFE, mean accuracy) of the frozen model and of the first fixed solver, by NFE."""
-    shown = of_first_solver(records)
-    points = []
-    for column in unique(r["column"] for r in shown):
-        cells = only(shown, column=column)
-        nfe = mean(r["nfe_per_token"] for r in cells)
-        accuracy = mean(r["accuracy"] for r in cells)
-        points.append((nfe, accuracy))
-    return sorted(points)
-
-
-def draw_curve(axis, line, label: str, colour):
-    """One curve with its intervals."""
-    x = [r["nfe_per_token"] for r in line]
-    y = [r["accuracy"] for r in line]
-    # matplotlib wants the lengths of the two halves, and none that rounding has made negative
-    below = [max(0.0, r["accuracy"] - r["low"]) for r in line]
-    above = [max(0.0, r["high"] - r["accuracy"]) for r in line]
-    axis.errorbar(x, y, [below, above], marker="o", label=label, color=colour)
+def new_figure(width: float, height: float):
+    """An empty figure; width and height in inches."""
+    # not by plt.figure, which would hold it until it is closed
+    return import_pyplot().Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path: Path):
-    """The picture appears whole, or the old one stays."""
+    """Write the whole picture, or keep the old file."""
     with appearing(path) as part:
         figure.savefig(part, dpi=150, format="png")
-    # pyplot keeps every figure until it is told
-    import_pyplot().close(figure)
 
 
-def greedy(records: list, topic: str) -> list:
-    """The results on a topic at temperature 0."""
-    return only(records, topic=topic, temperature=0)
+# --- accuracy and evaluations ---------------------------------------------------------------------
 
-
-def read_accuracy(path: Path) -> list:
-    """The accuracies in what eval.py wrote. Raises ValueError for another file."""
-    records = read_json(path).get("accuracy")
-    wanted = {"group", "topic", "level", "unseen", "temperature", "column", "kind", "settings",
-              "accuracy", "low", "high", "nfe_per_token", "nfe_first"}
-    whole = isinstance(records, list) and all(
-        isinstance(r, dict) and wanted <= r.keys() for r in records)
-    if not records or not whole:
-        raise ValueError(f"{path} was not written by eval.py: it lacks the accuracies")
-    return records
-
-
-# --- a training -----------------------------------------------------------------------------------
-
-def read_log(path: Path) -> list:
-    """The updates and validations in a log.jsonl. Raises ValueError for another file."""
-    entries = []
-    for number, line in enumerate(decode(path.read_bytes(), path).split("\n"), 1):
-        entry = parse_json(line, f"line {number} of {path}") if line.strip() else {}
-        if not isinstance(entry, dict):
-            raise ValueError(f"line {number} of {path} was not written by train.py")
-        entries.append(entry)
-    updates = [entry for entry in entries if is_number(entry.get("update"))]
-    if not any(is_number(entry.get("loss")) for entry in updates):
-        raise ValueError(f"{path} holds no update; allowed: the log.jsonl of a training")
-    return updates
-
-
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def points(entries: list, name: str) -> tuple:
-    """(updates, values) of everything that has this number; what was done twice counts once."""
-    found = {entry["update"]: entry[name] for entry in entries if is_number(entry.get(name))}
-    return sorted(found), [found[update] for update in sorted(found)]
-
-
-def smooth(values: list, width: int = 20) -> list:
-    """The mean of the last `width`, for the eye."""
-    return [mean(values[max(0, i - width + 1):i + 1]) for i in range(len(values))]
-
-
-def plot_log(entries: list, path: Path):
-    """Loss, its running mean and the validation's above; the learning rate below."""
-    pyplot = import_pyplot()
-    figure, (above, below) = pyplot.subplots(
-        2, sharex=True, figsize=(7, 5), height_ratios=[3, 1], layout="constrained")
-    updates, losses = points(entries, "loss")
-    above.plot(updates, losses, color="0.8", label="each update")
-    above.plot(updates, smooth(losses), color="C0", label="mean of 20")
-    above.plot(*points(entries, "val_loss"), "o-", color="C1", label="validation")
-    above.set_ylabel("loss")
-    above.legend()
-    below.plot(*points(entries, "lr"), color="C2")
-    below.set_ylabel("learning rate")
-    below.set_xlabel("update")
-    save(figure, path)
-
-
-def plot_tenths(entries: list, path: Path):
-    """What was learned at which time: the validation loss in each tenth of t, a line a look."""
-    pyplot = import_pyplot()
-    looks = [entry for entry in entries if isinstance(entry.get("by_tenth"), list)]
-    if not looks:
-        raise ValueError("this log holds no loss by tenth of t; allowed: the log.jsonl of a path")
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    middles = [(tenth + 0.5) / 10 for tenth in range(10)]
-    for place, look in enumerate(looks):
-        colour = pyplot.cm.viridis(place / len(looks))
-        # a tenth may be empty
-        losses = [math.nan if loss is None else loss for loss in look["by_tenth"]]
-        axis.plot(middles, losses, "o-", color=colour, label=f"update {look['update']}")
-    axis.set(xlabel="t (0: noise, 1: the token)", ylabel="validation loss", xlim=(0, 1),
-             title="what was learned at which time")
-    axis.legend(fontsize=8)
-    save(figure, path)
-
-
-# --- difficulty -----------------------------------------------------------------------------------
-
-def plot_levels(records: list, topic: str, path: Path):
-    """Greedy accuracy of one topic, a row per level, a column per number of evaluations."""
-    pyplot = import_pyplot()
-    some = greedy(records, topic)
-    levels = unique(r["level"] for r in some)
-    if not levels:
+def read_cells(path: Path, topic: str) -> list:
+    """The greedy records on a topic in an eval.json. Raises ValueError where there are none."""
+    records = read_json(path)["accuracy"]
+    cells = only(records, topic=topic, temperature=0)
+    if not cells:
         raise ValueError(f"no greedy results on {topic} in this file; "
                          f"allowed: {', '.join(unique(r['topic'] for r in records))}")
-    rows = [by_nfe(of_first_solver(only(some, level=level))) for level in levels]
-    figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    accuracies = [[100 * r["accuracy"] for r in row] for row in rows]
-    shown = axis.imshow(accuracies, cmap="viridis", vmin=0, vmax=100, aspect="auto", origin="lower")
-    axis.set_xticks(range(len(rows[0])), [f"{r['nfe_per_token']:.0f}" for r in rows[0]])
-    axis.set_yticks(range(len(levels)), levels)
-    axis.set(xlabel="evaluations of the path per token (0: the frozen model)", ylabel="level",
-             title=f"{topic}: harder problems need more evaluations")
-    figure.colorbar(shown, label="right, in %")
-    save(figure, path)
+    return cells
 
 
-def plot_nfe(records: list, topic: str, path: Path):
-    """Evaluations of an answer's first token by level, a line per adaptive way."""
-    pyplot = import_pyplot()
-    some = greedy(records, topic)
-    if not only(some, kind="adaptive"):
-        raise ValueError(f"no greedy adaptive results on {topic} in this file; "
-                         "measure with --solvers dopri5 or --stop_unchanged 2")
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    draw_efforts(axis, some)
-    axis.set(xlabel="level", ylabel="evaluations, mean", ylim=(0, None),
-             title=f"{topic}: adaptive ways spend more on harder problems")
-    axis.legend(fontsize=8)
-    save(figure, path)
+def draw_levels(axis, cells: list):
+    """Accuracy of the frozen model and of the first fixed solver: a row per level, NFE to scale.
+
+    cells: the records of one topic at one temperature.
+    """
+    fixed = only(cells, kind="fixed")
+    solver = fixed[0]["settings"]["solver"] if fixed else "no solver"
+    shown = only(cells, kind="frozen") + [r for r in fixed if r["settings"]["solver"] == solver]
+    nfe = [r["nfe_per_token"] for r in shown]
+    levels = [r["level"] for r in shown]
+    accuracy = [100 * r["accuracy"] for r in shown]
+    squares = axis.scatter(nfe, levels, c=accuracy, vmin=0, vmax=100, marker="s", s=170)
+    axis.figure.colorbar(squares, label="accuracy in %")
+    axis.set_xticks(unique(nfe), [f"{value:g}" for value in unique(nfe)])
+    axis.set_yticks(unique(levels))
+    level = level_name(cells)
+    axis.set(xlabel=f"evaluations for each token, {solver} (0: frozen model)", ylabel=level,
+             title=f"{cells[0]['topic']}: accuracy by {level} and evaluations")
+    for border in trained_borders(cells):
+        axis.axhline(border, color="black", linestyle="--", linewidth=1)
+        # beside the last column
+        axis.annotate("not trained", (1, border), (5, 4), rotation=90,
+                      xycoords=axis.get_yaxis_transform(), textcoords="offset points")
 
 
-# --- the method -----------------------------------------------------------------------------------
+def draw_nfe(axis, cells: list):
+    """Evaluations for the first token of an answer by level, a line per adaptive solver."""
+    adaptive = only(cells, kind="adaptive")
+    if not adaptive:
+        raise ValueError("no greedy adaptive results on this topic in this file; "
+                         "make them with: python eval.py --solvers euler dopri5")
+    for column in unique(r["column"] for r in adaptive):
+        line = only(adaptive, column=column)
+        axis.plot([r["level"] for r in line], [r["nfe_first"] for r in line], "o-", label=column)
+    axis.set_xticks(unique(r["level"] for r in adaptive))
+    axis.set(xlabel=level_name(cells), ylabel="evaluations for the first token, mean",
+             ylim=(0, None), title=f"{cells[0]['topic']}: evaluations of adaptive solvers")
+    axis.legend()
+    for border in trained_borders(cells):
+        axis.axvline(border, color="black", linestyle="--", linewidth=1)
+        axis.annotate("not trained", (border, 1), (5, 0), textcoords="offset points")
 
-def plot_mask(path: Path, words=("the", "cat", "sat", "on", "the", "mat")):
-    """Which frozen keys each noisy token sees in training: a triangle, and no noisy token."""
-    pyplot = import_pyplot()
-    count = len(words)
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    # the frozen model's keys, then the path's own tokens
-    seen = [[int(key <= query) for key in range(count)] + [0] * count for query in range(count)]
-    axis.imshow(seen, cmap="Blues", vmin=0, vmax=1.4, aspect="equal")
-    axis.set_xticks(range(2 * count), [*words, *(f"x{n + 2}" for n in range(count))])
-    axis.set_yticks(range(count), [f"x{n + 2} after {word!r}" for n, word in enumerate(words)])
-    for edge in range(2 * count):
-        axis.axvline(edge + 0.5, color="0.4", linewidth=2 if edge == count - 1 else 0.2)
-        axis.axhline(min(edge, count - 1) + 0.5, color="0.4", linewidth=0.2)
-    axis.set(xlabel="keys: of the frozen model, and of the noisy tokens",
-             ylabel="queries: noisy vectors of the next token",
-             title="a noisy token sees its own past, and no other noisy token")
+
+def level_name(cells: list) -> str:
+    return "hops" if cells[0]["topic"] == "chains" else "level"
+
+
+def trained_borders(cells: list) -> list:
+    """The place between the levels that were trained and harder ones; [] without harder ones."""
+    trained = [r["level"] for r in cells if not r["unseen"]]
+    return [max(trained) + 0.5] if 0 < len(trained) < len(cells) else []
+
+
+def plot_accuracy(records: list, path: Path):
+    """The picture of eval.py --plot: levels, and beside them the adaptive solvers, if any.
+
+    records: the "accuracy" entries of eval.json. Shown are the first topic and temperature.
+    """
+    first = records[0]
+    cells = only(records, topic=first["topic"], temperature=first["temperature"])
+    panels = [draw_levels, draw_nfe] if only(cells, kind="adaptive") else [draw_levels]
+    figure = new_figure(8 * len(panels), 4.8)
+    temperature = first["temperature"]
+    figure.suptitle(f"temperature {temperature:g}" if temperature else "greedy")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, draw in zip(axes, panels):
+        draw(axis, cells)
     save(figure, path)
 
 
 # --- one token ------------------------------------------------------------------------------------
 
-def read_trace(path: Path) -> dict:
-    """What sample.py --trace --html wrote about its tokens. Raises ValueError for another page."""
+# sign, colour and name of each kind of prediction in page.trace_data
+MARKS = {
+    "frozen": ("D", "C4", "frozen prediction"),
+    "evaluation": ("o", "C0", "evaluation"),
+    "rejected": ("x", "C3", "evaluation of a rejected step"),
+    "final": ("s", "C2", "final evaluation"),
+}
+
+
+def read_trace(path: Path) -> list:
+    """The predictions of the token that a page shows first: [t, word, p, kind] each."""
     text = decode(path.read_bytes(), path)
     found = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.S)
-    trace = parse_json(found[1], path) if found else None
-    if not isinstance(trace, dict) or not {"first", "tokens", "words"} <= trace.keys():
-        raise ValueError(f"{path} is no page of a trace; make one with: "
-                         "python sample.py --trace --html trace.html --prompt ...")
-    return trace
+    trace = parse_json(found[1], path)
+    return trace["tokens"][trace["first"]]["predictions"]
 
 
-def plot_trace(trace: dict, path: Path):
-    """The guesses of one token on the way from noise, in words above their probability."""
-    pyplot = import_pyplot()
-    token = trace["tokens"][trace["first"]]
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    kept = [prediction for prediction in token["predictions"] if prediction[3]]
-    axis.plot([t for t, *_ in kept], [p for _, _, p, _ in kept], color="0.8", zorder=0)
-    for t, prediction, p, accepted in token["predictions"]:
-        axis.plot(t, p, "o" if accepted else "x", color="C0" if accepted else "0.6")
-        # a step that was rejected led nowhere
-        if accepted:
-            axis.annotate(trace["words"][str(prediction)], (t, p), xytext=(0, 8), ha="center",
-                          textcoords="offset points", family="monospace")
-    axis.set(xlabel="t (0: noise, and the frozen model's answer; 1: the token)", xlim=(-0.03, 1.03),
-             ylabel="probability", ylim=(0, 1.15),
-             title=f"on the way to {token['word']!r}: a prediction at every evaluation")
-    save(figure, path)
+def draw_trace(figure, predictions: list):
+    """The predictions of one token over t: a lane for each word, in a lane p upwards."""
+    words = unique(word for _, word, _, _ in predictions)
+    figure.set_figheight(1.5 + 0.45 * len(words))
+    axis = figure.subplots()
+    # the first word is the highest lane; a factor of 0.7 leaves room between lanes
+    floor = {word: len(words) - 1 - place for place, word in enumerate(words)}
+    points = [(t, floor[word], floor[word] + 0.7 * p, kind) for t, word, p, kind in predictions]
+    line = [(t, top) for t, _, top, kind in points if kind != "rejected"]
+    axis.plot(*zip(*line), ":", color="0.5", zorder=0)
+    axis.hlines(range(len(words)), -0.02, 1.02, colors="0.8", linewidth=0.8, zorder=0)
+    for kind in unique(kind for *_, kind in predictions):
+        sign, colour, name = MARKS[kind]
+        t, low, top, _ = zip(*(point for point in points if point[3] == kind))
+        axis.vlines(t, low, top, colors=colour, linewidth=1)
+        axis.plot(t, top, sign, color=colour, label=name)
+    # dollar signs in a word do not make it a formula
+    axis.set_yticks([floor[word] + 0.35 for word in words], words, family="monospace",
+                    parse_math=False)
+    axis.tick_params(axis="y", length=0)
+    axis.set(xlabel="t (0: noise, 1: token)", xlim=(-0.02, 1.02), ylim=(-0.1, len(words)))
+    axis.set_ylabel("prediction; height: probability", labelpad=10)
+    axis.spines[["left", "top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
 
 
-PICTURES = ("levels", "nfe", "curves", "ways", "trace", "mask", "log", "tenths")
+# --- a training run -------------------------------------------------------------------------------
+
+def read_log(path: Path) -> list:
+    """The updates and validations in a log.jsonl. Raises ValueError where there is no update."""
+    lines = enumerate(decode(path.read_bytes(), path).split("\n"), 1)
+    entries = [parse_json(line, f"line {n} of {path}") for n, line in lines if line.strip()]
+    if not any("update" in entry and "loss" in entry for entry in entries):
+        raise ValueError(f"{path} holds no update; make it with: python train.py")
+    return entries
 
 
-def draw(args, out: Path):
-    """One picture, from the files it is of. Raises ValueError for files of another kind."""
-    files = [Path(name) for name in args.files]
-    if (args.kind == "mask") == bool(files) or (args.kind != "ways" and len(files) > 1):
-        raise ValueError(f"{args.kind} takes {'no' if args.kind == 'mask' else 'one'} file "
-                         f"(ways takes several), not {len(files)}")
-    if args.kind == "mask":
-        return plot_mask(out)
-    if args.kind == "trace":
-        return plot_trace(read_trace(files[0]), out)
-    if args.kind in ("log", "tenths"):
-        plot = plot_log if args.kind == "log" else plot_tenths
-        return plot(read_log(files[0]), out)
-    results = {file.stem: read_accuracy(file) for file in files}
-    first = results[files[0].stem]
-    try:
-        if args.kind == "ways":
-            plot_ways(results, args.topic, out)
-        elif args.kind == "curves":
-            plot_accuracy(first, out)
-        else:
-            plot = plot_levels if args.kind == "levels" else plot_nfe
-            plot(first, args.topic, out)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{', '.join(args.files)}: a record has an unexpected form: {error!r}")
+def points(entries: list, name: str) -> tuple:
+    """(updates, values) of a number; of an update that was repeated after a resume, the last."""
+    found = {entry["update"]: entry[name] for entry in entries if name in entry}
+    return sorted(found), [found[update] for update in sorted(found)]
+
+
+def draw_log(figure, entries: list):
+    """Training loss, its running mean and validation loss above; the learning rate below."""
+    above, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    updates, losses = points(entries, "loss")
+    running = [mean(losses[max(0, i - 19):i + 1]) for i in range(len(losses))]
+    above.plot(updates, losses, color="0.8", label="each update")
+    above.plot(updates, running, color="C0", label="mean of 20")
+    above.plot(*points(entries, "val_loss"), "o-", color="C1", label="validation")
+    above.set_ylabel("loss")
+    above.legend()
+    below.plot(*points(entries, "lr"), color="C2")
+    below.set(xlabel="update", ylabel="learning rate")
+
+
+def draw_tenths(figure, entries: list):
+    """The validation loss in each tenth of t, a line per validation."""
+    validations = [entry for entry in entries if "by_tenth" in entry]
+    if not validations:
+        raise ValueError("this log holds no loss by tenth of t; allowed: the log.jsonl of a path")
+    axis = figure.subplots()
+    middles = [(tenth + 0.5) / 10 for tenth in range(10)]
+    for place, entry in enumerate(validations):
+        # a tenth may be empty
+        losses = [math.nan if loss is None else loss for loss in entry["by_tenth"]]
+        colour = import_pyplot().cm.viridis(place / len(validations))
+        axis.plot(middles, losses, "o-", color=colour, label=f"update {entry['update']}")
+    axis.set(xlabel="t (0: noise, 1: token)", ylabel="validation loss", xlim=(0, 1))
+    axis.legend(fontsize=8)
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+def draw_mask(figure, tokens=("the", "cat", "sat", "on", "the", "mat", ".")):
+    """The keys that each noisy token attends to in training: frozen ones, before its position."""
+    count = len(tokens) - 1
+    axis = figure.subplots()
+    attended = [[int(key <= query) for key in range(count)] + [0] * count
+                for query in range(count)]
+    # the token at position n + 1 is predicted from position n
+    names = [f"{token}\n{place}" for place, token in enumerate(tokens, 1)]
+    axis.pcolormesh(attended, cmap="Blues", vmin=0, vmax=1.4, edgecolors="0.7", linewidth=0.5)
+    axis.invert_yaxis()
+    axis.axvline(count, color="black")
+    axis.set_xticks([n + 0.5 for n in range(2 * count)], names[:count] + names[1:])
+    axis.set_yticks([n + 0.5 for n in range(count)],
+                    [name.replace("\n", "  ") for name in names[1:]])
+    axis.tick_params(length=0)
+    axis.set(xlabel="key: token and position", ylabel="query: noisy token and position")
+    axis.set_title("keys of the frozen model", loc="left")
+    axis.set_title("keys of noisy tokens: none is attended to", loc="right")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+# the file that a picture shows, and the command that makes the file
+FILES = {
+    "levels": ("eval.json", "python eval.py"),
+    "nfe": ("eval.json", "python eval.py"),
+    "trace": ("trace.html", "python sample.py --trace --html trace.html --prompt ..."),
+    "log": ("log.jsonl", "python train.py"),
+    "tenths": ("log.jsonl", "python train.py"),
+    "mask": (None, None),
+}
+
+
+def draw(kind: str, file: Path | None, topic: str):
+    """The figure of one kind from its file; topic: for levels and nfe."""
+    figure = new_figure(8, 4.5)
+    if kind == "levels":
+        draw_levels(figure.subplots(), read_cells(file, topic))
+    elif kind == "nfe":
+        draw_nfe(figure.subplots(), read_cells(file, topic))
+    elif kind == "trace":
+        draw_trace(figure, read_trace(file))
+    elif kind == "log":
+        draw_log(figure, read_log(file))
+    elif kind == "tenths":
+        draw_tenths(figure, read_log(file))
+    else:
+        draw_mask(figure)
+    return figure
 
 
 @command("data.results.figures")
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=PICTURES)
-    parser.add_argument("files", nargs="*", help="what eval.py, train.py or sample.py wrote")
+    parser.add_argument("kind", nargs="?", default="", help="name of the picture")
+    parser.add_argument("files", nargs="*", metavar="file", help="its file")
     parser.add_argument("--topic", default="chains",
-                        help="of levels, nfe and ways (default: chains)")
-    parser.add_argument("--out", help="the picture (default: KIND.png beside the first file)")
-    parser.add_argument("--overwrite", action="store_true", help="of an earlier picture")
+                        help="topic of levels and nfe (default: chains)")
+    parser.add_argument("--out", help="name of the picture's file (default: KIND.png beside FILE)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
     args = parser.parse_args(argv)
-    folder = Path(args.files[0]).parent if args.files else Path()
-    out = Path(args.out or folder / f"{args.kind}.png")
+    if args.kind not in FILES:
+        kinds = ", ".join(f"{kind} {name} (from {maker})" if name else kind
+                          for kind, (name, maker) in FILES.items())
+        raise ValueError(f"picture {args.kind!r} is unknown; allowed: {kinds}")
+    name, maker = FILES[args.kind]
+    if len(args.files) != (1 if name else 0):
+        wanted = f"one file, {name} (from {maker})" if name else "no file"
+        raise ValueError(f"{args.kind} takes {wanted}, not {len(args.files)}")
+    file = Path(args.files[0]) if name else None
+    out = Path(args.out or (file.parent if name else Path()) / f"{args.kind}.png")
     check_absent(out, args.overwrite)
     check_writable(out)
-    draw(args, out)
+    try:
+        save(draw(args.kind, file, args.topic), out)
+    # the content of the file is not known to be ours
+    except (TypeError, KeyError, IndexError, AttributeError, OverflowError):
+        raise ValueError(f"{file} has an unexpected form; make it with: {maker}") from None
     print(out)
 
 

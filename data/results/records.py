@@ -1,7 +1,7 @@
-"""What a benchmark leaves on disk: a line for every answer, written as it comes.
+"""The records of a benchmark on disk: a line of JSON for every answer, written when it is made.
 
-The first line says what the records are of; a run that goes on must be of the same. Every further
-line has `benchmark`, `id` and `output`, what it cost, and how it was graded. `python eval.py
+The first line describes the run; a run continues only records of the same description. Every
+further line has `benchmark`, `id` and `output`, the cost, and the verdicts. `python eval.py
 --regrade records.jsonl --out again.jsonl` grades them again, without a model.
 """
 
@@ -19,7 +19,7 @@ import torch
 from data.system.disk import appearing, check_absent, check_writable, decode, parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
-# What every record has; the last are of multiple choice by probability alone.
+# the fields of every record, and those of multiple choice by probability
 FORM = {
     "benchmark": (str,), "column": (str,), "id": (str,), "output": (str,), "prompt": (str,),
     "temperature": (int, float), "score": (int, float), "seconds": (int, float),
@@ -31,27 +31,27 @@ LETTERS = {"first_letter": (str,), "mass": (int, float), "agreement": (int, floa
 
 
 def check_record(record: dict, where: str):
-    """Raise ValueError for a line that no run of ours has written."""
+    """Raise ValueError for a line that eval.py has not written."""
     form = {**FORM, **LETTERS} if record.get("choices") == "letters" else FORM
     for name, kinds in form.items():
         value = record.get(name)
-        # to Python a bool is a number too
-        right = type(value) in kinds
-        if not right or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{where} has {name} = {str(value)[:40]!r}, which no run writes; "
-                             "remove the line, or choose another --out")
+        # not isinstance: in Python a bool is an int too
+        good = type(value) in kinds
+        if not good or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{where} has {name} = {str(value)[:40]!r}, which eval.py does not "
+                             "write; remove the line, or choose another --out")
 
 
 def key_of(record: dict) -> tuple:
-    """What tells an answer from all others of a run."""
+    """The identity of an answer within a run."""
     return tuple(record.get(name) for name in ("column", "temperature", "id", "sample"))
 
 
 class Records:
-    """The lines of a file; records that are there already are not made again."""
+    """The lines of a file; answers that it holds already are not made again."""
 
     def __init__(self, path: Path, about: dict, overwrite: bool):
-        """Raises ValueError for records of something else, or lines that are none."""
+        """Raises ValueError for records of another description, or for damaged lines."""
         self.path = path
         self.found = {}
         if overwrite:
@@ -65,17 +65,17 @@ class Records:
         lines = read_lines(self.path)
         stated = lines[0].get("about") if lines else None
         if stated is None:
-            raise ValueError(f"{self.path} does not begin with what its records are of; "
-                             "choose another --out, or say --overwrite")
-        differ = [name for name in about if stated.get(name) != about[name]]
-        if differ:
-            name = differ[0]
-            raise ValueError(f"{self.path} holds records of another {name} ({stated.get(name)}, "
-                             f"not {about[name]}); choose another --out, or say --overwrite")
+            raise ValueError(f"{self.path} does not begin with a description of its records; "
+                             "choose another --out, or add --overwrite")
+        for name, value in about.items():
+            if stated.get(name) != value:
+                raise ValueError(
+                    f"{self.path} holds records of another {name} ({stated.get(name)}, "
+                    f"not {value}); choose another --out, or add --overwrite")
         for number, line in enumerate(lines[1:], 2):
             check_record(line, f"record {number} of {self.path}")
             self.found[key_of(line)] = line
-        # without the half line of a run that was killed
+        # without the incomplete line of a killed run
         with appearing(self.path) as part:
             part.write_text("".join(map(line_of, lines)), encoding="utf-8")
 
@@ -90,10 +90,10 @@ class Records:
         self.write(record)
 
     def missing(self, column: str, temperature: float, questions: list, samples: int) -> list:
-        """(question, sample) of all that is not there yet."""
+        """(question, sample) of the answers that are not in the file."""
         jobs = [(question, sample) for question in questions for sample in range(samples)
                 if (column, temperature, question.problem["id"], sample) not in self.found]
-        # neighbours have the longest beginning in common, which is read once
+        # neighbours share the longest common prefix, which is read once
         return sorted(jobs, key=lambda job: job[0].ids)
 
 
@@ -102,33 +102,32 @@ def line_of(record: dict) -> str:
 
 
 def read_lines(path: Path) -> list:
-    """The objects of a file of JSON lines; half a line at its end, of a killed run, is let go."""
+    """The objects of a file of JSON lines, without an incomplete last line of a killed run.
+
+    Raises ValueError for any other line that is not an object.
+    """
     lines = decode(path.read_bytes(), path).split("\n")
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"line {number} of {path}"
         try:
-            found.append(read_line(line, f"line {number} of {path}"))
+            record = parse_json(line, where)
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is no record; remove it, or choose another file")
         except ValueError:
-            # only what was being written when a run was killed
+            # a complete line ends with a line feed, so it is never the last of `lines`
             if number < len(lines) or not found:
                 raise
             print(f"note: the last line of {path} is cut off and is left out", file=sys.stderr)
+        else:
+            found.append(record)
     return found
 
 
-def read_line(line: str, where: str) -> dict:
-    record = parse_json(line, where)
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is no record; remove it, or choose another file")
-    return record
-
-
-# --- graded again ---------------------------------------------------------------------------------
-
 def regrade(source: Path, out: Path, grade, overwrite: bool):
-    """Write every line of `source` with its verdict; grade: record -> what to add to it."""
+    """Write every line of `source` with new verdicts; grade: record -> dict of verdicts."""
     check_absent(out, overwrite)
     check_writable(out)
     lines = read_lines(source)
@@ -138,7 +137,7 @@ def regrade(source: Path, out: Path, grade, overwrite: bool):
     with appearing(out) as part:
         with open(part, "w", encoding="utf-8") as file:
             for record in lines:
-                # the first line of our own
+                # the first line of eval.py is a description
                 verdict = {} if "about" in record else grade(record)
                 file.write(line_of({**record, **verdict}))
 
@@ -147,20 +146,19 @@ def regrade(source: Path, out: Path, grade, overwrite: bool):
 
 def commit() -> str | None:
     """The commit that is checked out, + where files differ from it; None outside a checkout."""
-    # a number without the code that made it cannot be repeated
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True,
                               text=True, check=True).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
-    # an archive without git, or a machine without it
+    # not a checkout, or git is not installed
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def provenance(model, args, start: float) -> dict:
-    """All that one needs to repeat a result or to doubt it."""
+    """What is needed to repeat a result; start: time.time() at its beginning."""
     return {
         "args": vars(args),
         "commit": commit(),

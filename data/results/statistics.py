@@ -1,7 +1,4 @@
-"""What can be said of counts and numbers: intervals, rank correlation, calibration. By hand.
-
-eval.py measures, and describes with these what it found.
-"""
+"""Statistics of counts and numbers: intervals, rank correlation, calibration, pass@k."""
 
 import math
 
@@ -12,7 +9,7 @@ def mean(values) -> float:
 
 
 def unique(values) -> list:
-    """Each once, in the order in which they came."""
+    """Each value once, in order of its first appearance."""
     return list(dict.fromkeys(values))
 
 
@@ -22,8 +19,8 @@ def only(records: list, **wanted) -> list:
 
 
 def wilson(right: int, n: int) -> tuple:
-    """95 % interval of a proportion (Wilson 1927): inside [0, 1], and true near its ends."""
-    # p ± z·√(p(1−p)/n), the usual one, has no width at all where every answer is right
+    """95 % interval (low, high) of a proportion (Wilson 1927), inside [0, 1]."""
+    # the usual p ± z·√(p(1−p)/n) has no width where every answer is right
     z = 1.959964
     p = right / n
     # (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)
@@ -34,7 +31,7 @@ def wilson(right: int, n: int) -> tuple:
 
 
 def ranks(values) -> list:
-    """1 for the smallest; equal values share the mean of their places."""
+    """Ranks from 1, the smallest; equal values share the mean of their ranks."""
     found = []
     for value in values:
         below = sum(other < value for other in values)
@@ -44,7 +41,7 @@ def ranks(values) -> list:
 
 
 def rank_correlation(x, y) -> float | None:
-    """Spearman's ρ in [−1, 1]: do x and y rise together? None where one of them never changes."""
+    """Spearman's ρ in [−1, 1]: do x and y rise together? None where one of them is constant."""
     a, b = ranks(x), ranks(y)
     middle = (len(a) + 1) / 2
     # ρ = Σ(a − ā)(b − b̄) / √(Σ(a − ā)²·Σ(b − b̄)²), of the ranks
@@ -54,16 +51,16 @@ def rank_correlation(x, y) -> float | None:
 
 
 def calibration(confidences, rights, bins: int = 10) -> dict:
-    """Is a token believed with probability p right p of the time? Lists of equal length.
+    """Of the tokens predicted with probability p, is a share p correct? Lists of equal length.
 
-    ece is the expected calibration error (Guo et al. 2017): the mean distance between the two in
-    `bins` equal intervals of p, in [0, 1].
+    ece is the expected calibration error (Guo et al. 2017) in [0, 1]: the mean distance between
+    accuracy and confidence over `bins` equal intervals of p.
     """
     groups = [[] for _ in range(bins)]
     for confidence, right in zip(confidences, rights):
-        groups[min(bins - 1, int(confidence * bins))].append((confidence, right))
+        groups[min(bins - 1, int(confidence * bins))].append(right - confidence)
     # ECE = Σ_b n_b/n · |accuracy_b − confidence_b|
-    error = sum(abs(sum(right - confidence for confidence, right in group)) for group in groups)
+    error = sum(abs(sum(group)) for group in groups)
     return {
         "tokens": len(rights),
         "accuracy": mean(rights),
@@ -73,7 +70,7 @@ def calibration(confidences, rights, bins: int = 10) -> dict:
 
 
 def changes(before, after) -> dict:
-    """Counts of the tokens that changed sides."""
+    """Counts of tokens that became right (fixed) or wrong (broken); boolean tensors (N,)."""
     return {
         "tokens": len(before),
         "fixed": int((~before & after).sum()),
@@ -82,12 +79,11 @@ def changes(before, after) -> dict:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float | None:
-    """The chance that k samples hold a right one, from n samples of which c are right.
+    """The chance that one of k samples is right, from n samples of which c are right.
 
-    Unbiased (Chen et al. 2021, Eq. 1): 1 - C(n-c, k) / C(n, k). None for k > n: too few to say.
+    Unbiased (Chen et al. 2021, Eq. 1): 1 − C(n−c, k) / C(n, k). None for k > n.
     """
     if k > n:
         return None
-    # whole numbers up to the division, so nothing is lost
-    missed = math.comb(n - c, k)
-    return (math.comb(n, k) - missed) / math.comb(n, k)
+    # integers up to the division, so nothing is rounded
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)

@@ -1,6 +1,6 @@
 """The tables that eval.py prints, from the records that it writes to eval.json.
 
-Nothing here measures; a record is a cell. Pictures of the same records are in figures.py.
+A record is a cell of the accuracy table. Pictures of the same records are in figures.py.
 """
 
 from data.results.statistics import mean, only, rank_correlation, unique
@@ -12,13 +12,17 @@ COSTS = (       # rows below the accuracies: name, key, unit, format
 )
 
 
-def percent(cell) -> str:
-    accuracy, low, high = (100 * cell[key] for key in ("accuracy", "low", "high"))
-    return f"{accuracy:5.1f} [{low:3.0f},{high:4.0f}]"
+def percent(accuracy: float, low: float, high: float) -> str:
+    """An accuracy and its interval in %, 16 columns wide."""
+    return f"{100 * accuracy:5.1f} [{100 * low:3.0f},{100 * high:4.0f}]"
+
+
+def cell(record: dict) -> str:
+    return percent(record["accuracy"], record["low"], record["high"])
 
 
 def print_accuracy(records: list):
-    """A block per temperature: a row per group, a column per way, then what each column costs."""
+    """A block per temperature: a row per group, a column per setting, then what a column costs."""
     for temperature in unique(r["temperature"] for r in records):
         block = only(records, temperature=temperature)
         columns = unique(r["column"] for r in block)
@@ -26,11 +30,17 @@ def print_accuracy(records: list):
         print(f"\naccuracy in %, 95 % interval, {block[0]['n']} test problems a row, {decoding}")
         print(" " * 12 + "".join(f"{name:>18}" for name in columns))
         for group in unique(r["group"] for r in block):
-            cells = [percent(r) for r in only(block, group=group)]
-            print(f"{group:12}" + "".join(f"{cell:>18}" for cell in cells))
+            cells = [cell(r) for r in only(block, group=group)]
+            print(f"{group:12}" + "".join(f"{text:>18}" for text in cells))
+        # the mean over the trained levels of a topic, where there are several
         for topic in unique(r["topic"] for r in block):
-            print_mean(topic, only(block, topic=topic), columns)
-        # the same in every row but for its length, so one line for all of them
+            trained = only(block, topic=topic, unseen=False)
+            levels = len(unique(r["group"] for r in trained))
+            if levels > 1:
+                name = f"{topic} 1-{levels}"
+                means = column_means(trained, columns, "accuracy")
+                print(f"{name:12}" + "".join(f"{100 * value:>18.1f}" for value in means))
+        # nearly the same in every row, so one line for all of them
         for name, key, unit, form in COSTS:
             means = column_means(block, columns, key)
             print(f"{name:12}" + "".join(f"{value / unit:>18{form}}" for value in means))
@@ -40,19 +50,11 @@ def column_means(records: list, columns: list, key: str) -> list:
     return [mean(r[key] for r in only(records, column=column)) for column in columns]
 
 
-def print_mean(topic: str, records: list, columns: list):
-    """One row: the mean over the levels of a topic that were trained on."""
-    trained = only(records, unseen=False)
-    levels = len(unique(r["group"] for r in trained))
-    if levels < 2:
-        return
-    name = f"{topic} 1-{levels}"
-    means = column_means(trained, columns, "accuracy")
-    print(f"{name:12}" + "".join(f"{100 * value:>18.1f}" for value in means))
-
-
 def effort(records: list) -> list:
-    """For every adaptive way and topic of three levels or more: NFE by level, rank correlation."""
+    """NFE by level and their rank correlation, for every adaptive column of a topic.
+
+    Topics of fewer than three levels are left out.
+    """
     found = []
     names = ("temperature", "column", "topic")
     adaptive = only(records, kind="adaptive")
@@ -69,7 +71,6 @@ def effort(records: list) -> list:
 
 
 def print_effort(records: list):
-    """What adaptive ways spend on the first token of an answer, level by level."""
     if not records:
         return
     print("\nNFE of an answer's first token by level, and its rank correlation with the level")
@@ -93,10 +94,11 @@ def print_changes(records: list):
 
 
 def print_calibration(records: list):
-    """How sure and how right: the frozen model, and the path with one noise or several."""
+    """Accuracy and confidence of the frozen model, and of the path with one or several noises."""
     if not records:
         return
-    print("\nthe same tokens: is what is believed with probability p right p of the time?")
+    print("\ncalibration on the same tokens: of those predicted with probability p, "
+          "is a share p correct?")
     for r in records:
         name = "frozen" if not r["steps"] else f"{r['solver']} {r['steps']}, {r['draws']} noises"
         print(f"  {name:20} accuracy {100 * r['accuracy']:5.1f} %   "
@@ -108,7 +110,7 @@ def print_guidance(records: list):
     if not records:
         return
     print("\nguidance (euler, 8 steps): accuracy in %, 95 % interval; "
-          "w = 0 does not see the class, w = 1 does")
+          "w = 0: without the class, w = 1: with the class")
     for group in unique(r["group"] for r in records):
-        cells = [f"w = {r['guidance']:g}: {percent(r)}" for r in only(records, group=group)]
+        cells = [f"w = {r['guidance']:g}: {cell(r)}" for r in only(records, group=group)]
         print(f"{group}  " + "   ".join(cells))
