@@ -16,39 +16,11 @@ from data.text.tokenizer import load_tokenizer
 from data.training.log import Log
 
 
-# --- batches --------------------------------------------------------------------------------------
-
-def test_prompts_are_aligned_on_the_right():
-    ids, documents = left_pad([[1, 2, 3], [4]], "cpu")
-    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
-    assert documents.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert left_pad([[1, 2], [3, 4]], "cpu")[1] is None
-
-
 # --- answers --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(resolve("tiny"))
-
-
-def test_an_answer_ends_at_a_stop_token_which_is_no_part_of_it(tokenizer):
-    stop = Stop.of(tokenizer)
-    answer = Answer()
-    for token in (*tokenizer.encode("ab"), next(iter(stop.ids))):
-        answer.add(token, nfe=9, finished=True, stop=stop)
-    assert answer.stopped and stop.text(answer.ids) == "ab"
-    assert answer.nfe == [9, 9, 9]
-
-
-def test_an_answer_ends_at_a_stop_string_wherever_tokens_break_it(tokenizer):
-    stop = Stop.of(tokenizer, ["cd"])
-    answer = Answer()
-    for token in tokenizer.encode("abcd"):
-        assert not answer.stopped
-        answer.add(token, nfe=1, finished=False, stop=stop)
-    assert answer.stopped and stop.text(answer.ids) == "ab"
-    assert answer.unfinished == 4
 
 
 def test_an_empty_stop_string_is_refused(tokenizer):
@@ -69,7 +41,7 @@ def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys,
     # 20 updates took 20 s; 80 are left
     assert "1000 ms/update" in log.pace() and "1.3 min left" in log.pace()
     # a validation of six seconds is no part of the pace; three more are to come
-    log.looks.append(6.0)
+    log.pauses.append(6.0)
     assert "700 ms/update" in log.pace() and "1.2 min left" in log.pace()
     log.show({"update": 30, "val_loss": 2.0, "by_tenth": [None] + [1.0] * 9})
     log.close()

@@ -22,7 +22,7 @@ from conftest import ROOT, exit_status, make_l2d
 import sample
 import solvers
 from data.results import page
-from data.text.answer import Answer, Trace
+from data.text.answer import Answer, Stop, Trace, TraceFirst
 from sample import Settings, generate
 
 HOSTILE = [
@@ -48,13 +48,17 @@ class Pieces:
     def token_bytes(self, token):
         return self.pieces[token].encode()
 
+    def decode(self, ids):
+        return "".join(self.pieces[token] for token in ids)
+
 
 def build(prompt="ab", pieces=("a", "b"), nfe=5, reached=1.0, **more):
     """The page of an answer of these pieces, of five evaluations a token, the third rejected.
 
     A token is predicted last, its neighbour first.
     """
-    answer = Answer(ids=list(range(len(pieces))), nfe=[nfe] * len(pieces), text="".join(pieces))
+    tokenizer = Pieces(pieces)
+    answer = Answer(Stop(tokenizer=tokenizer), list(range(len(pieces))), [nfe] * len(pieces))
     for token in answer.ids:
         before = (token + 1) % len(pieces)
         predictions = [(n / 4, before if n < 2 else token, n / 5) for n in range(5)]
@@ -64,7 +68,7 @@ def build(prompt="ab", pieces=("a", "b"), nfe=5, reached=1.0, **more):
     answer.traces.append(Trace([(0.0, 0, 0.5), (1.0, 0, 0.5)], [True, True], 1.0))
     flags = {"init_from": "tiny", "solver": "dopri5", "steps": 8, "rtol": 1e-3, "atol": 1e-3,
              "temperature": 0.0, "seed": 0, "trace_token": 0, "html": "trace.html", **more}
-    return page.build_page(Namespace(**flags), {"trace": True}, prompt, answer, Pieces(pieces))
+    return page.build_page(Namespace(**flags), {"trace": True}, prompt, answer, tokenizer)
 
 
 class Reader(HTMLParser):
@@ -116,7 +120,7 @@ TENTHS = [dict(solver=name, steps=10, **more) for name in solvers.FIXED
 def test_all_tokens_of_the_first_sequence_are_traced_and_none_changes(options):
     l2d = make_l2d()
     plain = generate(l2d, PROMPTS, Settings(max_new_tokens=3, **options))
-    traced = generate(l2d, PROMPTS, Settings(max_new_tokens=3, trace=True, **options))
+    traced = generate(l2d, PROMPTS, Settings(max_new_tokens=3, **options), watch=TraceFirst())
     assert [a.ids for a in traced] == [a.ids for a in plain]
     assert all(a.traces == [] for a in (*plain, *traced[1:]))
     traces = traced[0].traces
@@ -131,23 +135,30 @@ def test_all_tokens_of_the_first_sequence_are_traced_and_none_changes(options):
 @pytest.mark.parametrize("options", [dict(), dict(max_nfe=40), dict(stop_unchanged=20)])
 def test_rejected_steps_are_those_that_the_solver_rejected(options, monkeypatch):
     """The trace derives them from the times; the solver's own verdicts must agree."""
-    judged = []
-    rejected = 0
-    accept = solvers.AdaptiveRun.accept
+    seen, solved = [], []
+    velocity = solvers.Sequences.velocity
 
-    def note(self, rows, t, step, good, last):
-        if rows[0] == 0:
-            judged.extend([bool(good[0])] * (2 if last else 6))
-        return accept(self, rows, t, step, good, last)
-    monkeypatch.setattr(solvers.AdaptiveRun, "accept", note)
-    settings = Settings(solver="dopri5", max_new_tokens=1, trace=True, **options)
+    def note(self, t, x):
+        solved[:] = [self]
+        if self.rows[0] == 0:
+            seen.append((int(self.accepted[0]), int(self.rejected[0])))
+        return velocity(self, t, x)
+    monkeypatch.setattr(solvers.Sequences, "velocity", note)
+    settings = Settings(solver="dopri5", max_new_tokens=1, **options)
+    rejected = 0
     for seed in range(4):
-        judged.clear()
-        answers = generate(make_l2d(), PROMPTS, settings, seeds=[seed, 8, 9])
+        seen.clear()
+        answers = generate(make_l2d(), PROMPTS, settings, seeds=[seed, 8, 9], watch=TraceFirst())
         (trace,) = answers[0].traces
+        # the counts after the step of each evaluation: the next ones that differ
+        counts = [*seen, (int(solved[0].accepted[0]), int(solved[0].rejected[0]))]
+        verdicts = []
+        for place, count in enumerate(seen):
+            after = next(later for later in counts[place:] if later != count)
+            verdicts.append(after[1] == count[1])
         # the frozen prediction before the steps, the final evaluation after them
-        assert trace.accepted == [True, *judged, True]
-        rejected += judged.count(False)
+        assert trace.accepted == [True, *verdicts[1:], True]
+        rejected += verdicts.count(False)
     assert rejected
 
 
@@ -257,7 +268,6 @@ PROMPT = "--prompt=ab"
 
 @pytest.mark.parametrize("words, message", [
     (["--html=a.html", PROMPT], "--html would do nothing: it needs --trace"),
-    (["--html=a.html", "--trace"], "--html would do nothing: it needs --prompt or --prompt_file"),
     (["--html=a.html", "--trace", PROMPT, "--steps=0"], "it needs a diffusion path, --steps of 1"),
     (["--overwrite", "--trace", PROMPT], "--overwrite would do nothing: it needs --html"),
     (["--html=gone/a.html", "--trace", PROMPT], "gone is no directory, so a.html cannot be"),

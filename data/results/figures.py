@@ -65,7 +65,7 @@ def trace_text(answer, tokenizer, token: int) -> str:
     if len(pieces) < len(answer.nfe):
         pieces.append("<stop>")
     if not 0 <= token < len(pieces):
-        raise ValueError(f"--trace_token {token} is out of range; this answer has "
+        raise ValueError(f"--trace_token = {token} is out of range; this answer has "
                          f"{len(pieces)} tokens, allowed: 0 to {len(pieces) - 1}")
     lines = [
         f"   tokens: {coloured(pieces, answer.nfe)}",
