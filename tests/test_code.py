@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: exact prompts, which program is read out of a text, verdicts, pass@k.
+"""HumanEval and MBPP: exact prompts, the program in a text, verdicts, pass@k.
 
 python -m pytest tests/test_code.py
 NANOL2D_SHARED=DIR python -m pytest tests/test_code.py      also the published data, in DIR
@@ -8,7 +8,6 @@ import gzip
 import json
 import os
 import tempfile
-import time
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -169,7 +168,7 @@ def test_mbpp_as_a_text(mbpp):
     assert MBPP().prompt(mbpp[6], [], "plain") == asked.format(11)
 
 
-# --- which program is read out of a text ----------------------------------------------------------
+# --- the program in a text ------------------------------------------------------------------------
 
 BODY = "    return half(side * high)\n"
 WHOLE = f"def area(side, high):\n{BODY}"
@@ -244,12 +243,6 @@ def test_an_endless_answer_times_out_once(humaneval, monkeypatch):
     assert runs == [0.5]
 
 
-def test_the_plain_style_is_strict_about_what_stands_before_the_stop(humaneval):
-    text = BODY + "\nprint(input())\n"
-    assert HumanEval().grade(humaneval[0], text, style="plain")["strict"]
-    assert not HumanEval().grade(humaneval[0], text, style="chat")["strict"]
-
-
 def test_a_function_may_be_called_like_one_of_python(mbpp):
     problem = {**mbpp[0], **mbpp_row(1, name="sum")}
     assert MBPP().names(problem) == ["sum"]
@@ -271,10 +264,13 @@ def test_no_warning_and_no_depth_disturbs_the_reading(recwarn):
     assert not recwarn.list
 
 
-def test_a_long_text_is_not_tried_line_by_line(humaneval):
-    start = time.monotonic()
+def test_a_long_text_is_not_tried_line_by_line(humaneval, monkeypatch):
+    tried = []
+    broken_line = code.broken_line
+    monkeypatch.setattr(code, "broken_line", lambda text: tried.append(1) or broken_line(text))
     HumanEval().programs(humaneval[0], "def area(side):\n    return (side\n" * 1000)
-    assert time.monotonic() - start < 10
+    # a few times for each of its 1,000 beginnings, not once more for each line behind them
+    assert len(tried) < 5000
 
 
 @pytest.mark.parametrize("text, kept", [
@@ -354,11 +350,6 @@ def test_golden_verdicts(shared):
                 assert graded == record["expected"], record["note"]
     assert [path.name for path in canary.iterdir()] == ["file"]
     assert (canary / "file").read_text() == "alive"
-
-
-def test_golden_pass_at_k(shared):
-    for record in read_jsonl(shared / "benchmarks" / "golden" / "pass_at_k.jsonl"):
-        assert pass_at_k(**record["output"]) == record["expected"]
 
 
 @pytest.mark.parametrize("name, task, number", [
