@@ -54,7 +54,7 @@ def data_dir(tmp_path_factory):
         folder = root / "mmlu" / split
         folder.mkdir(parents=True)
         for subject in ("the_one", "two"):
-            lines = [f'"the {i}, in?",a,"b, c",d,e,{"ABCD"[i % 4]}\n' for i in range(count)]
+            lines = [f'" the {i}, in? ",a,"b, c",d,e,{"ABCD"[i % 4]}\n' for i in range(count)]
             (folder / f"{subject}_{split}.csv").write_text("".join(lines))
     write_jsonl(root / "mmlu_pro" / "test.jsonl", [
         {"question_id": 70 + i, "question": f"the {i}?", "options": ["a", " b", "c"],
@@ -68,14 +68,18 @@ def data_dir(tmp_path_factory):
     return root
 
 
-def build_models(root: Path) -> tuple:
-    """(a model's directory, a path's)."""
+def build_models(root: Path, template: str | None = None) -> tuple:
+    """(a model's directory, a path's), with the chat template of a Qwen format if one is given."""
     # letters behind a blank are one token, as in real vocabularies
     letters = [f"Ġ{letter}" for letter in "ABCDEFGHIJ"]
     merges = [*MERGES, *(f"Ġ {letter[1]}" for letter in letters)]
     vocab = {**vocabulary(), **{letter: 268 + place for place, letter in enumerate(letters)}}
-    save(root / "base", tokenizer_json=tokenizer_json(vocab=vocab, merges=merges),
-         tokenizer_config_json=NAMES)
+    content = tokenizer_json(vocab=vocab, merges=merges)
+    names = dict(NAMES)
+    if template:
+        content["added_tokens"].append({"id": 290, "content": "<|im_start|>", "special": True})
+        names["chat_template"] = template
+    save(root / "base", tokenizer_json=content, tokenizer_config_json=names)
     config = {**LLAMA, "vocab_size": 300, "max_position_embeddings": 512}
     make_lm(config).save_pretrained(root / "base")
     torch.manual_seed(0)
@@ -142,6 +146,7 @@ def test_every_problem_is_answered_by_the_frozen_model_and_the_path(
     assert len(lines) == 2 * ROWS and [row["n"] for row in rows] == [ROWS, ROWS]
     frozen, path = rows
     assert frozen["nfe_per_token"] == 0
+    assert frozen["cut"] == sum(line["cut"] for line in lines if line["nfe"] == 0) / ROWS
     # two midpoint intervals are four evaluations, and a final one
     assert path["nfe_per_token"] == 5
     for line in lines:
@@ -218,12 +223,6 @@ def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
     assert rows[0]["fewer_shots"] == rows[0]["n"] == 2 and rows[0]["shortened"] == 0
     assert "2 prompts had fewer shots to fit" in capsys.readouterr().out
     assert all(line["prompt_tokens"] + 350 - 1 <= 512 for line in lines)
-
-
-def test_the_share_cut_by_the_limit_is_counted(models, data_dir, tmp_path):
-    lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", "--max_new_tokens=1",
-                      path=False)
-    assert rows[0]["cut"] == sum(line["cut"] for line in lines) / ROWS
 
 
 # --- letters --------------------------------------------------------------------------------------
@@ -315,8 +314,9 @@ def test_texts_and_turns_of_gsm8k():
         "1+1?", "#### 2", "2+2?"]
 
 
-def test_texts_of_multiple_choice():
-    problem = {"subject": "the_one", "question": " 1? ", "options": ["a", "b", "c", "d"],
+def test_texts_of_multiple_choice(data_dir):
+    assert MMLU().load(data_dir / "mmlu")[1]["question"] == "the 1, in?"
+    problem = {"subject": "the_one", "question": "1?", "options": ["a", "b", "c", "d"],
                "answer": "B", "category": "law"}
     assert MMLU().prompt(problem, [problem], "plain") == (
         "The following are multiple choice questions (with answers) about the one.\n\n"
@@ -482,7 +482,8 @@ def test_lines_that_cannot_be_graded_are_one_line(line, words, data_dir, tmp_pat
     (["--task=gsm8k", "--data_dir=DIR", "--topics", "math"], "--topics would do nothing"),
     (["--task=tiny", "--shots=2"], "--shots would do nothing"),
     (["--task=mmlu", "--data_dir=DIR", "--search", "vote:3"], "--search would do nothing"),
-    (["--task=gsm8k", "--data_dir=DIR", "--choices=letters"], "--choices would do nothing"),
+    (["--task=sums", "--choices=letters"], "--choices would do nothing"),
+    (["--task=sums", "--data_dir=DIR"], "--data_dir would do nothing"),
     (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit 0 is out of range"),
     (["--task=humaneval", "--data_dir=DIR"],
      "needs --allow_code_execution; Programs run with limits on time"),

@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import eval as evaluation
-from conftest import LLAMA, ROOT, exit_status, make_lm
+from conftest import ROOT, exit_status
 from data.experiments import finetune
 from data.results import records
 from data.tasks import TASKS
@@ -19,11 +18,8 @@ from data.tasks.files import find_folder
 from data.tasks.sums import KINDS, MOST, of_all_kinds, of_kind, split_of
 from data.tasks.task import of_split
 from data.text.formats import render_qwen
-from data.text.tokenizer import load_tokenizer
-from diffusion import L2D, L2DConfig
-from model import LM
+from test_benchmarks import build_models
 from test_formats import SMOLLM
-from test_tokenizer import NAMES, save, tokenizer_json
 
 TASK = TASKS["sums"]
 PROBLEMS = TASK.load()
@@ -146,29 +142,10 @@ def test_every_exact_answer_is_right_and_every_other_number_wrong():
 
 # --- eval.py --------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A small random path whose base has SmolLM's chat format."""
-    root = tmp_path_factory.mktemp("models")
-    content = tokenizer_json()
-    content["added_tokens"].append({"id": 268, "content": "<|im_start|>", "special": True})
-    save(root / "base", tokenizer_json=content,
-         tokenizer_config_json={**NAMES, "chat_template": SMOLLM})
-    config = {**LLAMA, "vocab_size": 300, "max_position_embeddings": 512}
-    make_lm(config).save_pretrained(root / "base")
-    torch.manual_seed(0)
-    l2d = L2D(LM.from_pretrained(root / "base", device="cpu"), L2DConfig(16, 24, rank=4))
-    l2d.save(root / "path", tokenizer=load_tokenizer(root / "base").fingerprint, updates=1)
-    return root / "path"
-
-
-def flags(path, out, *more) -> list:
-    return [f"--init_from={path}", "--task=sums", f"--out={out}", "--device=cpu", *more]
-
-
-def test_eval_needs_no_file(path, tmp_path, capsys):
-    words = flags(path, tmp_path / "out", "--limit=5", "--shots=0", "--style=chat", "--steps=2",
-                  "--max_new_tokens=3")
+def test_eval_needs_no_file(tmp_path, capsys):
+    _, path = build_models(tmp_path, SMOLLM)
+    words = [f"--init_from={path}", "--task=sums", f"--out={tmp_path / 'out'}", "--device=cpu",
+             "--limit=5", "--shots=0", "--style=chat", "--steps=2", "--max_new_tokens=3"]
     assert exit_status(evaluation.main, words) == 0
     lines = records.read_lines(tmp_path / "out" / "records.jsonl")[1:]
     expected = sorted(one["id"] for one in PROBLEMS[:5])
@@ -183,17 +160,6 @@ def test_eval_needs_no_file(path, tmp_path, capsys):
     words = [f"--regrade={tmp_path / 'out' / 'records.jsonl'}", f"--out={again}"]
     assert exit_status(evaluation.main, words) == 0
     assert again.read_bytes() == (tmp_path / "out" / "records.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--data_dir=here"], "--data_dir would do nothing"),
-    (["--choices=letters"], "--choices would do nothing"),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(words, message, path, tmp_path, capsys):
-    assert exit_status(evaluation.main, flags(path, tmp_path / "out", *words)) == 2
-    err = capsys.readouterr().err
-    assert message in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_finetune_gets_its_questions(tmp_path):

@@ -2,6 +2,6 @@
 
     headline    every training method on the embedded topics, several seeds
     untrained   three methods without training on the embedded topics
-    finetune    a real model: a path, LoRA of the same size and nothing, on sums
+    finetune    a real model: a path, a LoRA of the same size and the frozen model, on sums
     harness     our models in lm-evaluation-harness
 """

@@ -1,4 +1,4 @@
-"""Finetuning of a real model: a path, a LoRA of as many parameters, and nothing, side by side.
+"""Finetuning of a real model: a path beside a LoRA of as many parameters and the frozen model.
 
     python -m data.experiments.finetune --init_from=DIR     hours on a CPU; finished parts stay
 
@@ -54,7 +54,7 @@ def prepare(task, data_dir: Path | None, init_from: Path, out_dir: Path) -> Path
 
 
 def measure(method: str, out_dir: Path, task: str, limit: int, steps: list, data_dir: Path | None):
-    """Accuracy, greedy and at temperature 1; the frozen model stands beside every path."""
+    """Accuracy, greedy and at temperature 1; with a path that of the frozen model too."""
     words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={limit}"]
     if data_dir:
         words.append(f"--data_dir={data_dir}")

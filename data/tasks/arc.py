@@ -35,8 +35,5 @@ class ARC(Letters):
                     "answer": ALPHABET[int(label) - 1] if label.isdigit() else label})
         return problems
 
-    def chat_question(self, problem: dict) -> str:
-        return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}\n\nAnswer:"
-
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\n{self.lines(problem)}\nAnswer:"

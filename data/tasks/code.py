@@ -68,35 +68,32 @@ def trimmed(head: str, text: str) -> str:
         line = broken_line(head + "".join(lines))
         if not line:
             break
-        # at least one line goes; as long as the broken line stays, the text is no program
+        # remove at least one line; as long as the broken one is there, the text is no program
         last = min(line - before, len(lines))
         del lines[max(0, last - 1):]
     return "".join(lines).rstrip()
 
 
-def fenced(head: str, text: str, names) -> str:
-    """The first fenced block that defines a name, or ""."""
+def definitions(head: str, text: str, names):
+    """Yield the programs in a text that define a name, at most two.
+
+    The first such fenced block, then the text from the first line on that begins such a program.
+    """
     # An unclosed block counts too, and one that was opened in the prompt: the text between two
-    # fences may be a block or not, so the name decides.
-    for block in FENCE.split(text)[1:]:
-        # a block in a list is indented as a whole
-        block = trimmed(head, textwrap.dedent(block))
-        if defines(block, names):
-            return block
-    return ""
-
-
-def from_first_line(head: str, text: str, names) -> str:
-    """The text from the first line that begins a program which defines a name, or ""."""
+    # fences may be a block or not, so the name decides. A block in a list is indented as a whole.
+    blocks = map(textwrap.dedent, FENCE.split(text)[1:])
     either = "|".join(map(re.escape, names))
-    for match in re.finditer(f"^(?:{OPENING}|{ASSIGNED % either})", text, re.M):
-        program = trimmed(head, text[match.start():])
-        if defines(program, names):
-            return program
-    return ""
+    opening = re.finditer(f"^(?:{OPENING}|{ASSIGNED % either})", text, re.M)
+    tails = (text[match.start():] for match in opening)
+    for candidates in (blocks, tails):
+        for candidate in candidates:
+            program = trimmed(head, candidate)
+            if defines(program, names):
+                yield program
+                break
 
 
-# --- what both tasks share ------------------------------------------------------------------------
+# --- the common part of both tasks ----------------------------------------------------------------
 
 class Code(Task):
     """A task that is graded by running programs; the two below add their own parts."""
@@ -105,16 +102,13 @@ class Code(Task):
 
     def programs(self, problem, text: str) -> tuple:
         """(the strict program, others that a fair reader could mean, the likeliest first)."""
-        head = self.head(problem)
-        names = self.names(problem)
+        # the text before the model's, with imports and helpers; MBPP has none
+        head = problem.get("prompt", "")
         # models repeat the marks of the harness's prompts
         marked = cut(text, ["[DONE]"])
         marked = marked.partition("[BEGIN]")[2] or marked
-        readings = [
-            fenced(head, marked, names),
-            from_first_line(head, marked, names),
-            trimmed(head, cut(marked, self.stops["plain"])),
-        ]
+        readings = [*definitions(head, marked, self.names(problem)),
+                    trimmed(head, cut(marked, self.stops["plain"]))]
         others = [self.fair_program(problem, reading) for reading in readings if reading.strip()]
         # each once, and not the strict one again: an endless loop takes its full time
         done = self.program(problem, text.rstrip())
@@ -175,6 +169,7 @@ class HumanEval(Code):
     """164 functions to complete (Chen et al. 2021)."""
     name = "humaneval"
     folder = "humaneval"
+    solution = "canonical_solution"
     shots = {"chat": 5, "plain": 0}
     stops = {"plain": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), "chat": ()}
 
@@ -203,13 +198,6 @@ class HumanEval(Code):
             lambda shot: f"{instruction(shot)[1]}\n{shot['canonical_solution']}".strip())
         return [*messages, {"role": "assistant", "content": instruction(problem)[1]}]
 
-    def reference(self, problem) -> str:
-        return problem["canonical_solution"]
-
-    def head(self, problem) -> str:
-        """The text before the model's in the program, with imports and helpers."""
-        return problem["prompt"]
-
     def names(self, problem) -> list:
         """The names that a right program defines."""
         return [problem["entry_point"]]
@@ -225,7 +213,7 @@ def instruction(problem) -> tuple:
     lines = prompt.split("\n")
     function = next(node for node in ast.parse(prompt).body
                     if getattr(node, "name", None) == problem["entry_point"])
-    # up to the colon; in one problem an import stands between it and the description
+    # up to the colon; in one problem an import precedes the description
     first = function.body[0].lineno - 1
     start = "\n".join(lines[:first]).strip()
     signature = "\n".join(lines[function.lineno - 1:first]).strip()
@@ -244,6 +232,7 @@ class MBPP(Code):
     """974 small tasks, of which 500 are the test (Austin et al. 2021)."""
     name = "mbpp"
     folder = "mbpp"
+    solution = "code"
     shots = {"chat": 5, "plain": 3}
     stops = {"plain": ("[DONE]",), "chat": ()}
     first_scored = 11
@@ -279,12 +268,6 @@ class MBPP(Code):
         tests = "\n".join(problem["test_list"])
         return (f"You are an expert Python programmer, and here is your task: {problem['text']} "
                 f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n")
-
-    def reference(self, problem) -> str:
-        return problem["code"]
-
-    def head(self, problem) -> str:
-        return ""
 
     def names(self, problem) -> list:
         """The names that a right program defines: those the tests call, unless Python has them."""

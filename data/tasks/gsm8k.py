@@ -47,9 +47,6 @@ class GSM8K(Task):
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\nAnswer:"
 
-    def reference(self, problem: dict) -> str:
-        return problem["answer"]
-
     def short(self, problem: dict) -> dict:
         return {"reference": IGNORED.sub("", problem["answer"])}
 

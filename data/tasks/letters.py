@@ -75,6 +75,9 @@ class Letters(Task):
         """The beginning of a plain prompt."""
         return ""
 
+    def chat_question(self, problem: dict) -> str:
+        return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}\n\nAnswer:"
+
     def short(self, problem: dict) -> dict:
         return {"reference": problem["answer"], "options": len(problem["options"])}
 
@@ -83,9 +86,6 @@ class Letters(Task):
         if options not in range(1, len(ALPHABET) + 1):
             raise ValueError(f"options of a record are {str(options)[:20]!r}; allowed: 1 to 10")
         return {**super().restore(record), "options": [""] * options}
-
-    def reference(self, problem: dict) -> str:
-        return problem["answer"]
 
     def strict(self, problem: dict, text: str) -> bool:
         """The whole first line is the letter, case and punctuation aside (`mmlu_generative`)."""

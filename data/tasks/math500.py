@@ -23,6 +23,7 @@ class Math500(Task):
     name = "math500"
     folder = "math500"
     kind = "text"
+    solution = "solution"
     shots = {"chat": 4, "plain": 4}
     # a quarter of the reference solutions are longer than the paper's 256
     max_new_tokens = 1024
@@ -52,9 +53,6 @@ class Math500(Task):
     def worked(self, shot: dict) -> str:
         return (f"{shot['solution']}\n"
                 f"Final Answer: The final answer is ${shot['answer']}$. I hope it is correct.")
-
-    def reference(self, problem: dict) -> str:
-        return problem["solution"]
 
     def grade(self, problem: dict, text: str) -> dict:
         """strict: the last box, equal as a text; flexible: any form, equal in value."""

@@ -34,7 +34,7 @@ class MMLU(Letters):
             for path in paths:
                 subject = path.name.removesuffix(f"_{split}.csv")
                 problems += [{"id": f"mmlu/{split}/{subject}/{number}", "subject": subject,
-                              "question": row[0], "options": row[1:5], "answer": row[5]}
+                              "question": row[0].strip(), "options": row[1:5], "answer": row[5]}
                              for number, row in enumerate(read_csv(path, 6))]
         return problems
 
@@ -47,12 +47,8 @@ class MMLU(Letters):
         subject = problem["subject"].replace("_", " ")
         return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
-    def chat_question(self, problem: dict) -> str:
-        return (f"Question:\n{problem['question'].strip()}\nChoices:\n{self.lines(problem)}\n\n"
-                "Answer:")
-
     def question(self, problem: dict) -> str:
-        return f"{problem['question'].strip()}\n{self.lines(problem)}\nAnswer:"
+        return f"{problem['question']}\n{self.lines(problem)}\nAnswer:"
 
 
 class MMLUPro(Letters):

@@ -25,7 +25,7 @@ class Question:
 
 @dataclass
 class Asked:
-    """All questions of a benchmark; `about` is what every one of its records has in common."""
+    """All questions of a benchmark; `about` is the common part of its records."""
     problems: list         # all that were loaded, shots among them
     questions: list
     style: str

@@ -75,17 +75,6 @@ SILENT = ("_dbm", "_gdbm", "_posixshmem")
 
 # --- before the program ---------------------------------------------------------------------------
 
-def private_pipes() -> tuple:
-    """(the pipe from the parent, the pipe to it), moved away from standard input and output."""
-    source = os.dup(0)
-    verdict = os.dup(1)
-    # the program reads an end of file, and may print as much as it likes: no pipe gets full
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
-    return source, verdict
-
-
 def read(source: int, size: int) -> bytes:
     """Exactly `size` bytes: all behind them stays in the pipe."""
     content = b""
@@ -116,7 +105,7 @@ def limit_resources(seconds: float):
             resource.setrlimit(kind, (most, most))
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 def refuse(*_, what: str = "this", **__):
     # an OSError, so that a program that handles it continues
@@ -201,7 +190,13 @@ def failure(program: str) -> str:
 
 def main():
     seconds = float(sys.argv.pop())
-    source, verdict = private_pipes()
+    # The pipes from and to the parent move away from standard input and output: the program reads
+    # an end of file, and may print as much as it likes, since no pipe gets full.
+    source = os.dup(0)
+    verdict = os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
     size = int.from_bytes(read(source, 8), "big")
     program = read(source, size).decode("utf-8", "surrogatepass")
 

@@ -8,6 +8,7 @@
     load               the rows of its files as problems, each with an id
     scored, examples   the problems to score, and the shots of one
     prompt             messages for "chat", a text for "plain"
+    solution           the key of a problem's reference solution
     grade              {"strict": bool, "flexible": bool, ...} of an answer
     extract, equal     the answer in a text, and whether two are equal, for a vote
 """
@@ -38,6 +39,10 @@ def one_text(problem: dict, shots: list, question, answer) -> str:
 
 class Task:
     """The common part of most benchmarks."""
+    solution = "answer"
+
+    def reference(self, problem: dict) -> str:
+        return problem[self.solution]
 
     def scored(self, problems: list, shots: int, style: str) -> list:
         return of_split(problems, "test")

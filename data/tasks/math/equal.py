@@ -47,17 +47,12 @@ def last_box(text: str) -> str | None:
 
 def brace_fractions(text: str) -> str:
     r"""\frac12 and \frac1{72} with braces, \frac{72}1 as it is. IndexError if nothing follows."""
-    done, *pieces = text.split(r"\frac")
-    for piece in pieces:
-        if piece[0] != "{":
-            if len(piece) < 2:
-                return text
-            top, bottom = piece[0], piece[1:]
-            if bottom[0] != "{":
-                bottom = "{" + bottom[0] + "}" + bottom[1:]
-            piece = "{" + top + "}" + bottom
-        done += r"\frac" + piece
-    return done
+    for piece in text.split(r"\frac")[1:]:
+        # a numerator alone: nothing is changed
+        if piece[0] != "{" and len(piece) == 1:
+            return text
+    text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
+    return re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", text)
 
 
 # The replacements of the published code, in its order.

@@ -138,13 +138,13 @@ class Parser:
         self.depth = 0          # open brackets
         self.bars = 0           # open |
 
-    def look(self, pattern: str):
+    def peek(self, pattern: str):
         """The match of a pattern here, behind spaces, or None."""
         return re.compile(rf"\s*({pattern})").match(self.text, self.at)
 
     def take(self, pattern: str) -> str:
         """The matched text, now consumed; "" where there is none."""
-        found = self.look(pattern)
+        found = self.peek(pattern)
         if not found:
             return ""
         self.at = found.end()
@@ -179,10 +179,10 @@ class Parser:
 
     def another_factor(self) -> bool:
         """Does a factor follow without a sign, as in 2x? Two numbers in a row are no product."""
-        if self.look(r"\|"):
+        if self.peek(r"\|"):
             return not self.bars
         after_digit = self.text[self.at - 1].isdigit()
-        return bool(self.look(FACTOR) or (not after_digit and self.look(r"[\d.]")))
+        return bool(self.peek(FACTOR) or (not after_digit and self.peek(r"[\d.]")))
 
     def factor(self):
         # a loop, since a recursion would be as deep as the row of signs is long
@@ -286,11 +286,11 @@ class Parser:
             name = "arc" + name
             exponent = Fraction(1)
         # applied to (…), or to all factors up to a sign or another function
-        if self.look(r"[({]"):
+        if self.peek(r"[({]"):
             z = self.primary()
         else:
             z = self.factor()
-            while self.another_factor() and not self.look(FUNCTION):
+            while self.another_factor() and not self.peek(FUNCTION):
                 z = bounded(z * self.power())
         value = FUNCTIONS[name](complex(z))
         if base is not None:
