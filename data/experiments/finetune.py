@@ -97,7 +97,7 @@ def main(argv=None):
     add("--init_from", required=True, help="directory of an instruction-tuned model")
     add("--data_dir", help="folder of the benchmark's files; sums has none")
     add("--task", default="sums", choices=["sums", "arc_easy", "arc_challenge", "gsm8k"])
-    add("--methods", nargs="+", default=["l2d", "lora"], choices=list(METHODS),
+    add("--methods", "--ways", nargs="+", default=["l2d", "lora"], choices=list(METHODS),
         help="default: l2d lora")
     add("--updates", type=int, default=150, help="of 4 rows (default: 150, one epoch of sums)")
     add("--eval_every", type=int, default=50, help="updates between validations (default: 50)")

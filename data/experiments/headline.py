@@ -98,7 +98,8 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="default: 42 43 44")
-    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="default: all")
+    add("--methods", "--ways", nargs="+", default=list(METHODS), choices=list(METHODS),
+        help="default: all")
     add("--out_dir", default="headline", help="default: headline")
     add("--print", action="store_true", help="only the table of the results so far")
     args, more = parser.parse_known_args(argv)

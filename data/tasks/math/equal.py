@@ -36,13 +36,11 @@ def last_box(text: str) -> str | None:
     None if there is neither or its braces do not close. "\boxed 42$" without braces goes up to $.
     """
     name = r"\boxed" if r"\boxed" in text else r"\fbox"
-    start = text.rfind(name)
-    rest = text[start + len(name):]
-    if start >= 0 and name == r"\boxed" and rest.startswith(" "):
+    _, found, rest = text.rpartition(name)
+    if found and name == r"\boxed" and rest.startswith(" "):
         return rest[1:].split("$")[0]
-    if start < 0 or not rest.startswith("{") or closing(rest) < 0:
-        return None
-    return rest[1:closing(rest)]
+    end = closing(rest) if found and rest.startswith("{") else -1
+    return rest[1:end] if end > 0 else None
 
 
 def brace_fractions(text: str) -> str:
@@ -144,36 +142,29 @@ def boxed(text: str) -> str:
     return ",".join(answers)
 
 
-def marked(text: str) -> str:
-    """The text behind the last "answer is" or "####", to the end of the sentence."""
-    found = list(MARK.finditer(text))
-    if not found:
-        return ""
-    tail = text[found[-1].end():].lstrip(" :*\t\r\n$")
-    line = tail[:LONGEST].split("\n")[0].replace("$", " ")
-    sentence = ENDED.split(line + " ", maxsplit=1)[0]
-    return LEAD.sub("", sentence.strip(" *"))
-
-
 def extract(text: str) -> str:
-    """The answer in a text, as it is written there; "" when there is none.
-
-    The last box, else the words behind the last "answer is", else the last formula between dollars,
-    else a last line that is no prose, else the last number, else the words behind the last "is".
-    """
+    """The answer in a text, as it is written there; "" when there is none."""
     answer = boxed(text)
     if answer:
         return answer.strip()
     text = EMPTY_BOX.sub("", text.replace(r"\$", ""))
     text = DISPLAY.sub("$", text.strip())
-    if answer := marked(text):
-        return answer
+    # else the words behind the last "answer is" or "####", to the end of the sentence
+    if marks := list(MARK.finditer(text)):
+        tail = text[marks[-1].end():].lstrip(" :*\t\r\n$")
+        line = tail[:LONGEST].split("\n")[0].replace("$", " ")
+        sentence = ENDED.split(line + " ", maxsplit=1)[0]
+        if answer := LEAD.sub("", sentence.strip(" *")):
+            return answer
+    # else the last formula between dollars
     formulas = [formula.strip() for formula in DOLLARS.findall(text)]
     if any(formulas):
         return list(filter(None, formulas))[-1]
+    # else a last line that is no prose
     line = text.split("\n")[-1][-LONGEST:]
     if not prose(line):
         return line
+    # else the last number, else the words behind the last "is"
     if numbers := FINAL_NUMBER.findall(text[-LONGEST:]):
         return numbers[-1]
     return line.split(" is ")[-1].strip(" .*#")

@@ -238,11 +238,9 @@ def shape(text: str) -> tuple:
     parts = [sign for part in split(text, ",;") for sign in written_out(part)]
     if len(parts) > 1:
         return ("union" if all(map(UNITED.search, parts)) else "list"), parts
-    return item(without_units(text))
 
-
-def item(text: str) -> tuple:
-    """`shape` of a text that is no list."""
+    # one item, no list
+    text = without_units(text)
     if found := MATRIX.fullmatch(text):
         return matrix(*found.groups())
     content = inside(text, "([", ")]")
@@ -252,11 +250,11 @@ def item(text: str) -> tuple:
             return text[0] + text[-1], parts
         if not is_words(text):
             return shape(content)
+
+    # neither a matrix nor in brackets
     sides = COMPARED.split(text)
-    if len(sides) == 3:
-        return inequality(*sides)
-    if len(sides) == 5:
-        return chain(*sides)
+    if len(sides) in (3, 5):
+        return interval(sides)
     sides = split(text, "=")
     if len(sides) > 1:
         # x = 28/6 = 14/3 ends with the answer
@@ -278,21 +276,20 @@ def matrix(factor: str, kind: str, content: str) -> tuple:
     return f"{name} of {len(rows)} rows", cells
 
 
-def inequality(left: str, sign: str, right: str) -> tuple:
-    """x > 2 is an interval; without a variable on one side, the difference of the sides."""
-    if not VARIABLE.fullmatch(left):
-        left, sign, right = right, REVERSED[sign], left
-    if not VARIABLE.fullmatch(left):
-        if sign in ">≥":
+def interval(sides: list) -> tuple:
+    """x > 2 or 1 ≤ x < 3, split at its signs; without a variable the difference of the sides."""
+    if len(sides) == 3:
+        left, sign, right = sides
+        if not VARIABLE.fullmatch(left):
             left, sign, right = right, REVERSED[sign], left
-        return sign, [f"({right})-({left})"]
-    if sign in "<≤":
-        return chain(r"-\infty", "<", left, sign, right)
-    return chain(r"\infty", ">", left, sign, right)
-
-
-def chain(low: str, first: str, _: str, second: str, high: str) -> tuple:
-    """1 ≤ x < 3 is an interval."""
+        if not VARIABLE.fullmatch(left):
+            if sign in ">≥":
+                left, sign, right = right, REVERSED[sign], left
+            return sign, [f"({right})-({left})"]
+        # x < 3 is -∞ < x < 3, and x > 2 is ∞ > x > 2
+        outer = [r"-\infty", "<"] if sign in "<≤" else [r"\infty", ">"]
+        sides = [*outer, left, sign, right]
+    low, first, _, second, high = sides
     if first in ">≥":
         low, first, second, high = high, REVERSED[second], REVERSED[first], low
     brackets = ("[" if first == "≤" else "(") + ("]" if second == "≤" else ")")
