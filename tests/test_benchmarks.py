@@ -487,7 +487,8 @@ def test_lines_that_cannot_be_graded_are_one_line(line, words, data_dir, tmp_pat
     (["--task=sums", "--data_dir=DIR"], "--data_dir would do nothing"),
     (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit 0 is out of range"),
     (["--task=humaneval", "--data_dir=DIR"],
-     "needs --allow_code_execution; Programs run with limits on time"),
+     "needs --allow_code_execution; Programs run with limits on time, memory, files, network and "
+     "processes: that stops accidents, but not an attacker: for programs you distrust use a cont"),
     (["--task=gsm8k", "--data_dir=DIR", "--max_new_tokens=600"], "leaves no room for a prompt"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(

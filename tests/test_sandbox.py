@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -277,24 +278,18 @@ def test_many_programs_keep_their_order_and_processors(monkeypatch):
     assert run_all([]) == []
 
 
-class Interrupted:
-    """The output of a child, interrupted by Ctrl-C."""
-
-    def read1(self, size):
-        raise KeyboardInterrupt
-
-    def close(self):
-        pass
-
-
-def test_ctrl_c_ends_the_child_and_clears_up(temp, monkeypatch):
+def test_ctrl_c_ends_the_child_and_removes_its_folder(temp, monkeypatch):
     children = []
     start = sandbox.start
+
+    def interrupt(size):
+        raise KeyboardInterrupt
 
     def interrupted(folder, seconds):
         child = start(folder, seconds)
         child.stdout.close()
-        child.stdout = Interrupted()
+        # Ctrl-C while its output is read
+        child.stdout = SimpleNamespace(read1=interrupt, close=lambda: None)
         children.append(child)
         return child
 
