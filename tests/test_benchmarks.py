@@ -9,6 +9,7 @@ and rendered prompts are compared too.
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import eval as evaluation
 from conftest import LLAMA, exit_status, make_lm
 from data.experiments import finetune, headline
 from data.results import records, scores
-from data.tasks import BENCHMARKS, TASKS, files
+from data.tasks import TASKS, files
 from data.tasks.gsm8k import GSM8K
 from data.tasks.letters import find_letter
 from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
@@ -54,7 +55,7 @@ def data_dir(tmp_path_factory):
         folder = root / "mmlu" / split
         folder.mkdir(parents=True)
         for subject in ("the_one", "two"):
-            lines = [f'"the {i}, in?",a,"b, c",d,e,{"ABCD"[i % 4]}\n' for i in range(count)]
+            lines = [f'" the {i}, in? ",a,"b, c",d,e,{"ABCD"[i % 4]}\n' for i in range(count)]
             (folder / f"{subject}_{split}.csv").write_text("".join(lines))
     write_jsonl(root / "mmlu_pro" / "test.jsonl", [
         {"question_id": 70 + i, "question": f"the {i}?", "options": ["a", " b", "c"],
@@ -68,14 +69,18 @@ def data_dir(tmp_path_factory):
     return root
 
 
-def build_models(root: Path) -> tuple:
-    """(a model's directory, a path's)."""
+def build_models(root: Path, template: str | None = None) -> tuple:
+    """(a model's directory, a path's), with the chat template of a Qwen format if one is given."""
     # letters behind a blank are one token, as in real vocabularies
     letters = [f"Ġ{letter}" for letter in "ABCDEFGHIJ"]
     merges = [*MERGES, *(f"Ġ {letter[1]}" for letter in letters)]
     vocab = {**vocabulary(), **{letter: 268 + place for place, letter in enumerate(letters)}}
-    save(root / "base", tokenizer_json=tokenizer_json(vocab=vocab, merges=merges),
-         tokenizer_config_json=NAMES)
+    content = tokenizer_json(vocab=vocab, merges=merges)
+    names = dict(NAMES)
+    if template:
+        content["added_tokens"].append({"id": 290, "content": "<|im_start|>", "special": True})
+        names["chat_template"] = template
+    save(root / "base", tokenizer_json=content, tokenizer_config_json=names)
     config = {**LLAMA, "vocab_size": 300, "max_position_embeddings": 512}
     make_lm(config).save_pretrained(root / "base")
     torch.manual_seed(0)
@@ -104,22 +109,27 @@ def models(tmp_path_factory):
     return build_models(tmp_path_factory.mktemp("models"))
 
 
+def run_eval(model, data_dir, out, task, *more) -> int:
+    """The exit status of eval.py."""
+    return exit_status(evaluation.main, [
+        f"--init_from={model}", f"--task={task}", f"--data_dir={data_dir}", f"--out={out}",
+        "--device=cpu", *more])
+
+
 def run(models, data_dir, out, task, *more, path=True):
     """The records and the table of eval.py."""
-    words = [f"--init_from={models[1] if path else models[0]}", f"--task={task}",
-             f"--data_dir={data_dir}", f"--out={out}", "--device=cpu", *more]
-    assert exit_status(evaluation.main, words) == 0
+    assert run_eval(models[1] if path else models[0], data_dir, out, task, *more) == 0
     lines = records.read_lines(out / "records.jsonl")[1:]
     return lines, json.loads((out / "summary.json").read_text())["rows"]
 
 
 def answers(lines) -> dict:
-    """What was answered, without the clock."""
+    """The records without their times."""
     return {records.key_of(line): (line["output"], line["nfe"], line["score"]) for line in lines}
 
 
 def alike(a: dict, b: dict) -> bool:
-    """The same answers, scores up to the rounding of batched products."""
+    """Equal answers, and scores equal up to the rounding of batched products."""
     return a.keys() == b.keys() and all(
         a[key][:2] == b[key][:2] and a[key][2] == pytest.approx(b[key][2], abs=1e-4) for key in a)
 
@@ -129,15 +139,16 @@ GENERATE = ["--max_new_tokens=6", "--shots=1", "--steps=2", "--solvers=midpoint"
 
 # --- eval.py --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, count", [("gsm8k", ROWS), ("math500", ROWS)])
+@pytest.mark.parametrize("task", ["gsm8k", "math500"])
 def test_every_problem_is_answered_by_the_frozen_model_and_the_path(
-        task, count, models, data_dir, tmp_path, capsys):
+        task, models, data_dir, tmp_path, capsys):
     lines, rows = run(models, data_dir, tmp_path / "out", task, *GENERATE)
     assert {line["column"] for line in lines} == {"frozen", "midpoint 2"}
-    assert len(lines) == 2 * count and [row["n"] for row in rows] == [count, count]
+    assert len(lines) == 2 * ROWS and [row["n"] for row in rows] == [ROWS, ROWS]
     frozen, path = rows
     assert frozen["nfe_per_token"] == 0
-    # two midpoint intervals are four evaluations, and a last look
+    assert frozen["cut"] == sum(line["cut"] for line in lines if line["nfe"] == 0) / ROWS
+    # two midpoint intervals are four evaluations, and a final one
     assert path["nfe_per_token"] == 5
     for line in lines:
         assert set(line) >= {"benchmark", "id", "output", "tokens", "nfe", "cut", "strict",
@@ -179,9 +190,8 @@ def test_ctrl_c_keeps_what_was_answered_and_says_so(
             raise KeyboardInterrupt
         return generate(*args, **more)
     monkeypatch.setattr(evaluation, "generate", interrupted)
-    words = [f"--init_from={models[0]}", "--task=gsm8k", f"--data_dir={data_dir}",
-             f"--out={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=2", "--batch_size=2"]
-    assert exit_status(evaluation.main, words) == 130
+    assert run_eval(models[0], data_dir, tmp_path / "out", "gsm8k", "--max_new_tokens=2",
+                    "--batch_size=2") == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "stopped; 4 answers are in" in last and "the same command goes on" in last
     assert len(records.read_lines(tmp_path / "out" / "records.jsonl")) == 5
@@ -193,9 +203,7 @@ def test_records_of_something_else_are_refused(change, models, data_dir, tmp_pat
     out = tmp_path / "out"
     run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1")
     before = (out / "records.jsonl").read_bytes()
-    words = [f"--init_from={models[1]}", "--task=gsm8k", f"--data_dir={data_dir}",
-             f"--out={out}", "--device=cpu", *GENERATE, "--limit=1", change]
-    assert exit_status(evaluation.main, words) == 2
+    assert run_eval(models[1], data_dir, out, "gsm8k", *GENERATE, "--limit=1", change) == 2
     err = capsys.readouterr().err
     assert "holds records of another" in err and "--overwrite" in err
     assert (out / "records.jsonl").read_bytes() == before
@@ -205,9 +213,7 @@ def test_records_of_something_else_are_refused(change, models, data_dir, tmp_pat
 def test_records_of_another_model_are_refused(models, data_dir, tmp_path, capsys):
     out = tmp_path / "out"
     run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1")
-    words = [f"--init_from={models[0]}", "--task=gsm8k", f"--data_dir={data_dir}",
-             f"--out={out}", "--device=cpu", "--max_new_tokens=6", "--shots=1", "--limit=1"]
-    assert exit_status(evaluation.main, words) == 2
+    assert run_eval(models[0], data_dir, out, "gsm8k", *GENERATE[:2], "--limit=1") == 2
     assert "holds records of another model" in capsys.readouterr().err
 
 
@@ -218,12 +224,6 @@ def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
     assert rows[0]["fewer_shots"] == rows[0]["n"] == 2 and rows[0]["shortened"] == 0
     assert "2 prompts had fewer shots to fit" in capsys.readouterr().out
     assert all(line["prompt_tokens"] + 350 - 1 <= 512 for line in lines)
-
-
-def test_the_share_cut_by_the_limit_is_counted(models, data_dir, tmp_path):
-    lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", "--max_new_tokens=1",
-                      path=False)
-    assert rows[0]["cut"] == sum(line["cut"] for line in lines) / ROWS
 
 
 # --- letters --------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_a_letter_that_is_not_one_token_is_refused():
     (r"so $\boxed{C}$", "C"), (r"\boxed{\text{A}}", "A"), ("Answer: D", "D"), ("E", None),
     ("B\nQuestion: the answer is C", "B"), ("The answer is Boron", None), ("A: yes", "A"),
 ])
-def test_which_letter_an_answer_means(text, letter):
+def test_the_letter_that_an_answer_means(text, letter):
     assert find_letter(text, 4) == letter
 
 
@@ -291,19 +291,17 @@ def test_both_rules_of_gsm8k(text, strict, flexible):
     assert GSM8K().grade(problem, text) == {"strict": strict, "flexible": flexible}
 
 
-@pytest.mark.parametrize("task", BENCHMARKS, ids=lambda task: task.name)
-def test_references_are_right_and_grading_is_idempotent(task, data_dir):
-    if task.kind == "code":
-        pytest.skip("tests/test_code.py")
-    if not (data_dir / task.folder).is_dir() or task.name == "arc_challenge":
-        pytest.skip("no file of it here")
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "mmlu", "mmlu_pro", "mmlu_pro_cot",
+                                  "arc_easy", "sums"])
+def test_references_are_right_and_grading_is_idempotent(name, data_dir):
+    task = TASKS[name]
     for problem in task.load(data_dir / task.folder):
         text = task.reference(problem)
         verdict = task.grade(problem, text)
         assert verdict["flexible"]
         for stop in task.stops["plain"]:
             assert task.grade(problem, text + stop + " 7") == verdict
-        # also from what a record keeps
+        # also from a record alone
         assert task.grade(task.restore({**task.short(problem)}), text) == verdict
 
 
@@ -317,8 +315,9 @@ def test_texts_and_turns_of_gsm8k():
         "1+1?", "#### 2", "2+2?"]
 
 
-def test_texts_of_multiple_choice():
-    problem = {"subject": "the_one", "question": " 1? ", "options": ["a", "b", "c", "d"],
+def test_texts_of_multiple_choice(data_dir):
+    assert MMLU().load(data_dir / "mmlu")[1]["question"] == "the 1, in?"
+    problem = {"subject": "the_one", "question": "1?", "options": ["a", "b", "c", "d"],
                "answer": "B", "category": "law"}
     assert MMLU().prompt(problem, [problem], "plain") == (
         "The following are multiple choice questions (with answers) about the one.\n\n"
@@ -348,21 +347,17 @@ def test_style_follows_the_chat_template(models):
 
 # --- search ---------------------------------------------------------------------------------------
 
-def same(a, b):
-    return a == b
-
-
 @pytest.mark.parametrize("answers, points, place", [
     (["3", "4", "4"], [0.0, -2.0, -1.0], 2),         # the majority, its best
     (["3", "4"], [-1.0, -2.0], 0), (["3", "4"], [-2.0, -1.0], 1),      # ties to the higher score
-    ([None, "4", None], [0.0, -9.0, 0.0], 1),        # who has no answer has no vote
+    ([None, "4", None], [0.0, -9.0, 0.0], 1),        # no answer is no vote
     ([None, None], [-1.0, 0.0], 0), (["3"], [0.0], 0),
 ])
 def test_votes(answers, points, place):
-    assert scores.vote(answers, points, same) == place
+    assert scores.vote(answers, points, str.__eq__) == place
 
 
-def test_the_likeliest_answer_that_can_be_one():
+def test_the_likeliest_plausible_answer():
     assert scores.likeliest(["a", "b", "c"], [-3.0, -1.0, -2.0], [True] * 3) == 1
     assert scores.likeliest(["a", "b", "c"], [-3.0, -1.0, -2.0], [True, False, True]) == 2
 
@@ -429,9 +424,8 @@ def test_a_machine_that_fails_the_references_reports_nothing(
         models, data_dir, tmp_path, capsys, monkeypatch):
     write_code(data_dir / "humaneval")
     monkeypatch.setattr(TASKS["humaneval"], "check_references", lambda *_: ["HumanEval/1"])
-    flags = [f"--init_from={models[0]}", "--task=humaneval", f"--data_dir={data_dir}",
-             f"--out={tmp_path / 'out'}", "--device=cpu", "--allow_code_execution"]
-    assert exit_status(evaluation.main, flags) == 2
+    assert run_eval(models[0], data_dir, tmp_path / "out", "humaneval",
+                    "--allow_code_execution") == 2
     assert "1 reference solutions of humaneval fail" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -441,7 +435,7 @@ def test_a_machine_that_fails_the_references_reports_nothing(
 def test_records_graded_again_are_the_same(models, data_dir, tmp_path):
     run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE)
     source, again = tmp_path / "out" / "records.jsonl", tmp_path / "again.jsonl"
-    # without the data: a record keeps what its grading needs
+    # without files: a record has all that its grading needs
     assert exit_status(evaluation.main, [f"--regrade={source}", f"--out={again}"]) == 0
     assert again.read_bytes() == source.read_bytes()
 
@@ -483,15 +477,18 @@ def test_lines_that_cannot_be_graded_are_one_line(line, words, data_dir, tmp_pat
 # --- files ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, message", [
-    (["--task=gsm8k", "--data_dir=DIR/none"], "no data of gsm8k in "),
+    (["--task=gsm8k", "--data_dir=DIR/none"], "get it with: python -m data.tasks get gsm8k"),
     (["--task=mmlu", "--data_dir=DIR/none"], "unpack https://"),
     (["--task=gsm9k"], "invalid choice"),
     (["--task=gsm8k", "--data_dir=DIR", "--topics", "math"], "--topics would do nothing"),
     (["--task=tiny", "--shots=2"], "--shots would do nothing"),
     (["--task=mmlu", "--data_dir=DIR", "--search", "vote:3"], "--search would do nothing"),
-    (["--task=gsm8k", "--data_dir=DIR", "--choices=letters"], "--choices would do nothing"),
+    (["--task=sums", "--choices=letters"], "--choices would do nothing"),
+    (["--task=sums", "--data_dir=DIR"], "--data_dir would do nothing"),
     (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit = 0 is out of range"),
-    (["--task=humaneval", "--data_dir=DIR"], "needs --allow_code_execution"),
+    (["--task=humaneval", "--data_dir=DIR"],
+     "needs --allow_code_execution; Programs run with limits on time, memory, files, network and "
+     "processes: that stops accidents, but not an attacker: for programs you distrust use a cont"),
     (["--task=gsm8k", "--data_dir=DIR", "--max_new_tokens=600"], "leaves no room for a prompt"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -539,11 +536,16 @@ def shared():
     return folder
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "math", "mmlu", "mmlu_pro", "pass_at_k"])
+@pytest.mark.parametrize("name", ["gsm8k", "math", "mmlu", "mmlu_pro", "humaneval", "mbpp",
+                                  "pass_at_k"])
 def test_golden_verdicts(name, shared, tmp_path):
+    # some of the programs try to change this folder
+    canary = Path(tempfile.gettempdir()) / "nanol2d_canary"
+    canary.mkdir(exist_ok=True)
+    (canary / "file").write_text("alive")
     source = shared / "benchmarks" / "golden" / f"{name}.jsonl"
     words = [f"--regrade={source}", f"--out={tmp_path / 'out.jsonl'}",
-             f"--data_dir={shared / 'data' / 'datasets'}"]
+             f"--data_dir={shared / 'data' / 'datasets'}", "--allow_code_execution"]
     assert exit_status(evaluation.main, words) == 0
     for line in records.read_lines(tmp_path / "out.jsonl"):
         expected = line["expected"]
@@ -551,37 +553,49 @@ def test_golden_verdicts(name, shared, tmp_path):
             expected = {"pass_at_k": expected and pytest.approx(expected)}
         if line.get("firm", True):
             assert {key: line[key] for key in expected} == expected, line
+    assert [path.name for path in canary.iterdir()] == ["file"]
+    assert (canary / "file").read_text() == "alive"
 
 
-def test_golden_prompts(shared):
-    folder, rows = shared / "benchmarks" / "prompts", shared / "data" / "datasets"
-    def turns(messages):
-        return "".join(piece.text for piece in render_llama3(messages, True))
+def rendered(prompt) -> str:
+    """A plain prompt, or messages in Llama's format."""
+    if isinstance(prompt, str):
+        return prompt
+    # a last turn of the assistant is continued
+    begun = prompt.pop()["content"] if prompt[-1]["role"] == "assistant" else ""
+    return "".join(piece.text for piece in render_llama3(prompt, True)) + begun
 
-    gsm8k, mmlu = GSM8K(), MMLU()
-    problems = gsm8k.load(rows / "gsm8k")
-    for number in (0, 1):
-        shots = gsm8k.examples(problems, problems[number], 5, "chat")
-        text = (folder / f"l2d_gsm8k_{number}.txt").read_text()
-        assert turns(gsm8k.prompt(problems[number], shots, "chat")) == text
-    text = (folder / "lm_eval_gsm8k_0.txt").read_text()
+
+@pytest.mark.parametrize("file, task, number", [
+    ("l2d_gsm8k_0", "gsm8k", 0), ("l2d_gsm8k_1", "gsm8k", 1),
+    ("lm_eval_minerva_math500_0", "math500", 0), ("lm_eval_minerva_math500_1", "math500", 1),
+    ("l2d_mmlu_abstract_algebra_0", "mmlu", "abstract_algebra/0"),
+    ("l2d_mmlu_high_school_biology_0", "mmlu", "high_school_biology/0"),
+    ("lm_eval_mmlu_abstract_algebra_0", "mmlu", "abstract_algebra/0"),
+    ("lm_eval_mmlu_high_school_biology_0", "mmlu", "high_school_biology/0"),
+    ("lm_eval_humaneval_0shot_0", "humaneval", 0), ("lm_eval_humaneval_0shot_1", "humaneval", 1),
+    ("l2d_instructhumaneval_5", "humaneval", 5), ("l2d_instructhumaneval_6", "humaneval", 6),
+    ("lm_eval_mbpp_0", "mbpp", 11), ("lm_eval_mbpp_1", "mbpp", 12),
+    ("l2d_mbpp_11", "mbpp", 11), ("l2d_mbpp_12", "mbpp", 12),
+])
+def test_golden_prompts(file, task, number, shared):
+    task = TASKS[task]
+    style = "chat" if file.startswith("l2d") else "plain"
+    problems = task.load(shared / "data" / "datasets" / task.name)
+    scored = task.scored(problems, task.shots[style], style)
+    problem = next(one for one in scored if one["id"].endswith(f"/{number}"))
+    shots = task.examples(problems, problem, task.shots[style], style)
+    text = (shared / "benchmarks" / "prompts" / f"{file}.txt").read_bytes().decode()
+    assert rendered(task.prompt(problem, shots, style)) == text
+
+
+def test_golden_text_of_gsm8k(shared):
+    """The harness draws its shots, so they are read from the text."""
+    text = (shared / "benchmarks" / "prompts" / "lm_eval_gsm8k_0.txt").read_text()
+    problems = GSM8K().load(shared / "data" / "datasets" / "gsm8k")
     by_question = {one["question"]: one for one in problems}
     shots = [by_question[found] for found in re.findall("Question: (.*)\nAnswer: ", text)]
-    assert gsm8k.prompt(problems[0], shots, "plain") == text
-    problems = mmlu.load(rows / "mmlu")
-    for subject in ("abstract_algebra", "high_school_biology"):
-        problem = next(one for one in problems if one["id"] == f"mmlu/test/{subject}/0")
-        shots = mmlu.examples(problems, problem, 5, "plain")
-        text = (folder / f"lm_eval_mmlu_{subject}_0.txt").read_text()
-        assert mmlu.prompt(problem, shots, "plain") == text
-        text = (folder / f"l2d_mmlu_{subject}_0.txt").read_text()
-        assert turns(mmlu.prompt(problem, shots, "chat")) == text
-    math = TASKS["math500"]
-    problems = math.load(rows / "math500")
-    for number in (0, 1):
-        text = (folder / f"lm_eval_minerva_math500_{number}.txt").read_text()
-        shots = math.examples(problems, problems[number], 4, "plain")
-        assert math.prompt(problems[number], shots, "plain") == text
+    assert GSM8K().prompt(problems[0], shots, "plain") == text
 
 
 def test_golden_prompts_of_mmlu_pro(shared):
@@ -592,31 +606,29 @@ def test_golden_prompts_of_mmlu_pro(shared):
     def named(text, question, options):
         return next(one for one in problems if one["question"].strip() == question.strip()
                     and MMLUPro().lines(one) == options)
-    asked = re.compile("Question:\n((?:.|\n)*?)\n(?:Options|Choices):\n((?:[A-J]\\. .*\n?)+)")
+    questions = re.compile("Question:\n((?:.|\n)*?)\n(?:Options|Choices):\n((?:[A-J]\\. .*\n?)+)")
     for path in sorted(folder.glob("*mmlu_pro*STANDIN*.txt")):
         text = path.read_text()
         found = [named(text, question, re.sub("<.*", "", options).strip("\n"))
-                 for question, options in asked.findall(text)]
+                 for question, options in questions.findall(text)]
         worked = "A: Let's think step by step. (STAND-IN reasoning; the real validation rows " \
                  "have a worked text here.) The answer is ({})."
         shots = [{**one, "cot_content": worked.format(one["answer"])} for one in found[:-1]]
         if path.name.startswith("lm_eval"):
             assert MMLUProSteps().prompt(found[-1], shots, "plain") == text
         else:
-            messages = MMLUPro().prompt(found[-1], shots, "chat")
-            rendered = "".join(piece.text for piece in render_llama3(messages, True))
-            assert rendered == text
+            assert rendered(MMLUPro().prompt(found[-1], shots, "chat")) == text
 
 
 # --- the finetune in one command ------------------------------------------------------------------
 
-def test_a_finetune_trains_and_measures_each_way_once(models, data_dir, tmp_path, monkeypatch,
-                                                      capsys):
-    said = []
+def test_a_finetune_trains_and_measures_each_method_once(
+        models, data_dir, tmp_path, monkeypatch, capsys):
+    commands = []
 
     def note(*words):
-        said.append([str(word) for word in words])
-        out = next((word for word in said[-1] if word.startswith("--out_dir=")), None)
+        commands.append([str(word) for word in words])
+        out = next((word for word in commands[-1] if word.startswith("--out_dir=")), None)
         if out:
             folder = Path(out.partition("=")[2])
             folder.mkdir()
@@ -629,8 +641,8 @@ def test_a_finetune_trains_and_measures_each_way_once(models, data_dir, tmp_path
     flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
              "--updates=3", "--task=arc_easy"]
     assert exit_status(finetune.main, flags) == 0
-    assert [words[0] for words in said] == ["-m", "train.py", "train.py", "eval.py", "eval.py"]
-    assert "--method=l2d" in said[1] and "--method=lora" in said[2]
+    assert [words[0] for words in commands] == ["-m", "train.py", "train.py", "eval.py", "eval.py"]
+    assert "--method=l2d" in commands[1] and "--method=lora" in commands[2]
     text = capsys.readouterr().out
     assert "the same before and after: True" in text
     assert "lora     held-out loss 2.000 -> 1.500, 3 s" in text
@@ -638,8 +650,8 @@ def test_a_finetune_trains_and_measures_each_way_once(models, data_dir, tmp_path
     assert len(rows) == 4
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
     assert rows[0]["messages"][1]["content"] == "B"
-    # what is done is not trained again
-    said.clear()
+    # a finished method is not trained again
+    commands.clear()
     (tmp_path / "o" / "data" / "meta.json").write_text("{}")
     assert exit_status(finetune.main, flags) == 0
-    assert [words[0] for words in said] == ["eval.py", "eval.py"]
+    assert [words[0] for words in commands] == ["eval.py", "eval.py"]

@@ -1,17 +1,14 @@
-"""HumanEval and MBPP: exact prompts, which program is read out of a text, verdicts, pass@k.
+"""HumanEval and MBPP: exact prompts, the program in a text, verdicts, pass@k.
 
-python -m pytest tests/test_code.py
-NANOL2D_SHARED=DIR python -m pytest tests/test_code.py      also the published data, in DIR
+    python -m pytest tests/test_code.py
+
+tests/test_benchmarks.py compares published verdicts and prompts.
 """
 
 import gzip
 import json
-import os
-import tempfile
-import time
 from fractions import Fraction
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 
@@ -130,7 +127,7 @@ def test_humaneval_as_turns(humaneval):
             "Write a function area(side: float,\n         high: float) -> float to solve the "
             'following problem:\nThe area of a triangle,\nwhich is half a "rectangle".\n\n'
             ">>> area(2, 3)\\t# a comment\n3.0"},
-        # an open turn: the model goes on behind the colon
+        # an open turn: the model continues behind the colon
         {"role": "assistant", "content":
             "import math\n\n\ndef half(x: float) -> float:\n    return x / 2\n\n"
             "def area(side: float,\n         high: float) -> float:"},
@@ -161,15 +158,15 @@ def test_mbpp_as_turns(mbpp):
 
 
 def test_mbpp_as_a_text(mbpp):
-    asked = ("You are an expert Python programmer, and here is your task: Write number {}. Your "
-             "code should pass these tests:\n\nassert add(1, 2) == 3\n"
-             "assert set([add(2, 2)]) == set([4]) \n[BEGIN]\n")
-    solved = asked.format(2) + "def add(a, b):\r\n  return a + b \n[DONE]\n\n"
-    assert MBPP().prompt(mbpp[6], [mbpp[1]], "plain") == solved + asked.format(11)
-    assert MBPP().prompt(mbpp[6], [], "plain") == asked.format(11)
+    text = ("You are an expert Python programmer, and here is your task: Write number {}. Your "
+            "code should pass these tests:\n\nassert add(1, 2) == 3\n"
+            "assert set([add(2, 2)]) == set([4]) \n[BEGIN]\n")
+    solved = text.format(2) + "def add(a, b):\r\n  return a + b \n[DONE]\n\n"
+    assert MBPP().prompt(mbpp[6], [mbpp[1]], "plain") == solved + text.format(11)
+    assert MBPP().prompt(mbpp[6], [], "plain") == text.format(11)
 
 
-# --- which program is read out of a text ----------------------------------------------------------
+# --- the program in a text ------------------------------------------------------------------------
 
 BODY = "    return half(side * high)\n"
 WHOLE = f"def area(side, high):\n{BODY}"
@@ -244,12 +241,6 @@ def test_an_endless_answer_times_out_once(humaneval, monkeypatch):
     assert runs == [0.5]
 
 
-def test_the_plain_style_is_strict_about_what_stands_before_the_stop(humaneval):
-    text = BODY + "\nprint(input())\n"
-    assert HumanEval().grade(humaneval[0], text, style="plain")["strict"]
-    assert not HumanEval().grade(humaneval[0], text, style="chat")["strict"]
-
-
 def test_a_function_may_be_called_like_one_of_python(mbpp):
     problem = {**mbpp[0], **mbpp_row(1, name="sum")}
     assert MBPP().names(problem) == ["sum"]
@@ -271,10 +262,13 @@ def test_no_warning_and_no_depth_disturbs_the_reading(recwarn):
     assert not recwarn.list
 
 
-def test_a_long_text_is_not_tried_line_by_line(humaneval):
-    start = time.monotonic()
+def test_a_long_text_is_not_tried_line_by_line(humaneval, monkeypatch):
+    tried = []
+    broken_line = code.broken_line
+    monkeypatch.setattr(code, "broken_line", lambda text: tried.append(1) or broken_line(text))
     HumanEval().programs(humaneval[0], "def area(side):\n    return (side\n" * 1000)
-    assert time.monotonic() - start < 10
+    # a few times for each of its 1,000 beginnings, not once more for each line behind them
+    assert len(tried) < 5000
 
 
 @pytest.mark.parametrize("text, kept", [
@@ -326,59 +320,3 @@ def test_pass_at_k_has_no_value_for_too_few_samples():
     assert pass_at_k(5, 5, 6) is None
     assert pass_at_k(200, 3, 100) == pytest.approx(
         1 - Fraction(100 * 99 * 98, 200 * 199 * 198), rel=1e-15)
-
-
-# --- the published data ---------------------------------------------------------------------------
-
-@pytest.fixture
-def shared():
-    if "NANOL2D_SHARED" not in os.environ:
-        pytest.skip("NANOL2D_SHARED does not name a folder with the published data")
-    return Path(os.environ["NANOL2D_SHARED"])
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_golden_verdicts(shared):
-    canary = Path(tempfile.gettempdir()) / "nanol2d_canary"
-    canary.mkdir(exist_ok=True)
-    (canary / "file").write_text("alive")
-    for task in (HumanEval(), MBPP()):
-        problems = task.load(shared / "data" / "datasets" / task.name)
-        by_id = {problem["id"]: problem for problem in problems}
-        for record in read_jsonl(shared / "benchmarks" / "golden" / f"{task.name}.jsonl"):
-            if record["firm"]:
-                graded = task.grade(by_id[record["id"]], record["output"])
-                assert graded == record["expected"], record["note"]
-    assert [path.name for path in canary.iterdir()] == ["file"]
-    assert (canary / "file").read_text() == "alive"
-
-
-def test_golden_pass_at_k(shared):
-    for record in read_jsonl(shared / "benchmarks" / "golden" / "pass_at_k.jsonl"):
-        assert pass_at_k(**record["output"]) == record["expected"]
-
-
-@pytest.mark.parametrize("name, task, number", [
-    ("lm_eval_humaneval_0shot_0", HumanEval(), 0), ("lm_eval_humaneval_0shot_1", HumanEval(), 1),
-    ("lm_eval_mbpp_0", MBPP(), 0), ("lm_eval_mbpp_1", MBPP(), 1),
-    ("l2d_instructhumaneval_5", HumanEval(), 0), ("l2d_instructhumaneval_6", HumanEval(), 1),
-    ("l2d_mbpp_11", MBPP(), 0), ("l2d_mbpp_12", MBPP(), 1),
-])
-def test_golden_prompts(name, task, number, shared):
-    style = "chat" if name.startswith("l2d") else "plain"
-    problems = task.load(shared / "data" / "datasets" / task.name)
-    shots = task.examples(problems, None, task.shots[style], style)
-    problem = task.scored(problems, len(shots), style)[number]
-    prompt = task.prompt(problem, shots, style)
-    text = (shared / "benchmarks" / "prompts" / f"{name}.txt").read_bytes().decode()
-    if style == "plain":
-        assert prompt == text
-        return
-    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    turns = [header.format(turn["role"]) + turn["content"] for turn in prompt]
-    if prompt[-1]["role"] == "user":
-        turns.append(header.format("assistant"))
-    assert text.endswith("<|eot_id|>" + "<|eot_id|>".join(turns))

@@ -1,6 +1,8 @@
-"""data/experiments/harness.py: what the harness is told of our models. Needs `pip install lm_eval`.
+"""data/experiments/harness.py: the answers of our models to lm-evaluation-harness.
 
     python -m pytest tests/test_harness.py
+
+The harness itself is not needed: the tests call the adapter as it does.
 """
 
 import zlib
@@ -27,9 +29,6 @@ def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch, capsys):
     assert "pip install lm_eval" in capsys.readouterr().err
 
 
-needs_harness = pytest.mark.skipif(harness.simple_evaluate is None, reason="needs lm_eval")
-
-
 def adapter(models, steps, batch_size=3) -> Adapter:
     model, tokenizer = load_model(str(models[1]), device="cpu")
     settings = Settings(steps=steps, solver="euler")
@@ -43,7 +42,6 @@ def requests(*args) -> list:
 PAIRS = [("the in", " A"), ("the in", " B"), ("the in ", "the in"), ("12", " A"), ("x", "123 the")]
 
 
-@needs_harness
 def test_probabilities_of_the_frozen_model_are_its_log_softmax(models):
     ours = adapter(models, steps=0)
     found = ours.loglikelihood(requests(*PAIRS), disable_tqdm=True)
@@ -55,7 +53,6 @@ def test_probabilities_of_the_frozen_model_are_its_log_softmax(models):
         assert greedy == (logits.argmax(-1).tolist() == after)
 
 
-@needs_harness
 @pytest.mark.parametrize("steps", [0, 2])
 def test_nothing_depends_on_the_batch(steps, models):
     results = []
@@ -70,7 +67,6 @@ def test_nothing_depends_on_the_batch(steps, models):
         assert a == pytest.approx(b, abs=1e-3) and greedy == same
 
 
-@needs_harness
 def test_texts_are_those_of_sample_and_end_at_the_stop_strings(models):
     ours = adapter(models, steps=2)
     how = {"until": [], "max_gen_toks": 5}
@@ -84,7 +80,6 @@ def test_texts_are_those_of_sample_and_end_at_the_stop_strings(models):
     assert cut == text[:text.index(half)]
 
 
-@needs_harness
 def test_a_whole_text_is_the_sum_of_its_windows(models):
     ours = adapter(models, steps=0)
     text = "the in 123 " * 120

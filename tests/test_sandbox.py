@@ -1,4 +1,4 @@
-"""Strange programs: what they may do, what they may not, and that nothing of them is left.
+"""Untrusted programs: what they may do, what is refused, and that nothing of them is left.
 
 python -m pytest tests/test_sandbox.py
 """
@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +27,7 @@ def temp(tmp_path, monkeypatch):
 
 @pytest.fixture
 def canary(temp):
-    """A folder beside the sandbox with one file, which nobody may harm."""
+    """A folder beside the sandbox with one file that no program may change."""
     folder = temp / "canary"
     folder.mkdir()
     (folder / "file").write_text("alive")
@@ -44,14 +44,11 @@ def canary(temp):
 RIGHT = {
     "nothing": "",
     "tests": "def f(x):\n    return x + 1\nassert f(1) == 2\n",
-    "windows line ends": "x = 1\r\nassert x\r\n",
     "modules": "import random, hashlib, re, uuid, logging, doctest, asyncio, typing",
-    "named tuple": "import collections\nassert collections.namedtuple('P', 'x y')(1, 2).y == 2",
     "dataclass": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nA(1)",
     "numpy": "import numpy\nassert numpy.linalg.inv(numpy.eye(9)).sum() == 9",
     "threads": "import threading as t\na = t.Thread(target=int)\na.start()\na.join()",
     "parallel imports": "import multiprocessing.pool, multiprocessing.managers, asyncio",
-    "where am I": "import os\nassert os.path.isdir(os.getcwd())",
     "null device": "import os\nopen(os.devnull, 'w').write('x')",
     "database": "import sqlite3\nsqlite3.connect(':memory:').execute('create table t (x)')",
     "reading": "import sys\nopen(sys.executable, 'rb').read(10)",
@@ -70,7 +67,7 @@ def test_right_programs_pass(program):
     assert run(program) == "passed"
 
 
-def test_a_program_may_do_as_it_likes_in_its_own_folder(temp):
+def test_a_program_may_change_its_own_folder(temp):
     program = """
 import os, pathlib, shutil, tempfile
 os.makedirs("a/b/c")
@@ -92,9 +89,8 @@ os.chmod("left", 0)
 
 def test_a_thread_left_running_is_not_waited_for(temp):
     program = "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
-    start = time.monotonic()
+    # waiting for it would time out
     assert run(program) == "passed"
-    assert time.monotonic() - start < 3
     assert list(temp.iterdir()) == []
 
 
@@ -139,9 +135,7 @@ def test_wrong_programs_fail_and_say_why(program, reason):
     "    except BaseException:\n        pass",
 ], ids=["loop", "sleep", "swallows everything"])
 def test_endless_programs_time_out(program, temp):
-    start = time.monotonic()
     assert run(program, SHORT) == "timed out"
-    assert SHORT <= time.monotonic() - start < SHORT + 3
     assert list(temp.iterdir()) == []
 
 
@@ -162,9 +156,9 @@ def test_folders_cannot_be_nested_so_deep_that_they_stay(temp):
     assert list(temp.iterdir()) == []
 
 
-# --- doors that are locked ------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
-LOCKED = {
+REFUSED = {
     "socket": "import socket\nsocket.socket()",
     "connection": "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)",
     "name": "import socket\nsocket.gethostbyname('localhost')",
@@ -175,7 +169,7 @@ LOCKED = {
     "library": "import ctypes\nctypes.CDLL(None)",
     "library of python": "import ctypes\nctypes.pythonapi.Py_GetVersion",
 }
-LOCKED_ON_POSIX = {
+REFUSED_ON_POSIX = {
     "fork": "import os\nos.fork()",
     "exec": "import os\nos.execv('/bin/true', ['true'])",
     "spawn": "import os\nos.posix_spawn('/bin/true', ['true'], {})",
@@ -188,14 +182,12 @@ LOCKED_ON_POSIX = {
 }
 
 
-@pytest.mark.parametrize("program", LOCKED.values(), ids=LOCKED)
+if POSIX:
+    REFUSED.update(REFUSED_ON_POSIX)
+
+
+@pytest.mark.parametrize("program", REFUSED.values(), ids=REFUSED)
 def test_network_and_processes_are_refused(program):
-    assert run(program).startswith("failed: PermissionError")
-
-
-@pytest.mark.skipif(not POSIX, reason="names of POSIX")
-@pytest.mark.parametrize("program", LOCKED_ON_POSIX.values(), ids=LOCKED_ON_POSIX)
-def test_so_are_their_other_names(program):
     verdict = run(program)
     assert verdict.startswith(("failed: PermissionError", "failed: ModuleNotFoundError"))
 
@@ -206,18 +198,13 @@ OUTSIDE = {
     "update": "open(FILE, 'r+')",
     "new": "open(FOLDER + '/new', 'x')",
     "bytes": "open(os.fsencode(FILE), 'w')",
-    "path": "pathlib.Path(FILE).write_text('x')",
     "beside": "open('../canary/file', 'w')",
     "descriptor": "os.open(FILE, os.O_WRONLY)",
     "truncate": "os.truncate(FILE, 0)",
     "remove": "os.remove(FILE)",
-    "unlink": "pathlib.Path(FILE).unlink()",
     "tree": "shutil.rmtree(FOLDER)",
-    "tree, errors ignored": "shutil.rmtree(FOLDER, ignore_errors=True)",
     "rename": "os.rename(FILE, 'mine')",
-    "move": "shutil.move(FOLDER, 'mine')",
     "replace": "open('mine', 'w').close()\nos.replace('mine', FILE)",
-    "copy": "open('mine', 'w').close()\nshutil.copy('mine', FILE)",
     "mode": "os.chmod(FILE, 0)",
     "time": "os.utime(FILE)",
     "folder": "os.mkdir(FOLDER + '/new')",
@@ -233,25 +220,22 @@ OUTSIDE_ON_POSIX = {
     "go to an open folder": "os.fchdir(os.open(FOLDER, os.O_RDONLY))",
     "pipe": "os.mkfifo(FOLDER + '/new')",
 }
-HEAD = """import os, pathlib, shutil, sqlite3
+HEAD = """import os, shutil, sqlite3
 FOLDER = {folder!r}
 FILE = os.path.join(FOLDER, "file")
 assert os.path.exists(FILE)
 """
 
 
+if POSIX:
+    OUTSIDE.update(OUTSIDE_ON_POSIX)
+
+
 @pytest.mark.parametrize("line", OUTSIDE.values(), ids=OUTSIDE)
 def test_nothing_is_changed_outside(line, canary):
-    # Windows asks for a privilege before a link can be made: refused all the same
+    # Windows needs a privilege to make a link: refused as well
     verdict = run(HEAD.format(folder=str(canary)) + line)
     assert verdict.startswith(("failed: PermissionError", "failed: OSError"))
-
-
-@pytest.mark.skipif(not POSIX, reason="functions of POSIX")
-@pytest.mark.parametrize("line", OUTSIDE_ON_POSIX.values(), ids=OUTSIDE_ON_POSIX)
-def test_nor_by_what_only_posix_has(line, canary):
-    verdict = run(HEAD.format(folder=str(canary)) + line)
-    assert verdict.startswith("failed: PermissionError")
 
 
 def test_a_refusal_that_is_caught_has_still_refused(canary):
@@ -294,24 +278,18 @@ def test_many_programs_keep_their_order_and_processors(monkeypatch):
     assert run_all([]) == []
 
 
-class Interrupted:
-    """The output of a child while somebody presses Ctrl-C."""
-
-    def read1(self, size):
-        raise KeyboardInterrupt
-
-    def close(self):
-        pass
-
-
-def test_ctrl_c_ends_the_child_and_clears_up(temp, monkeypatch):
+def test_ctrl_c_ends_the_child_and_removes_its_folder(temp, monkeypatch):
     children = []
     start = sandbox.start
+
+    def interrupt(size):
+        raise KeyboardInterrupt
 
     def interrupted(folder, seconds):
         child = start(folder, seconds)
         child.stdout.close()
-        child.stdout = Interrupted()
+        # Ctrl-C while its output is read
+        child.stdout = SimpleNamespace(read1=interrupt, close=lambda: None)
         children.append(child)
         return child
 
@@ -324,16 +302,13 @@ def test_ctrl_c_ends_the_child_and_clears_up(temp, monkeypatch):
 
 
 @pytest.mark.skipif(not POSIX, reason="limits of POSIX")
-def test_a_limit_never_goes_above_the_present_one(monkeypatch):
-    asked = []
+@pytest.mark.parametrize("hard, seconds, expected", [(3, 1000, 3), (100, 10, 12)])
+def test_a_limit_never_goes_above_the_present_one(hard, seconds, expected, monkeypatch):
+    found = {}
     resource = sandbox_child.resource
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (50, 100))
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: asked.append(limits))
-    sandbox_child.limit(resource.RLIMIT_CPU, 1000)
-    sandbox_child.limit(resource.RLIMIT_CPU, 10)
-    assert asked == [(100, 100), (10, 10)]
-
-
-def test_the_notice_says_what_is_not_stopped():
-    assert "attacker" in sandbox.NOTICE and "container" in sandbox.NOTICE
-    assert sandbox.NOTICE.count("\n") <= 1
+    monkeypatch.setattr(sandbox_child.signal, "alarm", lambda seconds: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (hard, hard))
+    monkeypatch.setattr(resource, "setrlimit", found.__setitem__)
+    sandbox_child.limit_resources(seconds)
+    assert found[resource.RLIMIT_CPU] == (expected, expected)
+    assert found[resource.RLIMIT_AS] == (hard, hard)

@@ -1,4 +1,4 @@
-"""The generated sums and products: what is asked, who is tested on what, verdicts, eval.py.
+"""data/tasks/sums.py: its questions, the split, verdicts, eval.py.
 
     python -m pytest tests/test_sums.py
 """
@@ -8,22 +8,18 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import eval as evaluation
-from conftest import LLAMA, ROOT, exit_status, make_lm
+from conftest import ROOT, exit_status
 from data.experiments import finetune
 from data.results import records
 from data.tasks import TASKS
 from data.tasks.files import find_folder
-from data.tasks.sums import KINDS, MOST, RESULT, of_all_kinds, of_kind, split_of
+from data.tasks.sums import KINDS, MOST, of_all_kinds, of_kind, split_of
 from data.tasks.task import of_split
 from data.text.formats import render_qwen
-from data.text.tokenizer import load_tokenizer
-from diffusion import L2D, L2DConfig
-from model import LM
+from test_benchmarks import build_models
 from test_formats import SMOLLM
-from test_tokenizer import NAMES, save, tokenizer_json
 
 TASK = TASKS["sums"]
 PROBLEMS = TASK.load()
@@ -31,68 +27,63 @@ PROBLEMS = TASK.load()
 
 def parts(problem: dict) -> tuple:
     """(kind, smaller, sign, larger), read from the id."""
-    kind, asked = problem["id"].split("/")[2:]
+    kind, numbers = problem["id"].split("/")[2:]
     sign = KINDS[kind][0]
-    a, b = sorted(map(int, asked.split(sign)))
+    a, b = sorted(map(int, numbers.split(sign)))
     return kind, a, sign, b
 
 
-def pairs(split: str) -> set:
-    return {(a, b) for _, a, _, b in map(parts, of_split(PROBLEMS, split))}
+def pairs(problems: list) -> set:
+    return {(a, b) for _, a, _, b in map(parts, problems)}
 
 
-# --- what is asked --------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------
 
 def test_the_same_problems_every_time():
     assert TASK.load() == PROBLEMS
-    # these go into records, so they must not move
+    # these go into records, so they must not change
     assert PROBLEMS[0] == {
         "id": "sums/test/sums/1+17", "answer": "18",
         "question": "Reply with one number and nothing else. 1 + 17 = ?"}
     assert len(of_split(PROBLEMS, "test")) == 348 and len(of_split(PROBLEMS, "train")) == 2907
-
-
-def test_another_process_makes_the_same_ones():
-    """Python's own hash differs from run to run; ours must not."""
+    # in another process too: Python's own hash differs from run to run
     code = ("import json; from data.tasks import TASKS; "
             "print(json.dumps(TASKS['sums'].load()[:400]))")
-    said = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                           check=True, env={"PYTHONHASHSEED": seed}).stdout for seed in "12"]
-    assert said[0] == said[1] and json.loads(said[0]) == PROBLEMS[:400]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True, env={"PYTHONHASHSEED": "1"})
+    assert json.loads(done.stdout) == PROBLEMS[:400]
 
 
 def test_no_two_numbers_of_a_test_question_are_trained_on():
-    assert len(pairs("test")) > 100 and not pairs("test") & pairs("train")
+    test, train = (pairs(of_split(PROBLEMS, split)) for split in ("test", "train"))
+    assert len(test) > 100 and not test & train
     for a in range(1, 100):
         for b in range(1, 100):
             assert split_of(a, b) == split_of(b, a)
     # by construction: also of those that the limit leaves out
     for kind in KINDS:
-        apart = [{parts(one)[1::2] for one in of_kind(kind, split)} for split in ("test", "train")]
-        assert not apart[0] & apart[1]
+        assert not pairs(of_kind(kind, "test")) & pairs(of_kind(kind, "train"))
 
 
-def test_no_question_is_asked_twice():
+def test_no_question_occurs_twice():
     assert len({one["question"] for one in PROBLEMS}) == len(PROBLEMS)
     assert len({one["id"] for one in PROBLEMS}) == len(PROBLEMS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_is_all_that_its_ranges_allow(kind):
-    sign, (low, high), (from_, to) = KINDS[kind]
-    found = [parts(one) for split in ("test", "train") for one in of_kind(kind, split)]
-    assert {(a, b) for _, a, _, b in found} == {
-        (a, b) for a in range(low, high + 1) for b in range(from_, to + 1) if a <= b}
-    # both orders, but of equal numbers one
-    same = sum(a == b for _, a, _, b in found)
-    assert len(found) == 2 * len({(a, b) for _, a, _, b in found}) - same
+def test_a_kind_has_all_pairs_of_its_ranges_in_both_orders(kind):
+    _, smaller, larger = KINDS[kind]
+    problems = of_kind(kind, "test") + of_kind(kind, "train")
+    assert pairs(problems) == {(a, b) for a in smaller for b in larger if a <= b}
+    # of equal numbers there is one order
+    equal = sum(a == b for a, b in pairs(problems))
+    assert len(problems) == 2 * len(pairs(problems)) - equal
 
 
 def test_answers_are_the_numbers():
     for problem in PROBLEMS:
         _, a, sign, b = parts(problem)
         assert problem["answer"] == str(a + b if sign == "+" else a * b)
-    assert RESULT["+"](34, 47) == 81 and RESULT["*"](7, 8) == 56
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
@@ -101,9 +92,9 @@ def test_the_first_questions_are_of_all_kinds(split):
     for problem in of_all_kinds(split):
         counts[parts(problem)[0]] += 1
     assert max(counts.values()) == MOST[split] and min(counts.values()) >= 20
-    assert {parts(one)[0] for one in of_split(PROBLEMS, split)[:60]} == set(KINDS)
-    # no kind crowds the beginning
     first = [parts(one)[0] for one in of_split(PROBLEMS, split)[:60]]
+    assert set(first) == set(KINDS)
+    # their shares among the first are those among all
     share = counts["large_sums"] / sum(counts.values())
     assert abs(first.count("large_sums") / 60 - share) < 0.15
 
@@ -130,8 +121,7 @@ def test_the_plain_prompt_and_its_shots():
 
 @pytest.mark.parametrize("text, strict, flexible", [
     ("1018", True, True), (" 1018\n", True, True), ("1,018", False, True), ("1018.", False, True),
-    ("The answer is 1018.", False, True), ("**1018**", False, True),
-    ("18 + 1000 = 1018", False, True),
+    ("The answer is 1018.", False, True), ("18 + 1000 = 1018", False, True),
     ("1018 is 18 + 1000", False, False), ("1017", False, False), ("-1018", False, False),
     ("01018", False, False), ("10 18", False, False), ("1018.0", False, False),
     ("one thousand and eighteen", False, False), ("", False, False),
@@ -152,34 +142,15 @@ def test_every_exact_answer_is_right_and_every_other_number_wrong():
 
 # --- eval.py --------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A small random path whose base has SmolLM's chat format."""
-    root = tmp_path_factory.mktemp("models")
-    content = tokenizer_json()
-    content["added_tokens"].append({"id": 268, "content": "<|im_start|>", "special": True})
-    save(root / "base", tokenizer_json=content,
-         tokenizer_config_json={**NAMES, "chat_template": SMOLLM})
-    config = {**LLAMA, "vocab_size": 300, "max_position_embeddings": 512}
-    make_lm(config).save_pretrained(root / "base")
-    torch.manual_seed(0)
-    l2d = L2D(LM.from_pretrained(root / "base", device="cpu"), L2DConfig(16, 24, rank=4))
-    l2d.save(root / "path", tokenizer=load_tokenizer(root / "base").fingerprint, updates=1)
-    return root / "path"
-
-
-def flags(path, out, *more) -> list:
-    return [f"--init_from={path}", "--task=sums", f"--out={out}", "--device=cpu", *more]
-
-
-def test_eval_asks_and_grades_without_any_file(path, tmp_path, capsys):
-    words = flags(path, tmp_path / "out", "--limit=5", "--shots=0", "--style=chat", "--steps=2",
-                  "--max_new_tokens=3")
+def test_eval_needs_no_file(tmp_path, capsys):
+    _, path = build_models(tmp_path, SMOLLM)
+    words = [f"--init_from={path}", "--task=sums", f"--out={tmp_path / 'out'}", "--device=cpu",
+             "--limit=5", "--shots=0", "--style=chat", "--steps=2", "--max_new_tokens=3"]
     assert exit_status(evaluation.main, words) == 0
     lines = records.read_lines(tmp_path / "out" / "records.jsonl")[1:]
-    asked = sorted(one["id"] for one in PROBLEMS[:5])
+    expected = sorted(one["id"] for one in PROBLEMS[:5])
     for column in ("frozen", "euler 2"):
-        assert sorted(line["id"] for line in lines if line["column"] == column) == asked
+        assert sorted(line["id"] for line in lines if line["column"] == column) == expected
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert [row["column"] for row in rows] == ["frozen", "euler 2"]
     assert all({"strict_interval", "flexible_interval"} <= set(row) for row in rows)
@@ -189,30 +160,6 @@ def test_eval_asks_and_grades_without_any_file(path, tmp_path, capsys):
     words = [f"--regrade={tmp_path / 'out' / 'records.jsonl'}", f"--out={again}"]
     assert exit_status(evaluation.main, words) == 0
     assert again.read_bytes() == (tmp_path / "out" / "records.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--data_dir=here"], "--data_dir would do nothing: it needs a benchmark that is read from"),
-    (["--choices=letters"], "--choices would do nothing"),
-    (["--max_new_tokens=600"], "leaves no room for a prompt"),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(words, message, path, tmp_path, capsys):
-    assert exit_status(evaluation.main, flags(path, tmp_path / "out", *words)) == 2
-    err = capsys.readouterr().err
-    assert message in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_lines_of_another_program_are_graded(tmp_path, capsys):
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    line = {"benchmark": "sums", "id": PROBLEMS[0]["id"], "output": "It is 18"}
-    source.write_text(json.dumps(line) + "\n")
-    assert exit_status(evaluation.main, [f"--regrade={source}", f"--out={out}"]) == 0
-    assert records.read_lines(out) == [{**line, "strict": False, "flexible": True}]
-    source.write_text(json.dumps({**line, "id": "sums/test/sums/0+0"}) + "\n")
-    assert exit_status(evaluation.main, [f"--regrade={source}", f"--out={out}",
-                                         "--overwrite"]) == 2
-    assert "sums has no problem 'sums/test/sums/0+0'" in capsys.readouterr().err
 
 
 def test_a_finetune_gets_its_questions(tmp_path):

@@ -1,7 +1,7 @@
-"""Commands that make the tables of data/RESULTS.md again. They stand above the six scripts.
+"""Commands that make the tables of data/RESULTS.md again. They may import the six scripts.
 
-    headline    every method of training on the embedded topics, several seeds
-    untrained   what the embedded problems are worth without training
-    finetune    a real model: a path, LoRA of the same size and nothing, on sums
+    headline    every training method on the embedded topics, several seeds
+    untrained   three methods without training on the embedded topics
+    finetune    a real model: a path, a LoRA of the same size and the frozen model, on sums
     harness     our models in lm-evaluation-harness
 """

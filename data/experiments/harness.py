@@ -1,16 +1,17 @@
-"""Our models in the field's own harness, with all of its tasks: `pip install lm_eval` first.
+"""Our models in lm-evaluation-harness, with all of its tasks: `pip install lm_eval` first.
 
     python -m data.experiments.harness --init_from=DIR --tasks gsm8k --limit 50
     python -m data.experiments.harness --init_from=out --tasks arc_easy --steps 8 --solver midpoint
 
-The frozen model at `--steps 0`, the path otherwise. The harness asks for texts (`generate_until`)
-and for the probability of a text behind another (`loglikelihood`); with a path that is the mean of
-p over draws of the noise, token by token. Nothing else in this project imports the harness.
+The frozen model at `--steps 0`, the path otherwise. The harness requests texts (`generate_until`)
+and the probability of a text behind another (`loglikelihood`); with a path that is the mean of p
+over draws of the noise, token by token. No other file of this project imports the harness.
 """
 
 import argparse
 import json
 import zlib
+from dataclasses import replace
 
 from data.system.command import command
 
@@ -35,7 +36,7 @@ except ImportError:
 
 
 class Adapter(HarnessLM):
-    """What the harness asks of a model, answered by ours."""
+    """The methods that the harness calls, for one of our models."""
 
     def __init__(self, model, tokenizer, settings: Settings, draws: int, batch_size: int):
         super().__init__()
@@ -46,35 +47,36 @@ class Adapter(HarnessLM):
         self.size = batch_size
         self.lm = getattr(model, "lm", model)
         self.room = self.lm.config.max_positions
+        self.chat = False       # are special tokens in texts those of a chat format?
 
     # --- texts ------------------------------------------------------------------------------------
 
     def generate_until(self, requests, disable_tqdm=False) -> list:
         """A continuation of every prompt, up to one of its stop strings."""
-        found = [None] * len(requests)
-        asked = {}
+        # requests of the same options can be batched
+        groups = {}
         for place, request in enumerate(requests):
-            kind = json.dumps(request.args[1], sort_keys=True)
-            asked.setdefault(kind, []).append(place)
-        with tqdm(total=len(requests), disable=disable_tqdm or None, desc="texts") as bar:
-            for kind, places in asked.items():
-                for at in range(0, len(places), self.size):
-                    some = places[at:at + self.size]
-                    texts = self.write([requests[i].args[0] for i in some], json.loads(kind))
-                    for place, text in zip(some, texts):
-                        found[place] = text
-                    bar.update(len(some))
-        return found
+            options = json.dumps(request.args[1], sort_keys=True)
+            groups.setdefault(options, []).append(place)
+        batches = [(json.loads(options), places[at:at + self.size])
+                   for options, places in groups.items()
+                   for at in range(0, len(places), self.size)]
+        texts = [""] * len(requests)
+        for options, places in tqdm(batches, disable=disable_tqdm or None, desc="texts"):
+            contexts = [requests[place].args[0] for place in places]
+            for place, text in zip(places, self.generate(contexts, options)):
+                texts[place] = text
+        return texts
 
-    def write(self, contexts: list, how: dict) -> list:
-        stops = how.get("until") or []
+    def generate(self, contexts: list, options: dict) -> list:
+        """The texts of one batch."""
+        stops = options.get("until") or []
         stop = Stop.of(self.tokens, [stops] if isinstance(stops, str) else stops)
-        length = how.get("max_gen_toks", 256)
-        temperature = how.get("temperature", 0.0) if how.get("do_sample") else 0.0
-        settings = Settings(**{**vars(self.settings), "max_new_tokens": length,
-                               "temperature": temperature, "top_p": how.get("top_p"),
-                               "top_k": how.get("top_k")})
-        # the beginning goes where a prompt is too long
+        length = options.get("max_gen_toks", 256)
+        temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+        settings = replace(self.settings, max_new_tokens=length, temperature=temperature,
+                           top_p=options.get("top_p"), top_k=options.get("top_k"))
+        # a prompt that is too long loses its beginning
         prompts = [self.encode(context)[-(self.room - length):] for context in contexts]
         seeds = [zlib.crc32(context.encode()) for context in contexts]
         answers = generate(self.model, prompts, settings, stop, seeds=seeds)
@@ -83,29 +85,33 @@ class Adapter(HarnessLM):
     # --- probabilities ----------------------------------------------------------------------------
 
     def loglikelihood(self, requests, disable_tqdm=False) -> list:
-        """(log p of the continuation, is it what greedy decoding writes?) of every request."""
+        """(log p of the continuation, is it the greedy one?) of every request."""
         pairs = [self.encode_pair(*request.args) for request in requests]
-        found = {}
-        # the options of one question have one context: it is read once
+        found = [None] * len(pairs)
+        # the options of one question have one context, which is read once
         contexts = {}
         for place, (context, rest) in enumerate(pairs):
             if len(rest) == 1:
                 contexts.setdefault(tuple(context), []).append(place)
         with tqdm(total=len(pairs), disable=disable_tqdm or None, desc="probabilities") as bar:
             for at in range(0, len(contexts), self.size):
-                some = list(contexts)[at:at + self.size]
-                for context, p in zip(some, self.next(some)):
+                batch = list(contexts)[at:at + self.size]
+                seeds = [zlib.crc32(repr(context).encode()) for context in batch]
+                p, _ = next_p(self.model, list(map(list, batch)), self.settings, seeds, self.draws)
+                for context, mean_p in zip(batch, p.mean(0)):           # (V,)
                     for place in contexts[context]:
-                        found[place] = self.read(p, pairs[place][1][0])
+                        token = pairs[place][1][0]
+                        log_p = float(mean_p[token].clamp_min(1e-38).log())
+                        found[place] = log_p, int(mean_p.argmax()) == token
                         bar.update()
             for place, pair in enumerate(pairs):
-                if place not in found:
+                if found[place] is None:
                     found[place] = self.score(*pair)
                     bar.update()
-        return [found[place] for place in range(len(pairs))]
+        return found
 
     def encode_pair(self, context: str, rest: str) -> tuple:
-        """Ids of both, a blank between them with the second, as in the harness."""
+        """Ids of both; blanks between them belong to the second, as in the harness."""
         blanks = len(context) - len(context.rstrip())
         if blanks:
             rest = context[-blanks:] + rest
@@ -114,33 +120,23 @@ class Adapter(HarnessLM):
         before = self.encode(context) or whole[:1]
         return before[-(self.room - 1):], whole[len(before):]
 
-    def next(self, contexts: list):
-        """p (B, V) of the next token."""
-        prompts = [list(context) for context in contexts]
-        seeds = [zlib.crc32(repr(context).encode()) for context in contexts]
-        p, _ = next_p(self.model, prompts, self.settings, seeds, self.draws)
-        return p.mean(0)
-
-    def read(self, p, token: int) -> tuple:
-        return float(p[token].clamp_min(1e-38).log()), int(p.argmax()) == token
-
     @torch.no_grad()
     def score(self, context: list, rest: list) -> tuple:
-        """The same of several tokens, each behind all before it."""
+        """(log p, is it the greedy one?) of several tokens, each behind all before it."""
         ids = (context + rest)[-(self.room + 1):]
         mask = [0] * (len(ids) - len(rest)) + [1] * len(rest)
         # one document
         row = (ids, mask, [1] * len(ids))
         batch = collate([row]).to(next(self.model.parameters()).device)
-        y = batch.targets.y
+        y = batch.targets.y                                             # (N,)
         if self.settings.steps:
             seed = zlib.crc32(repr(ids).encode())
             p = solved(self.model, batch, self.settings, seed, self.draws)
         else:
             logits = self.lm(batch.ids)[batch.targets.index]
             p = logits.float().softmax(-1)                              # (N, V)
-        log_p = p.gather(1, targets[:, None]).clamp_min(1e-38).log()
-        return float(log_p.sum()), bool((p.argmax(-1) == targets).all())
+        log_p = p.gather(1, y[:, None]).clamp_min(1e-38).log()
+        return float(log_p.sum()), bool((p.argmax(-1) == y).all())
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list:
         """log p of whole texts, in windows of all positions that do not overlap."""
@@ -153,19 +149,17 @@ class Adapter(HarnessLM):
             found.append(sum(self.score(window[:1], window[1:])[0] for window in windows))
         return found
 
-    # --- words ------------------------------------------------------------------------------------
+    # --- text to ids ------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list:
-        """Special tokens count where a chat format wrote them."""
-        ids = self.tokens.encode(text, special=self.chatting)
+        """Ids with the start of a text; a chat format writes special tokens as text."""
+        ids = self.tokens.encode(text, special=self.chat)
         start = self.tokens.encode_start("")
         return ids if ids[:len(start)] == start else start + ids
 
-    chatting = False
-
     def apply_chat_template(self, chat_history: list, add_generation_prompt: bool = True) -> str:
         """A conversation as a text in the model's own format."""
-        self.chatting = True
+        self.chat = True
         style, render = resolve_style("auto", self.tokens)
         if style == "plain":
             raise ValueError("this model has no chat format; leave --apply_chat_template out")
@@ -180,33 +174,27 @@ class Adapter(HarnessLM):
         return self.tokens.template or ""
 
 
-# --- the command line -----------------------------------------------------------------------------
-
-def build_parser() -> argparse.ArgumentParser:
+@command("data.experiments.harness")
+def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m data.experiments.harness", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--init_from", required=True, help="name or directory of a model or of a trained path")
     add("--tasks", nargs="+", required=True, help="names of the harness, such as gsm8k")
-    add("--include_path", help="a folder with further tasks of the harness's form")
+    add("--include_path", help="folder of further tasks in the harness's form")
     add("--steps", type=int, default=0, help="0: the frozen model (default)")
-    add("--solver", default="euler", choices=list(SOLVERS))
-    add("--draws", type=int, default=8, help="noises a probability is the mean of (default: 8)")
+    add("--solver", default="euler", choices=list(SOLVERS), help="default: euler")
+    add("--draws", type=int, default=8, help="noises averaged for a probability (default: 8)")
     add("--num_fewshot", type=int, help="worked examples (default: the task's)")
-    add("--limit", type=int, help="the first problems only")
-    add("--apply_chat_template", action="store_true", help="ask in the model's chat format")
-    add("--batch_size", type=int, default=8)
+    add("--limit", type=int, help="number of problems, the first ones (default: all)")
+    add("--apply_chat_template", action="store_true", help="prompts in the model's chat format")
+    add("--batch_size", type=int, default=8, help="requests at a time (default: 8)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--cache_dir", help="where downloaded models are kept")
+    add("--cache_dir", help="folder of downloaded models")
     add("--out", default="out-harness.json", help="default: out-harness.json")
-    add("--overwrite", action="store_true", help="of an earlier --out")
-    return parser
-
-
-@command("data.experiments.harness")
-def main(argv=None):
-    args = build_parser().parse_args(argv)
+    add("--overwrite", action="store_true", help="replacement of an earlier --out")
+    args = parser.parse_args(argv)
     if simple_evaluate is None:
         raise ValueError("the harness is not installed; get it with: pip install lm_eval")
     check_absent(args.out, args.overwrite)
@@ -214,11 +202,10 @@ def main(argv=None):
     settings = Settings(steps=args.steps, solver=args.solver)
     model, tokenizer = load_model(args.init_from, None, args.device, args.cache_dir)
     adapter = Adapter(model, tokenizer, settings, args.draws, args.batch_size)
-    manager = TaskManager(include_path=args.include_path)
     results = simple_evaluate(
         adapter, tasks=args.tasks, num_fewshot=args.num_fewshot, limit=args.limit,
-        apply_chat_template=args.apply_chat_template, task_manager=manager,
-        bootstrap_iters=0)
+        apply_chat_template=args.apply_chat_template,
+        task_manager=TaskManager(include_path=args.include_path), bootstrap_iters=0)
     write_json({"results": results["results"], "samples": results["samples"]}, args.out)
     for task, numbers in results["results"].items():
         for name, value in numbers.items():

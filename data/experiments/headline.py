@@ -1,10 +1,10 @@
-"""The numbers of the README's first table, once more: every way to train, several seeds.
+"""The numbers of the README's first table: every training method on the embedded topics, 3 seeds.
 
-    python -m data.experiments.headline --seeds 42 43 44        hours on a CPU; what is done is kept
-    python -m data.experiments.headline --print                 the table of what there is
+    python -m data.experiments.headline --seeds 42 43 44        hours on a CPU; finished parts stay
+    python -m data.experiments.headline --print                 the table of the results so far
 
-Trains with train.py, measures with eval.py (a process each, so that what is repeated is what a
-reader would type), and prints the mean over seeds with its range.
+Trains with train.py and measures with eval.py, a process each, by the commands that a reader would
+type, and prints the mean over seeds with its range. Further flags go to train.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from data.system.disk import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 # a LoRA of rank 98 has as many parameters as the path
-WAYS = {
+METHODS = {
     "refine": [],
     "paper": ["--objective=paper"],
     "lora": ["--method=lora", "--rank=98"],
@@ -28,20 +28,20 @@ WAYS = {
     "lora_refine": [],
     "full_refine": [],
 }
-# A path beside a model that another way has finetuned: that one is made first.
+# A path beside a model that was finetuned by another method, which is trained first.
 BASES = {"lora_refine": "lora", "full_refine": "full"}
 MEASURE = ["--problems=100", "--steps", "1", "2", "4", "8", "16", "32", "64"]
 
 
 def run(*words):
-    """One command, shown before it runs. Raises CalledProcessError where it fails."""
+    """Print a command and run it. Raises CalledProcessError if it fails."""
     print(">", *words, flush=True)
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
 def train_once(out_dir: Path, *words):
-    """Train, go on where an earlier run was stopped, or leave what is done."""
-    # path.json is written at every validation, so it does not say that all is done
+    """Train, resume a run that was stopped, or do nothing after a finished one."""
+    # path.json is written at every validation, so it does not mark the end
     done = out_dir / "done"
     if done.exists():
         return
@@ -51,49 +51,44 @@ def train_once(out_dir: Path, *words):
     done.touch()
 
 
-def make(way: str, seed: int, out_dir: Path, more: list):
-    """Train and measure one way with one seed, unless that has been done."""
-    trained = out_dir / f"{way}-{seed}"
-    found = out_dir / f"{way}-{seed}.json"
-    words = [*WAYS[way], f"--seed={seed}", "--report=0", *more]
-    if way in BASES:
-        make(BASES[way], seed, out_dir, more)
-        words += [f"--init_from={out_dir / BASES[way]}-{seed}", *preset_flags()]
+def train_and_measure(method: str, seed: int, out_dir: Path, more: list):
+    """One method with one seed, unless its results exist; more: further flags of train.py."""
+    trained = out_dir / f"{method}-{seed}"
+    result = out_dir / f"{method}-{seed}.json"
+    words = [*METHODS[method], f"--seed={seed}", "--report=0", *more]
+    if method in BASES:
+        train_and_measure(BASES[method], seed, out_dir, more)
+        words.append(f"--init_from={out_dir / BASES[method]}-{seed}")
+        # for any base but the embedded one train.py has other defaults
+        for name, value in PRESETS["tiny"].items():
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
     train_once(trained, *words)
-    if not found.exists():
-        run("eval.py", f"--init_from={trained}", *MEASURE, f"--out={found}")
+    if not result.exists():
+        run("eval.py", f"--init_from={trained}", *MEASURE, f"--out={result}")
 
 
-def preset_flags() -> list:
-    """The values that the embedded model is trained with: for another one train.py has others."""
-    words = []
-    for name, value in PRESETS["tiny"].items():
-        words.append(f"--{name}" if value is True else f"--{name}={value}")
-    return words
-
-
-def rows(records: list) -> dict:
-    """(temperature, topic, column) -> accuracy, the mean over levels; those never trained apart."""
+def accuracies(records: list) -> dict:
+    """(temperature, topic, column) -> accuracy, the mean over levels; unseen levels apart."""
     found = {}
     for r in records:
-        topic = f"{r['topic']} far" if r["unseen"] else r["topic"]
+        topic = f"{r['topic']} unseen" if r["unseen"] else r["topic"]
         found.setdefault((r["temperature"], topic, r["column"]), []).append(r["accuracy"])
     return {key: mean(values) for key, values in found.items()}
 
 
 def show(out_dir: Path):
-    """Mean over seeds [lowest, highest] of every way, in %."""
-    for way in WAYS:
-        files = sorted(out_dir.glob(f"{way}-*.json"))
+    """Mean over seeds [lowest, highest] of every method, in %."""
+    for method in METHODS:
+        files = sorted(out_dir.glob(f"{method}-*.json"))
         if not files:
             continue
-        each = [rows(read_json(path)["accuracy"]) for path in files]
-        print(f"\n{way}: {len(files)} seed(s), accuracy in %, mean over levels and seeds "
+        by_seed = [accuracies(read_json(path)["accuracy"]) for path in files]
+        print(f"\n{method}: {len(files)} seed(s), accuracy in %, mean over levels and seeds "
               "[lowest, highest seed]")
-        for temperature, topic in unique(key[:2] for key in each[0]):
+        for temperature, topic in unique(key[:2] for key in by_seed[0]):
             cells = []
-            for column in [key[2] for key in each[0] if key[:2] == (temperature, topic)]:
-                values = [100 * found[temperature, topic, column] for found in each]
+            for column in [key[2] for key in by_seed[0] if key[:2] == (temperature, topic)]:
+                values = [100 * found[temperature, topic, column] for found in by_seed]
                 cells.append(f"{column} {mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
             print(f"  {topic}, temperature {temperature:g}: " + "; ".join(cells))
 
@@ -101,17 +96,19 @@ def show(out_dir: Path):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--out_dir", default="headline", help="default: headline")
-    parser.add_argument("--print", action="store_true", help="only what there is")
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="default: 42 43 44")
+    add("--methods", "--ways", nargs="+", default=list(METHODS), choices=list(METHODS),
+        help="default: all")
+    add("--out_dir", default="headline", help="default: headline")
+    add("--print", action="store_true", help="only the table of the results so far")
     args, more = parser.parse_known_args(argv)
     out_dir = Path(args.out_dir).absolute()
     if not args.print:
         out_dir.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
-            for way in args.ways:
-                make(way, seed, out_dir, more)
+            for method in args.methods:
+                train_and_measure(method, seed, out_dir, more)
     show(out_dir)
 
 

@@ -1,11 +1,11 @@
-"""What the embedded problems are worth without any training: rows that stand beside every result.
+"""The accuracy of three methods without training, to compare with every trained result.
 
     python -m data.experiments.untrained              a minute of one core
 
-Three ways to answer that need no path. The frozen model makes one hop of a chain: its answer takes
-the place of the start, and it is called again. It knows the operations on strings by name: the
-operation is put before the word. And an end of a chain is seen at one look, because it is a doubled
-letter: one of the ends that something leads to, at random, is right more often than never.
+The frozen model computes one hop of a chain: its answer replaces the start, and it is called again.
+It knows the operations on strings by name: the operation is put before the word. And the end of a
+chain shows in its map, as a doubled letter: to choose one of the reachable ends at random is right
+more often than never.
 """
 
 import argparse
@@ -30,24 +30,28 @@ def answer(lm, tokenizer, prompts: list) -> list:
     return [found.text for found in generate(lm, ids, Settings(steps=0), Stop.of(tokenizer))]
 
 
-def called_again(lm, tokenizer, problems: list) -> dict:
-    """Number of calls -> share of the chains whose end was reached by then."""
+def repeated_calls(lm, tokenizer, problems: list) -> list:
+    """For each number of CALLS the share of the chains whose end is reached by then."""
     maps, places = zip(*(problem.prompt.split(";") for problem in problems))
-    found = {}
+    reached = []
     for call in range(1, max(CALLS) + 1):
-        # the answer is where one hop leads: from there once more
+        # the answer is one hop further: the next call starts there
         answers = answer(lm, tokenizer, [f"{m};{place}" for m, place in zip(maps, places)])
         places = [text[:1] for text in answers]
         if call in CALLS:
-            found[call] = mean(p == problem.answer for p, problem in zip(places, problems))
-    return found
+            reached.append(mean(p == problem.answer for p, problem in zip(places, problems)))
+    return reached
 
 
 def shortcut(problem) -> float:
-    """The chance that an end which something leads to is the right one."""
+    """The probability that a reachable end chosen at random is the right one."""
     pairs = problem.prompt.split(";")[0].split()
-    led_to = {after for before, after in pairs if before != after}
-    return 1 / sum(before == after and after in led_to for before, after in pairs)
+    reachable = {after for before, after in pairs if before != after}
+    return 1 / sum(before == after and after in reachable for before, after in pairs)
+
+
+def show(name: str, shares):
+    print(f"{name:15}" + "".join(f"{100 * share:7.1f}" for share in shares))
 
 
 def main(argv=None):
@@ -65,22 +69,17 @@ def main(argv=None):
     for topic, level in task.groups:
         problems = [task.problem((topic, level), i) for i in range(args.problems)]
         if topic == "chains":
-            rows.append([*called_again(lm, tokenizer, problems).values(),
-                         mean(map(shortcut, problems))])
+            rows.append([*repeated_calls(lm, tokenizer, problems), mean(map(shortcut, problems))])
             show(f"chains {level}", rows[-1])
         if topic == "strings":
-            # in the words of the text that the base has read: "sort gcab: "
-            told = [f"{problem.label} {problem.prompt[:-1]}: " for problem in problems]
-            texts = answer(lm, tokenizer, told)
+            # in the words of the base's training text: "sort gcab: "
+            prompts = [f"{problem.label} {problem.prompt[:-1]}: " for problem in problems]
+            texts = answer(lm, tokenizer, prompts)
             right = mean(text.strip() == p.answer for text, p in zip(texts, problems))
-            print(f"strings {level}, the operation told in words: {100 * right:.1f}")
+            print(f"strings {level}, the operation in words: {100 * right:.1f}")
     trained = len(LEVELS["chains"])
     show(f"chains 1-{trained}", map(mean, zip(*rows[:trained])))
     show(f"chains {trained + 1}-{len(rows)}", map(mean, zip(*rows[trained:])))
-
-
-def show(name: str, shares):
-    print(f"{name:15}" + "".join(f"{100 * share:7.1f}" for share in shares))
 
 
 if __name__ == "__main__":

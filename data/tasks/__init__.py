@@ -1,12 +1,12 @@
 """The tasks that eval.py can measure, one file each: load, prompt, grade.
 
-    task        what every benchmark has
+    task        the parts of every benchmark
     tiny        the embedded topics
-    sums        sums and products as questions, made and not read
+    sums        sums and products as questions, generated
     gsm8k       the shortest benchmark, read it first
     math500     MATH-500; its grader is in math/
-    mmlu, arc   multiple choice; letters: which letter an answer means
-    code        HumanEval, MBPP; sandbox, sandbox_child: running what a model wrote
+    mmlu, arc   multiple choice; letters: the letter that an answer means
+    code        HumanEval, MBPP; sandbox, sandbox_child: running programs of a model
     files       published data sets, fetched and read
     prompting   problems to prompts, fewer shots where they do not fit
     grading     records graded again

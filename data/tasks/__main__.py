@@ -1,4 +1,4 @@
-"""Get the data of a benchmark, as it was published: `python -m data.tasks get gsm8k`."""
+"""Download the data of a benchmark as published: `python -m data.tasks get gsm8k`."""
 
 import argparse
 

@@ -1,9 +1,9 @@
-"""ARC-Easy and ARC-Challenge: science questions of school, mostly of four options (Clark 2018).
+"""ARC-Easy and ARC-Challenge: school science questions, mostly of four options (Clark et al. 2018).
 
     python eval.py --task arc_easy --init_from=DIR --data_dir=DIR --limit 200
 
-In the form of MMLU, so that a letter is scored. The harness's `arc_easy` compares the probabilities
-of the options' texts instead; data/experiments/harness.py runs that.
+In the form of MMLU: letters are scored. The harness's `arc_easy` compares the probabilities of the
+options' texts instead; data/experiments/harness.py runs that.
 """
 
 from pathlib import Path
@@ -25,21 +25,15 @@ class ARC(Letters):
         for split in ("Test", "Train"):
             rows = read_jsonl(folder / self.part / f"{self.part}-{split}.jsonl",
                               {"id": str, "question": dict, "answerKey": str})
-            problems += [self.problem(row, split.lower()) for row in rows]
+            for row in rows:
+                question, label = row["question"], row["answerKey"]
+                problems.append({
+                    "id": f"{self.name}/{split.lower()}/{row['id']}",
+                    "question": question["stem"],
+                    "options": [choice["text"] for choice in question["choices"]],
+                    # some questions number their options
+                    "answer": ALPHABET[int(label) - 1] if label.isdigit() else label})
         return problems
-
-    def problem(self, row: dict, split: str) -> dict:
-        return {"id": f"{self.name}/{split}/{row['id']}", "question": row["question"]["stem"],
-                "options": [choice["text"] for choice in row["question"]["choices"]],
-                "answer": letter_of(row["answerKey"])}
-
-    def chat_question(self, problem: dict) -> str:
-        return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}\n\nAnswer:"
 
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\n{self.lines(problem)}\nAnswer:"
-
-
-def letter_of(label: str) -> str:
-    """Some questions number their options."""
-    return ALPHABET[int(label) - 1] if label.isdigit() else label

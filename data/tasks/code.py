@@ -5,10 +5,10 @@
     task.prompt(problems[7], problems[:5], "chat")
     task.grade(problems[7], text)       {"strict": False, "flexible": True, "result": "passed"}
 
-Two styles: "chat" asks as the L2D evaluation does, "plain" as lm-evaluation-harness does, so that
-numbers can be laid beside either. Two rules: strict runs what the model wrote, behind the prompt,
-and not a letter less, as both publications do; flexible also takes the program out of the prose,
-fences and chatter around it. Read data/tasks/sandbox.py before: that is where programs run.
+Two styles: "chat" has the prompts of the L2D evaluation, "plain" those of lm-evaluation-harness, so
+that numbers can be compared with either. Two rules: strict runs the model's text behind the prompt,
+unchanged, as both publications do; flexible also extracts the program from prose, fences and
+chatter around it. Read data/tasks/sandbox.py before: it runs the programs.
 """
 
 import ast
@@ -22,41 +22,35 @@ from pathlib import Path
 
 from data.tasks.files import read_jsonl
 from data.tasks.sandbox import run, run_all
-from data.tasks.task import Task
+from data.tasks.task import Task, turns
 from data.text.answer import cut
 
 FENCE = re.compile(r"^[ \t]*```.*$", re.M)
-# A line that only a program has; "import" or "class" alone may begin a sentence.
+# The first line of a program; "import" or "class" alone may begin a sentence.
 OPENING = (r"@\w|(?:async )?def \w|class \w+[ \t]*[:(]|"
            r"import [\w.]+[ \t\r]*(?:$|,|as |#)|from [\w.]+ import ")
 ASSIGNED = r"(?:%s)[ \t]*(?::[^=\n]*)?=(?!=)"
 
 
-# --- a program out of a text ----------------------------------------------------------------------
-
-def between_marks(text: str) -> str:
-    """What stands between the harness's own marks, where a model repeats them."""
-    text = cut(text, ["[DONE]"])
-    return text.partition("[BEGIN]")[2] or text
-
+# --- extracting a program from a text -------------------------------------------------------------
 
 def defines(text: str, names) -> bool:
-    """Whether a program gives one of the names a meaning."""
+    """Does a program define one of the names?"""
     either = "|".join(map(re.escape, names))
-    made = rf"^[ \t]*(?:async )?(?:def|class)[ \t]+(?:{either})\b"
-    return bool(re.search(f"{made}|^{ASSIGNED % either}", text, re.M))
+    defined = rf"^[ \t]*(?:async )?(?:def|class)[ \t]+(?:{either})\b"
+    return bool(re.search(f"{defined}|^{ASSIGNED % either}", text, re.M))
 
 
 def broken_line(program: str) -> int:
-    """The line where Python stops understanding, or 0 if it never does."""
+    """The line of the first syntax error, or 0 if there is none."""
     try:
-        # the oddities of a strange program are not for our user to read
+        # warnings about a model's program are of no use to our user
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(program, "program", "exec")
     except SyntaxError as error:
         return error.lineno or sys.maxsize
-    # characters that do not exist, or nested deeper than Python can follow
+    # invalid characters, or nested too deeply for Python
     except (ValueError, OverflowError, MemoryError, RecursionError):
         return sys.maxsize
     return 0
@@ -65,7 +59,7 @@ def broken_line(program: str) -> int:
 def trimmed(head: str, text: str) -> str:
     """The text without the last lines that keep head and text from being a program.
 
-    That is where prose follows, or where the limit of tokens struck in the middle of a line.
+    Prose follows there, or the token limit cut the text in the middle of a line.
     """
     # lines as Python counts them: no other character ends one
     lines = list(io.StringIO(text, newline=""))
@@ -74,69 +68,63 @@ def trimmed(head: str, text: str) -> str:
         line = broken_line(head + "".join(lines))
         if not line:
             break
-        # at least one has to go; with the broken line itself none of the others would help
+        # remove at least one line; as long as the broken one is there, the text is no program
         last = min(line - before, len(lines))
         del lines[max(0, last - 1):]
     return "".join(lines).rstrip()
 
 
-def fenced(head: str, text: str, names) -> str:
-    """The first fenced block that defines a name, or ""."""
-    # Also an unclosed block counts, and one whose opening was in the prompt: what lies between two
-    # fences may be a block or not, and the name decides.
-    for block in FENCE.split(text)[1:]:
-        # a block in a list is indented as a whole
-        block = trimmed(head, textwrap.dedent(block))
-        if defines(block, names):
-            return block
-    return ""
+def definitions(head: str, text: str, names):
+    """Yield the programs in a text that define a name, at most two.
 
-
-def from_first_line(head: str, text: str, names) -> str:
-    """The text from the first line on that begins a program which defines a name, or ""."""
+    The first such fenced block, then the text from the first line on that begins such a program.
+    """
+    # An unclosed block counts too, and one that was opened in the prompt: the text between two
+    # fences may be a block or not, so the name decides. A block in a list is indented as a whole.
+    blocks = map(textwrap.dedent, FENCE.split(text)[1:])
     either = "|".join(map(re.escape, names))
-    for match in re.finditer(f"^(?:{OPENING}|{ASSIGNED % either})", text, re.M):
-        program = trimmed(head, text[match.start():])
-        if defines(program, names):
-            return program
-    return ""
+    opening = re.finditer(f"^(?:{OPENING}|{ASSIGNED % either})", text, re.M)
+    tails = (text[match.start():] for match in opening)
+    for candidates in (blocks, tails):
+        for candidate in candidates:
+            program = trimmed(head, candidate)
+            if defines(program, names):
+                yield program
+                break
 
 
-# --- what both tasks share ------------------------------------------------------------------------
+# --- the common part of both tasks ----------------------------------------------------------------
 
 class Code(Task):
-    """A task that is graded by running programs; the two below say what differs."""
+    """A task that is graded by running programs; the two below add their own parts."""
     kind = "code"
     max_new_tokens = 512
 
-    def programs(self, problem, text: str, style: str = "chat") -> tuple:
+    def programs(self, problem, text: str) -> tuple:
         """(the strict program, others that a fair reader could mean, the likeliest first)."""
-        strict = cut(text, self.stops[style])
-        head = self.head(problem)
-        names = self.names(problem)
-        marked = between_marks(text)
-        readings = [
-            fenced(head, marked, names),
-            from_first_line(head, marked, names),
-            trimmed(head, cut(marked, self.stops["plain"])),
-        ]
+        # the text before the model's, with imports and helpers; MBPP has none
+        head = problem.get("prompt", "")
+        # models repeat the marks of the harness's prompts
+        marked = cut(text, ["[DONE]"])
+        marked = marked.partition("[BEGIN]")[2] or marked
+        readings = [*definitions(head, marked, self.names(problem)),
+                    trimmed(head, cut(marked, self.stops["plain"]))]
         others = [self.fair_program(problem, reading) for reading in readings if reading.strip()]
-        # each once, and none that is run already: an endless loop takes its full time
-        done = self.program(problem, strict.rstrip())
+        # each once, and not the strict one again: an endless loop takes its full time
+        done = self.program(problem, text.rstrip())
         others = [program for program in dict.fromkeys(others) if program != done]
-        return self.program(problem, strict), others
+        return self.program(problem, text), others
 
     def fair_program(self, problem, text: str) -> str:
-        """With all that the tests need, should the published rule forget something."""
+        """The program with all that the tests need, even if the published rule omits it."""
         return self.program(problem, text)
 
-    def grade(self, problem, text: str, seconds: float = 3.0, style: str = "chat") -> dict:
-        """Whether the program passes as it stands (strict), and at least read fairly (flexible).
+    def grade(self, problem, text: str, seconds: float = 3.0) -> dict:
+        """Does the text pass unchanged (strict), or as at least one fair reading (flexible)?
 
         result  of the better of the two: "passed", "timeout" or "failed"
-        style   "plain": the strict rule, too, ends at the stop strings
         """
-        strict, others = self.programs(problem, text, style)
+        strict, others = self.programs(problem, text)
         verdicts = [run(strict, seconds)]
         for program in others:
             if verdicts[-1] == "passed":
@@ -151,11 +139,11 @@ class Code(Task):
         }
 
     def check_references(self, problems, seconds: float = 3.0) -> list:
-        """The ids of the problems whose own solution does not pass: there should be none.
+        """The ids of the problems whose reference solution does not pass: there should be none.
 
-        Otherwise this machine is too slow, or too busy, for the limit, and whatever would be
-        measured on it is too low. mbpp/123 is the one to fail first: its reference looks for
-        amicable numbers by trying all, 3 to 4 s on a core of a small server, where 3 s are usual.
+        Otherwise this machine is too slow, or too busy, for the limit, and every accuracy measured
+        on it is too low. mbpp/123 fails first: its reference finds amicable numbers by trying all,
+        3 to 4 s on a core of a small server, while 3 s are usual.
         """
         programs = [self.fair_program(problem, self.reference(problem)) for problem in problems]
         verdicts = run_all(programs, seconds)
@@ -163,11 +151,11 @@ class Code(Task):
                 if verdict != "passed"]
 
     def plausible(self, problem, text: str) -> bool:
-        """Whether it is a program at all, which costs nothing to ask."""
+        """Is it a program at all? Nothing is run."""
         return not broken_line(self.program(problem, text))
 
     def short(self, problem) -> dict:
-        # all tests of a problem in each record would be too much: grading needs the data
+        # the tests of a problem are too long for every record: grading needs the data
         return {}
 
     def restore(self, record: dict) -> dict:
@@ -181,11 +169,12 @@ class HumanEval(Code):
     """164 functions to complete (Chen et al. 2021)."""
     name = "humaneval"
     folder = "humaneval"
+    solution = "canonical_solution"
     shots = {"chat": 5, "plain": 0}
     stops = {"plain": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), "chat": ()}
 
     def load(self, folder: Path) -> list:
-        """The problems as published. Raises FileNotFoundError or ValueError with one line."""
+        """The problems as published. Raises FileNotFoundError or ValueError."""
         needed = dict.fromkeys(
             ("task_id", "prompt", "entry_point", "canonical_solution", "test"), str)
         rows = read_jsonl(folder / "HumanEval.jsonl", needed)
@@ -196,7 +185,7 @@ class HumanEval(Code):
         return problems[:count]
 
     def scored(self, problems, shots: int, style: str) -> list:
-        """The problems that no shot has given away."""
+        """The problems that are no shots."""
         return problems[shots:]
 
     def prompt(self, problem, shots, style: str):
@@ -204,23 +193,13 @@ class HumanEval(Code):
         if style == "plain":
             solved = [shot["prompt"] + shot["canonical_solution"] + "\n\n" for shot in shots]
             return "".join(solved) + problem["prompt"]
-        messages = []
-        for shot in shots:
-            question, start = instruction(shot)
-            messages.append(question)
-            messages.append(turn("assistant", f"{start}\n{shot['canonical_solution']}"))
-        question, start = instruction(problem)
-        return [*messages, question, turn("assistant", start)]
-
-    def reference(self, problem) -> str:
-        return problem["canonical_solution"]
-
-    def head(self, problem) -> str:
-        """What stands before a model's text in the program: imports and helpers, too."""
-        return problem["prompt"]
+        messages = turns(
+            problem, shots, lambda one: instruction(one)[0],
+            lambda shot: f"{instruction(shot)[1]}\n{shot['canonical_solution']}".strip())
+        return [*messages, {"role": "assistant", "content": instruction(problem)[1]}]
 
     def names(self, problem) -> list:
-        """What a right program has to define."""
+        """The names that a right program defines."""
         return [problem["entry_point"]]
 
     def program(self, problem, text: str) -> str:
@@ -229,21 +208,22 @@ class HumanEval(Code):
 
 
 def instruction(problem) -> tuple:
-    """(the user's message, how the assistant's answer begins), made from the plain prompt."""
+    """(the user's message, the beginning of the assistant's), made from the plain prompt."""
     prompt = problem["prompt"]
     lines = prompt.split("\n")
     function = next(node for node in ast.parse(prompt).body
                     if getattr(node, "name", None) == problem["entry_point"])
-    # up to the colon; in one problem an import stands between it and the description
+    # up to the colon; in one problem an import precedes the description
     first = function.body[0].lineno - 1
     start = "\n".join(lines[:first]).strip()
     signature = "\n".join(lines[function.lineno - 1:first]).strip()
     signature = signature.removeprefix("def ").removesuffix(":")
-    # as it is written, escapes and all
+    # as it is written, with its escapes
     quoted = ast.get_source_segment(prompt, function.body[-1])
     description = inspect.cleandoc(quoted[3:-3])
     question = f"Write a function {signature} to solve the following problem:\n{description}"
-    return turn("user", question), start
+    # Llama's template removes blanks at both ends, so all models read the same
+    return question.strip(), start
 
 
 # --- MBPP -----------------------------------------------------------------------------------------
@@ -252,13 +232,14 @@ class MBPP(Code):
     """974 small tasks, of which 500 are the test (Austin et al. 2021)."""
     name = "mbpp"
     folder = "mbpp"
+    solution = "code"
     shots = {"chat": 5, "plain": 3}
     stops = {"plain": ("[DONE]",), "chat": ()}
     first_scored = 11
     last_scored = 510
 
     def load(self, folder: Path) -> list:
-        """All parts, as published. Raises FileNotFoundError or ValueError with one line."""
+        """All parts, as published. Raises FileNotFoundError or ValueError."""
         needed = {"task_id": int, "text": str, "code": str, "test_list": list}
         rows = read_jsonl(folder / "mbpp.jsonl", needed)
         return [{"id": f"mbpp/{row['task_id']}", **row} for row in rows]
@@ -270,31 +251,28 @@ class MBPP(Code):
         return [shot for shot in problems if shot["task_id"] in numbers]
 
     def scored(self, problems, shots: int, style: str) -> list:
-        """The test part, however many shots there are: they are of another."""
+        """The test part; the shots belong to another."""
         return [problem for problem in problems
                 if self.first_scored <= problem["task_id"] <= self.last_scored]
 
     def prompt(self, problem, shots, style: str):
         """A text to continue, or messages whose last is the question."""
         if style == "plain":
-            solved = [f"{mbpp_text(shot)}{shot['code']}\n[DONE]\n\n" for shot in shots]
-            return "".join(solved) + mbpp_text(problem)
-        messages = []
-        for shot in shots:
-            messages.append(mbpp_question(shot))
-            messages.append(turn("assistant", shot["code"]))
-        return [*messages, mbpp_question(problem)]
+            solved = [f"{self.question(shot)}{shot['code']}\n[DONE]\n\n" for shot in shots]
+            return "".join(solved) + self.question(problem)
+        return turns(
+            problem, shots, lambda one: f'"""\n{one["text"]}\n{one["test_list"][0]}\n"""',
+            lambda shot: shot["code"].strip())
 
-    def reference(self, problem) -> str:
-        return problem["code"]
-
-    def head(self, problem) -> str:
-        return ""
+    def question(self, problem) -> str:
+        tests = "\n".join(problem["test_list"])
+        return (f"You are an expert Python programmer, and here is your task: {problem['text']} "
+                f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n")
 
     def names(self, problem) -> list:
-        """What a right program has to define: what the tests call, unless Python has it."""
+        """The names that a right program defines: those the tests call, unless Python has them."""
         called = re.findall(r"(\w+)[ \t]*\(", "\n".join(problem["test_list"]))
-        # one task wants a `sum` of its own, so the reference has to say what Python has
+        # one task needs a `sum` of its own, so the reference decides which names Python has
         return [name for name in dict.fromkeys(called) if defines(problem["code"], [name])]
 
     def program(self, problem, text: str) -> str:
@@ -302,24 +280,7 @@ class MBPP(Code):
         return f"{text}\n{tests}"
 
     def fair_program(self, problem, text: str) -> str:
-        # Two tasks test with a tree that is made here. The published graders leave it out, so that
-        # by the strict rule nobody can solve them, not even the references.
+        # Two tasks need a tree in their tests, which is made here. The published graders omit it,
+        # so by the strict rule no answer passes, not even the references.
         setup = problem.get("test_setup_code") or ""
         return self.program(problem, f"{text}\n{setup}" if setup else text)
-
-
-def mbpp_text(problem) -> str:
-    tests = "\n".join(problem["test_list"])
-    return (f"You are an expert Python programmer, and here is your task: {problem['text']} "
-            f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n")
-
-
-def mbpp_question(problem) -> dict:
-    return turn("user", f'"""\n{problem["text"]}\n{problem["test_list"][0]}\n"""\n')
-
-
-# --- files, messages, numbers ---------------------------------------------------------------------
-
-def turn(role: str, content: str) -> dict:
-    # trimmed: Llama's template would do it anyway, and so all models read the same
-    return {"role": role, "content": content.strip()}

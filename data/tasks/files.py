@@ -1,10 +1,10 @@
-"""The data of benchmarks: files in the form in which they were published, read as they are.
+"""The data of benchmarks: files as published, read without conversion.
 
     python -m data.tasks get gsm8k             into the cache, where eval.py finds it
     python eval.py --task gsm8k --data_dir DIR
 
-DIR holds a folder of the benchmark's name, or is it. What a task makes of the rows stands in its
-own file, data/tasks/gsm8k.py for one; read that next.
+DIR holds a folder of the benchmark's name, or is that folder. Each task has a file of its own that
+makes problems of the rows; read data/tasks/gsm8k.py next.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from data.checkpoints.hub import RemoteFile, fetch_files
 from data.system.disk import cache_root, decode, parse_json, present
 
-# Where they were published, with the sha256 of what was published.
+# Address, size in bytes and sha256 of each file as published.
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 PUBLISHED = {
     "gsm8k": [
@@ -37,7 +37,7 @@ PUBLISHED = {
          563_743, "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"),
     ],
 }
-# What comes as an archive, or in a form that none of our packages reads.
+# Archives, and formats that none of our packages reads.
 BY_HAND = {
     "mmlu": "unpack https://people.eecs.berkeley.edu/~hendrycks/data.tar to DIR/mmlu, which then "
             "holds dev/ and test/",
@@ -48,35 +48,29 @@ BY_HAND = {
 }
 
 
-def cache_folder() -> Path:
-    return cache_root() / "datasets"
-
-
 def find_folder(name: str, data_dir: str | None) -> Path:
-    """Where a benchmark's files are. Raises ValueError that says how to get them."""
-    root = Path(data_dir).expanduser() if data_dir else cache_folder()
-    if not name or (root / name).is_dir():      # no name: nothing will be read
+    """The folder of a benchmark's files. Raises ValueError that says how to get them."""
+    root = Path(data_dir).expanduser() if data_dir else cache_root() / "datasets"
+    if not name or (root / name).is_dir():      # no name: the task has no files
         return root / name
     # the folder of the benchmark itself
     if data_dir and root.is_dir() and root.name == name:
         return root
-    raise ValueError(f"no data of {name} in {root}; {how_to_get(name)}")
-
-
-def how_to_get(name: str) -> str:
     if name in PUBLISHED:
-        return f"get it with: python -m data.tasks get {name}, or give --data_dir=DIR"
-    return f"{BY_HAND[name]}, and give --data_dir=DIR"
+        how = f"get it with: python -m data.tasks get {name}, or"
+    else:
+        how = f"{BY_HAND[name]}, and"
+    raise ValueError(f"no data of {name} in {root}; {how} give --data_dir=DIR")
 
 
 def fetch(name: str) -> Path:
-    """Download a benchmark into the cache. Raises ValueError for one that has to come by hand."""
+    """Download a benchmark into the cache. Raises ValueError for one of BY_HAND."""
     if name not in PUBLISHED:
         raise ValueError(f"{name} cannot be fetched as it was published; by hand: "
-                         f"{how_to_get(name)}")
+                         f"{BY_HAND[name]}, and give --data_dir=DIR")
     files = [RemoteFile(url.rpartition("/")[2], url, "published", size, digest)
              for url, size, digest in PUBLISHED[name]]
-    folder = cache_folder() / name
+    folder = cache_root() / "datasets" / name
     fetch_files(files, folder)
     return folder
 
@@ -84,7 +78,7 @@ def fetch(name: str) -> Path:
 # --- rows -----------------------------------------------------------------------------------------
 
 def read_file(path: Path) -> str:
-    """The text of a file, or of the same file with .gz behind its name.
+    """The text of a file, or of the same file packed, with .gz behind its name.
 
     Raises FileNotFoundError, or ValueError for a damaged one.
     """
@@ -101,25 +95,25 @@ def read_file(path: Path) -> str:
 
 
 def read_jsonl(path: Path, needed: dict) -> list:
-    """The objects of a file of JSON lines; needed: key -> the type of its value."""
+    """The objects of a file of JSON lines; needed: key -> type of its value (list: of texts).
+
+    Raises FileNotFoundError, or ValueError for a line of another form.
+    """
     rows = []
     for number, line in enumerate(read_file(path).split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"line {number} of {path}")
         for key, kind in needed.items():
-            if not isinstance(row, dict) or not is_of(row.get(key), kind):
+            value = row.get(key) if isinstance(row, dict) else None
+            right = isinstance(value, kind)
+            if kind is list and right:
+                right = all(isinstance(text, str) for text in value)
+            if not right:
                 raise ValueError(f"line {number} of {path} has no {key} of the right type; "
                                  "use the file as published")
         rows.append(row)
     return rows
-
-
-def is_of(value, kind: type) -> bool:
-    """A list is one of texts here."""
-    if kind is list:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    return isinstance(value, kind)
 
 
 def read_csv(path: Path, columns: int) -> list:

@@ -1,7 +1,7 @@
 """Records graded again, without a model: `python eval.py --regrade IN.jsonl --out OUT.jsonl`.
 
-A record has benchmark, id and output. The problem comes from the published files, or, where there
-are none, from the reference that the record keeps.
+A record has benchmark, id and output. Its problem comes from the published files, or, if there are
+none, from the reference in the record.
 """
 
 from data.checkpoints.families import choices
@@ -10,12 +10,12 @@ from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.sandbox import NOTICE
 
-# Other names that records have had for a task.
+# Other names for a task in records.
 NAMES = {"math": "math500"}
 
 
 class Grader:
-    """Called with a record, it returns what to add; files are read when one is first needed."""
+    """Called with a record, it returns its verdict; a task's files are read at its first record."""
 
     def __init__(self, data_dir: str | None, allow_code: bool, seconds: float):
         self.data_dir = data_dir
@@ -40,12 +40,12 @@ class Grader:
         if task.kind != "code":
             return task.grade(problem, record["output"])
         if not self.allow_code:
-            raise ValueError(f"{name} runs what a model wrote, which needs "
+            raise ValueError(f"{name} runs programs that a model wrote, which needs "
                              f"--allow_code_execution; {NOTICE}")
         return task.grade(problem, record["output"], self.seconds)
 
     def check_references(self, task, problems: list):
-        """Raise ValueError where right answers fail: too slow a machine, too low a limit."""
+        """Raise ValueError if right answers fail: the machine is too slow or the limit too low."""
         failed = task.check_references(problems, self.seconds)
         if failed:
             raise ValueError(f"{len(failed)} reference solutions of {task.name} fail on this "
@@ -53,26 +53,21 @@ class Grader:
                              f"{self.seconds:g}")
 
     def problem(self, task, record: dict) -> dict:
-        known = self.load(task, record)
-        if known is None:
-            return task.restore(record)
-        if record["id"] not in known:
-            raise ValueError(f"{task.name} has no problem {record['id']!r}; "
-                             "allowed: ids such as " + next(iter(known)))
-        return known[record["id"]]
-
-    def load(self, task, record: dict) -> dict | None:
-        """The problems of a task by id; None where only the record knows the answer."""
+        """The problem of a record; ValueError if neither files nor record hold it."""
         if task.name not in self.problems:
             try:
                 folder = find_folder(task.folder, self.data_dir)
             except ValueError:
-                # asked for by name, or needed: then it is missing
+                # files that were named, or that grading needs, have to be there
                 if self.data_dir or "reference" not in record:
                     raise
-                return None
+                return task.restore(record)
             self.problems[task.name] = {one["id"]: one for one in task.load(folder)}
-        return self.problems[task.name]
+        known = self.problems[task.name]
+        if record["id"] not in known:
+            raise ValueError(f"{task.name} has no problem {record['id']!r}; "
+                             "allowed: ids such as " + next(iter(known)))
+        return known[record["id"]]
 
 
 def check_counts(record: dict) -> dict:

@@ -1,10 +1,10 @@
-"""GSM8K: 1,319 word problems of primary school, answers that end in `#### 18` (Cobbe et al. 2021).
+"""GSM8K: 1,319 word problems of primary school; solutions end in `#### 18` (Cobbe et al. 2021).
 
     python eval.py --task gsm8k --init_from=DIR --shots 5 --limit 200
 
 Chat: the turns of the official L2D code. Plain: the text of lm-evaluation-harness, version 3.0 of
 `gsm8k`. Both take the first rows of the training file as shots; the harness draws others for every
-problem. `strict` and `flexible` are the harness's two rules, letter for letter.
+problem. `strict` and `flexible` are exactly the two rules of the harness.
 """
 
 import re
@@ -17,7 +17,7 @@ from data.text.answer import cut
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-# What its exact match does not look at; the last is a final full stop.
+# Ignored by its exact match; the last is a final full stop.
 IGNORED = re.compile(r",|\$|(?s:.*#### )|\.$")
 
 
@@ -47,19 +47,16 @@ class GSM8K(Task):
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\nAnswer:"
 
-    def reference(self, problem: dict) -> str:
-        return problem["answer"]
-
     def short(self, problem: dict) -> dict:
         return {"reference": IGNORED.sub("", problem["answer"])}
 
     def grade(self, problem: dict, text: str) -> dict:
-        """The first number behind `####`, and the last number at all: right as a text?"""
+        """strict: the first number behind `####`; flexible: the last number. Equal as texts?"""
         return {"strict": same(strict_number(text), problem["answer"]),
                 "flexible": same(last_number(text), problem["answer"])}
 
     def extract(self, problem: dict, text: str) -> str | None:
-        """What is voted on: the number behind `####`, else the last one; None without any."""
+        """The number that a vote compares: behind `####`, else the last one; None without any."""
         number = strict_number(text) or last_number(text)
         return IGNORED.sub("", number) if number else None
 
@@ -75,6 +72,4 @@ def last_number(text: str) -> str | None:
 
 
 def same(number: str | None, reference: str) -> bool:
-    if number is None:
-        return False
-    return IGNORED.sub("", number) == IGNORED.sub("", reference)
+    return number is not None and IGNORED.sub("", number) == IGNORED.sub("", reference)

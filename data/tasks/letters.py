@@ -1,8 +1,8 @@
-"""Which letter is an answer? Rules for multiple choice, and what its tasks have in common.
+"""Multiple choice: the letter that an answer means, and the common part of its tasks.
 
-`Letters` is a task whose answers are letters; data/tasks/mmlu.py and data/tasks/arc.py say how its
-questions are written. eval.py scores such a task by the probability of every letter, or reads the
-letter out of a generated text by `find_letter`.
+The problems of a `Letters` task have letters as answers; data/tasks/mmlu.py and data/tasks/arc.py
+write its questions. eval.py compares the probabilities of the letters, or generates a text, in
+which `find_letter` finds the letter.
 """
 
 import re
@@ -12,10 +12,10 @@ from data.tasks.task import Task, one_text, turns
 from data.text.answer import cut
 
 ALPHABET = "ABCDEFGHIJ"
-# A letter that no word goes on with, a small one only where a sentence ends: "a" is mostly a word.
+# A letter that begins no word; a small one only at the end of a sentence: "a" is mostly a word.
 UPPER = r"([A-J])(?![A-Za-z])"
 EITHER = r"([A-J](?![A-Za-z])|[a-j](?=\s*(?:[.,;:!?)\]}*<]|$)))"
-# Signs that stand between a claim and its letter.
+# Signs between a claim and its letter.
 SIGNS = r"[\s:*(\[{$]*(?:\\boxed\{|\\text\{|\\textbf\{)*[\s*(]*"
 CLAIM = re.compile(r"(?i:answer is)" + SIGNS + EITHER)
 LABEL = re.compile(r"(?i:answer)[^A-Za-z]*" + SIGNS + UPPER)
@@ -28,41 +28,25 @@ WORDS = re.compile(
 
 
 def find_letter(text: str, options: int) -> str | None:
-    """The letter that a text answers with, one of the first `options`, or None.
-
-    The last claim wins, then a first line that is a letter, then a label, then a letter alone.
-    """
+    """The letter that a text answers with, one of the first `options`, or None."""
     text = cut(text, ("Question:",))
-    allowed = ALPHABET[:options]
-    for rule in (last_claim, first_line, last_label, only_letter):
-        letter = rule(text)
-        if letter:
-            return letter if letter in allowed else None
-    return None
-
-
-def last_claim(text: str) -> str | None:
-    """the answer is (X)"""
-    found = CLAIM.findall(text)
-    return found[-1].upper() if found else None
-
-
-def first_line(text: str) -> str | None:
     line = text.strip().partition("\n")[0]
-    found = FIRST_LINE.match(line) or BOX.match(line.lstrip("$ "))
-    return found[1] if found else None
-
-
-def last_label(text: str) -> str | None:
-    """Answer: X"""
-    found = LABEL.findall(text)
-    return found[-1] if found else None
-
-
-def only_letter(text: str) -> str | None:
-    """The only one that stands for itself; of two, nobody says which is meant."""
-    found = set(ALONE.findall(WORDS.sub(" ", text)))
-    return found.pop() if len(found) == 1 else None
+    letter = ""
+    # the last claim: the answer is (X)
+    if claims := CLAIM.findall(text):
+        letter = claims[-1].upper()
+    # else a first line that is a letter
+    elif found := FIRST_LINE.match(line) or BOX.match(line.lstrip("$ ")):
+        letter = found[1]
+    # else the last label: Answer: X
+    elif labels := LABEL.findall(text):
+        letter = labels[-1]
+    else:
+        # else a letter alone; two of them are ambiguous
+        alone = set(ALONE.findall(WORDS.sub(" ", text)))
+        if len(alone) == 1:
+            letter = alone.pop()
+    return letter if letter and letter in ALPHABET[:options] else None
 
 
 class Letters(Task):
@@ -88,8 +72,11 @@ class Letters(Task):
         return self.head(problem) + one_text(problem, shots, self.question, self.reference)
 
     def head(self, problem: dict) -> str:
-        """What a text begins with."""
+        """The beginning of a plain prompt."""
         return ""
+
+    def chat_question(self, problem: dict) -> str:
+        return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}\n\nAnswer:"
 
     def short(self, problem: dict) -> dict:
         return {"reference": problem["answer"], "options": len(problem["options"])}
@@ -100,9 +87,6 @@ class Letters(Task):
             raise ValueError(f"options of a record are {str(options)[:20]!r}; allowed: 1 to 10")
         return {**super().restore(record), "options": [""] * options}
 
-    def reference(self, problem: dict) -> str:
-        return problem["answer"]
-
     def strict(self, problem: dict, text: str) -> bool:
         """The whole first line is the letter, case and punctuation aside (`mmlu_generative`)."""
         line = cut(text, self.stops["plain"]).strip()
@@ -110,7 +94,7 @@ class Letters(Task):
         return bare.lower() == problem["answer"].lower()
 
     def grade(self, problem: dict, text: str) -> dict:
-        """strict, flexible, and the letter that was understood."""
+        """strict, flexible, and the letter that was found."""
         letter = find_letter(text, len(problem["options"]))
         return {"strict": self.strict(problem, text), "flexible": letter == problem["answer"],
                 "letter": letter}

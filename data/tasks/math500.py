@@ -2,9 +2,9 @@
 
     python eval.py --task math500 --init_from=DIR --limit 100
 
-Never to be called MATH, which has 5,000. Shots are the four of Minerva (Lewkowycz et al. 2022): as
-turns for "chat", in the text of lm-evaluation-harness (`minerva_math500`, version 3.1) for "plain".
-When two answers are equal is a matter of its own: data/tasks/math/equal.py.
+Not MATH, which has 5,000 problems. Shots are the four of Minerva (Lewkowycz et al. 2022): as turns
+for "chat", in the text of lm-evaluation-harness (`minerva_math500`, version 3.1) for "plain".
+data/tasks/math/equal.py decides when two answers are equal.
 """
 
 from operator import itemgetter
@@ -23,6 +23,7 @@ class Math500(Task):
     name = "math500"
     folder = "math500"
     kind = "text"
+    solution = "solution"
     shots = {"chat": 4, "plain": 4}
     # a quarter of the reference solutions are longer than the paper's 256
     max_new_tokens = 1024
@@ -53,15 +54,12 @@ class Math500(Task):
         return (f"{shot['solution']}\n"
                 f"Final Answer: The final answer is ${shot['answer']}$. I hope it is correct.")
 
-    def reference(self, problem: dict) -> str:
-        return problem["solution"]
-
     def grade(self, problem: dict, text: str) -> dict:
         """strict: the last box, equal as a text; flexible: any form, equal in value."""
         return grade(text, problem["answer"])
 
     def extract(self, problem: dict, text: str) -> str | None:
-        """What is voted on."""
+        """The answer that a vote compares; None without any."""
         return extract(cut(text, self.stops["plain"])) or None
 
     def equal(self, a: str, b: str) -> bool:

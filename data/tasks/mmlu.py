@@ -3,8 +3,8 @@
     python eval.py --task mmlu --init_from=DIR --data_dir=DIR --limit 200
 
 Chat: the turns of the official L2D code, answered by a letter. Plain: the text of
-lm-evaluation-harness. There MMLU-Pro is thought about step by step, which is another task,
-`mmlu_pro_cot`: its numbers and those of bare letters cannot be compared. See data/tasks/letters.py.
+lm-evaluation-harness. There MMLU-Pro is answered step by step, which is another task here,
+`mmlu_pro_cot`: its numbers and those of letters alone cannot be compared. See letters.py.
 """
 
 import re
@@ -24,7 +24,7 @@ class MMLU(Letters):
     folder = "mmlu"
 
     def load(self, folder: Path) -> list:
-        """Test rows, then the five of every subject that are shots."""
+        """Test rows, then the five shots of every subject."""
         problems = []
         for split in ("test", "dev"):
             paths = sorted((folder / split).glob(f"*_{split}.csv"))
@@ -32,17 +32,14 @@ class MMLU(Letters):
                 raise ValueError(f"{folder / split} holds no *_{split}.csv; "
                                  "use the folders as published")
             for path in paths:
-                problems += self.read_subject(path, split)
+                subject = path.name.removesuffix(f"_{split}.csv")
+                problems += [{"id": f"mmlu/{split}/{subject}/{number}", "subject": subject,
+                              "question": row[0].strip(), "options": row[1:5], "answer": row[5]}
+                             for number, row in enumerate(read_csv(path, 6))]
         return problems
 
-    def read_subject(self, path: Path, split: str) -> list:
-        subject = path.name.removesuffix(f"_{split}.csv")
-        return [{"id": f"mmlu/{split}/{subject}/{number}", "subject": subject, "question": row[0],
-                 "options": row[1:5], "answer": row[5]}
-                for number, row in enumerate(read_csv(path, 6))]
-
     def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
-        """The first of the same subject."""
+        """The first shots of the same subject."""
         prefix = f"mmlu/dev/{problem['subject']}/"
         return [one for one in problems if one["id"].startswith(prefix)][:count]
 
@@ -50,12 +47,8 @@ class MMLU(Letters):
         subject = problem["subject"].replace("_", " ")
         return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
-    def chat_question(self, problem: dict) -> str:
-        return (f"Question:\n{problem['question'].strip()}\nChoices:\n{self.lines(problem)}\n\n"
-                "Answer:")
-
     def question(self, problem: dict) -> str:
-        return f"{problem['question'].strip()}\n{self.lines(problem)}\nAnswer:"
+        return f"{problem['question']}\n{self.lines(problem)}\nAnswer:"
 
 
 class MMLUPro(Letters):
@@ -64,30 +57,31 @@ class MMLUPro(Letters):
     folder = "mmlu_pro"
 
     def load(self, folder: Path) -> list:
-        rows = self.read_rows(folder, "test")
-        # published apart, and often not there
-        if present(folder / "validation.jsonl"):
-            rows += self.read_rows(folder, "validation")
-        return rows
-
-    def read_rows(self, folder: Path, split: str) -> list:
-        rows = read_jsonl(folder / f"{split}.jsonl",
-                          {"question_id": int, "question": str, "options": list, "answer": str,
-                           "category": str})
-        return [{"id": f"mmlu_pro/{split}/{row['question_id']}", **row,
-                 # as the harness writes them
-                 "options": [option.strip() for option in row["options"]]} for row in rows]
+        """Test rows, then the validation rows if they are there."""
+        needed = {"question_id": int, "question": str, "options": list, "answer": str,
+                  "category": str}
+        problems = []
+        for split in ("test", "validation"):
+            path = folder / f"{split}.jsonl"
+            # published apart, and often missing
+            if split == "validation" and not present(path):
+                break
+            # options without blanks, as the harness writes them
+            problems += [{"id": f"mmlu_pro/{split}/{row['question_id']}", **row,
+                          "options": [option.strip() for option in row["options"]]}
+                         for row in read_jsonl(path, needed)]
+        return problems
 
     def validation(self, problems: list, category: str) -> list:
-        """The rows that shots come from."""
+        """The rows from which the shots of a category are taken."""
         same = [one for one in problems if one["category"] == category]
         return of_split(same, "validation") or same[-5:]
 
     def note(self, problems: list) -> str | None:
-        """What must stand beside every number."""
+        """A warning where the shots are not the published ones."""
         if of_split(problems, "validation"):
             return None
-        return ("note: the validation rows are not there, so the shots are the last five test rows "
+        return ("note: the validation rows are missing, so the shots are the last five test rows "
                 "of each category, which are not scored: not comparable with published numbers")
 
     def scored(self, problems: list, shots: int, style: str) -> list:
@@ -119,14 +113,14 @@ class MMLUPro(Letters):
 
 
 class MMLUProSteps(MMLUPro):
-    """Thought about in words, as in the harness: version 3.1 of its `mmlu_pro`."""
+    """Answers with their reasoning, as in the harness: version 3.1 of its `mmlu_pro`."""
     name = "mmlu_pro_cot"
     kind = "text"
     max_new_tokens = 2048
     stops = {"chat": ("Question:",), "plain": ("Question:",)}
 
     def prompt(self, problem: dict, shots: list, style: str):
-        """The same words in both styles, in turns for "chat"."""
+        """The same words in both styles: turns for "chat", a text for "plain"."""
         head = self.head(problem)
         if style == "plain":
             return head + one_text(problem, shots, self.question, self.worked)
@@ -142,6 +136,6 @@ class MMLUProSteps(MMLUPro):
         return f"{super().question(problem)} Let's think step by step."
 
     def worked(self, shot: dict) -> str:
-        """The published text without the words that the question ends with."""
+        """The published reasoning without its first words, which end the question."""
         text = shot.get("cot_content") or f"The answer is ({shot['answer']})."
         return text.removeprefix("A: Let's think step by step.").strip()

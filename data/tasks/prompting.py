@@ -1,7 +1,7 @@
-"""A benchmark's question as token ids: in turns or as a text, with as many shots as fit.
+"""A benchmark's problems as token ids: in turns or as a text, with as many shots as fit.
 
-No problem is ever left out: where a prompt is too long it has fewer shots, and where even the bare
-question is, its beginning is cut, as in lm-evaluation-harness. eval.py counts both.
+No problem is left out: a prompt that is too long gets fewer shots, and where even the question
+alone is too long, its beginning is cut, as in lm-evaluation-harness. eval.py counts both.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from data.text.formats import Piece, check_messages, encode_pieces, resolve_styl
 
 @dataclass
 class Question:
-    """A problem as it is asked; `facts` is what a record says of it."""
+    """A problem and its prompt; `facts` is the part of its records that is known beforehand."""
     problem: dict
     ids: list
     text: str
@@ -25,8 +25,8 @@ class Question:
 
 @dataclass
 class Asked:
-    """All questions of a benchmark; `about` is what every one of its records has in common."""
-    problems: list         # all that were loaded
+    """All questions of a benchmark; `about` is the common part of its records."""
+    problems: list         # all that were loaded, shots among them
     questions: list
     style: str
     max_new_tokens: int
@@ -45,21 +45,24 @@ def ask_all(task, tokenizer, args, max_positions: int) -> Asked:
     if room < 1:
         raise ValueError(f"--max_new_tokens {tokens} leaves no room for a prompt; this model has "
                          f"{max_positions} positions")
-    asker = Asker(task, problems, tokenizer, style, shots, room)
     scored = task.scored(problems, shots, style)[:args.limit]
     if not scored:
-        raise ValueError(f"{folder} has no problem to ask; use the files as published")
-    questions = [asker.ask(one) for one in tqdm(scored, disable=None, desc="prompts")]
+        raise ValueError(f"{folder} has no problem to score; use the files as published")
+    questions = []
+    for problem in tqdm(scored, disable=None, desc="prompts"):
+        examples = task.examples(problems, problem, shots, style)
+        questions.append(write_prompt(task, problem, examples, tokenizer, style, room))
     for question in questions[:args.show_prompts]:
         print(f"--- {question.problem['id']}\n{question.text}\n---")
-    if task.note(problems):
-        print(task.note(problems), file=sys.stderr)
+    note = task.note(problems)
+    if note:
+        print(note, file=sys.stderr)
     about = {"benchmark": task.name, "style": style, "shots": shots, "max_new_tokens": tokens}
     return Asked(problems, questions, style, tokens, about)
 
 
 def choose_style(style: str | None, tokenizer) -> str:
-    """ "chat" where the model has a format of its own, else "plain", unless one is asked for.
+    """The style given, else "chat" if the model has a format of its own, else "plain".
 
     Raises ValueError for "chat" with a template that we cannot write, or without one.
     """
@@ -77,53 +80,39 @@ def choose_style(style: str | None, tokenizer) -> str:
     return "plain" if name == "plain" else "chat"
 
 
-@dataclass
-class Asker:
-    """Writes the questions of a task; `room` is the longest prompt in tokens."""
-    task: object
-    problems: list         # all that were loaded, shots among them
-    tokenizer: object
-    style: str
-    shots: int
-    room: int
-
-    def ask(self, problem: dict) -> Question:
-        shots = self.task.examples(self.problems, problem, self.shots, self.style)
-        for count in range(len(shots), -1, -1):
-            ids, text = self.encode(self.task.prompt(problem, shots[:count], self.style))
-            if len(ids) <= self.room:
-                break
-        facts = {"id": problem["id"], **self.task.short(problem), "prompt": digest(text),
-                 "prompt_tokens": len(ids), "fewer_shots": count < len(shots),
-                 "shortened": len(ids) > self.room}
-        return Question(problem, ids[-self.room:], text, facts)
-
-    def encode(self, prompt) -> tuple:
-        """(ids, text) of messages or of a plain text."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode_start(prompt), prompt
-        pieces = self.pieces(prompt)
-        ids, _ = encode_pieces(pieces, self.tokenizer)
-        return ids, "".join(piece.text for piece in pieces)
-
-    def pieces(self, messages: list) -> list:
-        """In the model's format; a last turn of the assistant is one that it goes on with."""
-        _, render = resolve_style("auto", self.tokenizer)
-        if messages[-1]["role"] != "assistant":
-            return render(check_messages(messages), True)
-        begun = Piece(messages[-1]["content"], response=True)
-        return [*render(check_messages(messages[:-1]), True), begun]
+def write_prompt(task, problem: dict, shots: list, tokenizer, style: str, room: int) -> Question:
+    """The prompt of a problem with as many of the shots as fit into `room` tokens."""
+    for count in range(len(shots), -1, -1):
+        ids, text = encode(task.prompt(problem, shots[:count], style), tokenizer)
+        if len(ids) <= room:
+            break
+    # equal in two records if their prompts are
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    facts = {"id": problem["id"], **task.short(problem), "prompt": digest,
+             "prompt_tokens": len(ids), "fewer_shots": count < len(shots),
+             "shortened": len(ids) > room}
+    return Question(problem, ids[-room:], text, facts)
 
 
-def digest(text: str) -> str:
-    """Two records of the same prompt have the same."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def encode(prompt, tokenizer) -> tuple:
+    """(ids, text) of a plain text, or of messages in the model's own format."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_start(prompt), prompt
+    _, render = resolve_style("auto", tokenizer)
+    if prompt[-1]["role"] == "assistant":
+        # the model continues this turn
+        begun = Piece(prompt[-1]["content"], response=True)
+        pieces = [*render(check_messages(prompt[:-1]), True), begun]
+    else:
+        pieces = render(check_messages(prompt), True)
+    ids, _ = encode_pieces(pieces, tokenizer)
+    return ids, "".join(piece.text for piece in pieces)
 
 
 def letter_tokens(letters: list, tokenizer, style: str) -> list:
-    """The token of each option: behind `Answer:` with a space, as a turn without.
+    """The token id of each letter: with a space behind a plain `Answer:`, without in a turn.
 
-    Raises ValueError where a letter is not one token: its probability would be another thing.
+    Raises ValueError where a letter is not one token: its probability would mean something else.
     """
     before = " " if style == "plain" else ""
     ids = [tokenizer.encode(before + letter) for letter in letters]

@@ -1,9 +1,9 @@
-"""Run programs that nobody has read, each in its own process with limits.
+"""Run untrusted programs, each in its own process with limits.
 
     run("assert 1 + 1 == 2")        "passed"
     run_all(programs, seconds=3)    the same for many, a few at a time
 
-This side starts the process, waits, and clears away; the limits themselves are in
+This side starts the process, waits, and removes all that is left; the limits themselves are in
 data/tasks/sandbox_child.py: read that next, then data/tasks/code.py, which makes the programs.
 """
 
@@ -29,23 +29,40 @@ LONGEST_REPLY = 1000    # bytes
 
 def run(program: str, seconds: float = 3.0) -> str:
     """"passed", "timed out", or "failed: " and a reason in one line."""
-    # An exit code of 0 proves nothing, since a program may leave before its tests. Passed has only
-    # what comes back with this password, which is handed out behind the last test.
+    # An exit code of 0 proves nothing, since a program may exit before its tests. The proof is this
+    # password: the child reads it behind the last test and sends it back.
     nonce = secrets.token_hex(16).encode()
     source = program.encode("utf-8", "surrogatepass")
-    question = len(source).to_bytes(8, "big") + source + nonce
 
-    # a program may leave anything behind, also what cannot be deleted: that is no error of ours
+    # a program may leave files that cannot be deleted: that is no error of ours
     with tempfile.TemporaryDirectory(prefix="nanol2d-run-", ignore_cleanup_errors=True) as folder:
         deadline = time.monotonic() + seconds + START
         child = start(folder, seconds)
-        reply = ask(child, question, deadline)
+        killer = threading.Timer(deadline - time.monotonic(), kill, [child])
+        killer.daemon = True
+        killer.start()
+        try:
+            # it may be dead before it has read all
+            with contextlib.suppress(OSError), child.stdin:
+                child.stdin.write(len(source).to_bytes(8, "big") + source + nonce)
+            # until it replies, dies or is killed
+            reply = child.stdout.read1(LONGEST_REPLY)
+        finally:
+            # Also after Ctrl-C. The order matters: after `wait` the number of the process may
+            # belong to another, so the killer must have ended by then.
+            killer.cancel()
+            killer.join()
+            kill(child)
+            child.wait()
+            child.stdout.close()
         late = time.monotonic() >= deadline
+
     if reply == nonce:
         return "passed"
     if reply:
         return "failed: " + reply.decode("utf-8", "replace")
-    if late or used_up(child.returncode):
+    # the system may have ended it for its processor time
+    if late or (os.name != "nt" and child.returncode == -signal.SIGXCPU):
         return "timed out"
     return f"failed: ended before the last test with exit code {child.returncode}"
 
@@ -59,12 +76,10 @@ def run_all(programs: list, seconds: float = 3.0) -> list:
         return list(pool.map(partial(run, seconds=seconds), programs))
 
 
-# --- one process ----------------------------------------------------------------------------------
-
 def start(folder: str, seconds: float):
-    """The child, in its own group of processes, which can be ended as one."""
-    # None of our variables, which may hold passwords. Numerical libraries would set memory aside
-    # for a thread on each processor, more than the limit.
+    """The child, in a process group of its own, which can be killed as one."""
+    # None of our variables, which may hold passwords. Numerical libraries would reserve memory for
+    # a thread on each processor, more than the limit.
     variables = {"TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if os.name == "nt":
         # without it Windows finds no random numbers, and Python does not start
@@ -84,28 +99,8 @@ def start(folder: str, seconds: float):
     )
 
 
-def ask(child, question: bytes, deadline: float) -> bytes:
-    """What the child replies until the deadline; b"" if it dies or is late. It is gone then."""
-    killer = threading.Timer(deadline - time.monotonic(), kill, [child])
-    killer.daemon = True
-    killer.start()
-    try:
-        # it may be dead before it has read all
-        with contextlib.suppress(OSError), child.stdin:
-            child.stdin.write(question)
-        return child.stdout.read1(LONGEST_REPLY)
-    finally:
-        # Also after Ctrl-C. The order matters: once a process has been waited for, its number
-        # may belong to another, so nobody may kill by it any more.
-        killer.cancel()
-        killer.join()
-        kill(child)
-        child.wait()
-        child.stdout.close()
-
-
 def kill(child):
-    """End the child and all it may have started."""
+    """End the child and all processes that it may have started."""
     if os.name == "nt":
         if child.poll() is None:
             command = ["taskkill", "/F", "/T", "/PID", str(child.pid)]
@@ -114,8 +109,3 @@ def kill(child):
     # a group whose only process has just ended is an error on some systems
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-
-
-def used_up(code: int) -> bool:
-    """Whether the system ended it for the processor time it took."""
-    return os.name != "nt" and code == -signal.SIGXCPU

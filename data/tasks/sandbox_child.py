@@ -1,20 +1,21 @@
-"""The process that runs one strange program and says whether it came to its end.
+"""The process that runs one untrusted program and reports whether it reaches its end.
 
-data/tasks/sandbox.py starts this file, each program its own process, and reads the one line it
-says; read that first. Nothing else imports or starts it.
+data/tasks/sandbox.py starts this file, a process for each program, and reads the one line of its
+reply; read that first. Nothing else imports or starts it.
 
-The order in `main` is the point: first it takes what it needs, then it locks itself in, then it
-runs the program. A lock that the program could open with its own key would be none.
+The order in `main` matters: it reads its input first, then gives up its rights, and only then runs
+the program, which cannot get them back.
 """
 
+import contextlib
 import math
 import os
 import signal
 import sys
 from pathlib import PurePath
 
-# Imported though not used: at its own import it loads a library, which the guard forbids. Without
-# this line nobody could import it later, and neither numpy, which needs it.
+# Imported though not used: ctypes loads a library when it is imported, which the guard refuses.
+# Without this line the program could import neither ctypes nor numpy, which needs it.
 try:
     import ctypes  # noqa: F401
 except ImportError:
@@ -30,12 +31,12 @@ try:
 except ImportError:
     resource = None
 
-MEMORY = 2**30          # bytes of address space; macOS takes no notice
+MEMORY = 2**30          # bytes of address space; macOS ignores it
 LONGEST_FILE = 16 * 2**20
 LONGEST_PATH = 500      # characters: folders nested deeper are hard to delete again
 LONGEST_REASON = 300
 
-# Events that Python announces to an audit hook, by how they begin: never allowed.
+# Audit events that are always refused, by their prefix.
 REFUSED = (
     "socket.", "subprocess.", "ctypes.", "winreg.", "syslog.",
     "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.spawn", "os.startfile", "os.system",
@@ -43,14 +44,15 @@ REFUSED = (
     # the superuser could raise limits again
     "resource.setrlimit", "resource.prlimit",
 )
-# Events that change files: which arguments are paths, and where each may be relative to (or None).
+# Audit events that change files: (the argument that is a path, the one that holds the folder it is
+# relative to, or None).
 CHANGES = {
     "open": [(0, None)],
     "os.chdir": [(0, None)],
     "os.chflags": [(0, None)],
     "os.chmod": [(0, 2)],
     "os.chown": [(0, 3)],
-    # what a link leads to is as good as the link, so both ends have to be inside
+    # writing through a link changes its target, so both ends have to be inside
     "os.link": [(0, 2), (1, 3)],
     "os.mkdir": [(0, 2)],
     "os.remove": [(0, 1)],
@@ -64,73 +66,56 @@ CHANGES = {
     "shutil.rmtree": [(0, None)],
     "sqlite3.connect": [(0, None)],
 }
-# A number instead of a path is a file that was opened before, and checked then.
+# Events whose path may be a number: a file that was checked when it was opened.
 NUMBERS_ALLOWED = ("open", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Modules that change files or shared memory in C and announce nothing.
+# Modules that change files or shared memory in C without an audit event.
 SILENT = ("_dbm", "_gdbm", "_posixshmem")
 
 
-# --- what is taken first --------------------------------------------------------------------------
-
-def private_pipes() -> tuple:
-    """(where the parent writes, where it reads), moved away from standard input and output."""
-    source = os.dup(0)
-    verdict = os.dup(1)
-    # the program reads an end of file, and may print as much as it likes: no pipe gets full
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
-    return source, verdict
-
+# --- before the program ---------------------------------------------------------------------------
 
 def read(source: int, size: int) -> bytes:
-    """Exactly so many bytes: what stands behind them stays in the pipe."""
+    """Exactly `size` bytes: all behind them stays in the pipe."""
     content = b""
     while len(content) < size:
         part = os.read(source, size - len(content))
         if not part:
-            # the parent has gone
+            # the parent is dead
             os._exit(1)
         content += part
     return content
 
 
-# --- what locks it in -----------------------------------------------------------------------------
-
-def limit(kind: int, most: int):
-    """Lower a limit of the system, which may already be lower."""
-    _, hard = resource.getrlimit(kind)
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    try:
-        resource.setrlimit(kind, (most, most))
-    except (OSError, ValueError):
-        # macOS knows some limits by name only; the time limit of the parent holds in any case
-        pass
-
-
 def limit_resources(seconds: float):
+    """Limit time, memory and files by the system, where it can."""
     if resource is None:
         return
-    # both a little later than the parent acts: they matter where it has died
+    # both a little later than the parent acts: they matter if it has died
     last = math.ceil(seconds) + 2
     signal.alarm(last)
-    limit(resource.RLIMIT_CPU, last)
-    limit(resource.RLIMIT_AS, MEMORY)
-    limit(resource.RLIMIT_FSIZE, LONGEST_FILE)
-    limit(resource.RLIMIT_CORE, 0)
+    for kind, most in ((resource.RLIMIT_CPU, last), (resource.RLIMIT_AS, MEMORY),
+                       (resource.RLIMIT_FSIZE, LONGEST_FILE), (resource.RLIMIT_CORE, 0)):
+        # the present limit may be lower, and cannot be raised
+        _, hard = resource.getrlimit(kind)
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        # macOS refuses some limits; the time limit of the parent holds in any case
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (most, most))
 
+
+# --- refusals -------------------------------------------------------------------------------------
 
 def refuse(*_, what: str = "this", **__):
-    # an OSError, so that a program that can live without goes on
+    # an OSError, so that a program that handles it continues
     raise PermissionError(f"{what} is not allowed here")
 
 
-def lock_silent_doors():
-    """Take away the few things that an audit hook would not notice."""
+def remove_silent_functions():
+    """Take away the few functions that cause no audit event."""
     for name in SILENT:
-        # to import it now raises ImportError, for which the standard library is prepared
+        # to import it now raises ImportError, which the standard library handles
         sys.modules[name] = None
     if resource is None:
         return
@@ -141,46 +126,40 @@ def lock_silent_doors():
         module.mknod = refuse
 
 
-def only_reads(mode, flags) -> bool:
-    """Of a file that is opened: two ways to say it, either may be missing."""
-    writing = set(mode or "") & set("wax+")
-    return not writing and not (flags or 0) & WRITING
-
-
-def directory_of(number) -> str:
-    """The folder that a relative path starts from: the current one, or an open one."""
-    if number is None or number < 0:
-        return os.getcwd()
-    if sys.platform == "darwin":
-        content = fcntl.fcntl(number, fcntl.F_GETPATH, bytes(1024))
-        return os.fsdecode(content.rstrip(b"\0"))
-    return os.readlink(f"/proc/self/fd/{number}")
-
-
 def is_inside(folder: str, path, directory) -> bool:
-    """Whether a path, all links followed, leads to the folder or below."""
+    """Does a path, all links followed, lead to the folder or below?
+
+    directory   number of the open folder that the path is relative to; None or -1: the current one
+    """
     path = os.fsdecode(path)
     if path == os.devnull:
         return True
     # sqlite reads this as an address
     if path.startswith("file:"):
         return False
-    real = os.path.realpath(os.path.join(directory_of(directory), path))
-    real = os.path.normcase(real)
-    short = len(real) < len(folder) + LONGEST_PATH
-    return short and PurePath(real).is_relative_to(folder)
+    if directory is None or directory < 0:
+        start = os.getcwd()
+    elif sys.platform == "darwin":
+        start = os.fsdecode(fcntl.fcntl(directory, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    else:
+        start = os.readlink(f"/proc/self/fd/{directory}")
+    real = os.path.normcase(os.path.realpath(os.path.join(start, path)))
+    return len(real) < len(folder) + LONGEST_PATH and PurePath(real).is_relative_to(folder)
 
 
 def make_guard(folder: str):
     """An audit hook that lets a program change nothing outside the folder.
 
-    It sees each event whatever name it was called by, and Python has no way to take it off again.
+    It sees every event, by whichever name a function is called, and Python cannot remove it.
     """
     def guard(event, args):
         if event.startswith(REFUSED):
             refuse(what=event)
-        if event == "open" and only_reads(*args[1:3]):
-            return
+        if event == "open":
+            # opened for reading alone: of mode and flags one may be missing
+            _, mode, flags = args
+            if not set(mode or "") & set("wax+") and not (flags or 0) & WRITING:
+                return
         for position, start in CHANGES.get(event, ()):
             path = args[position]
             if isinstance(path, int):
@@ -197,12 +176,12 @@ def make_guard(folder: str):
 # --- the run --------------------------------------------------------------------------------------
 
 def failure(program: str) -> str:
-    """Why a program does not come to its end, in one line; "" if it does."""
+    """Why a program does not reach its end, in one line; "" if it does."""
     try:
-        # Nothing of this file among its globals, not even a name: as in the published graders, a
-        # part behind `if __name__ == "__main__"` does not run.
+        # No globals of this file, not even a name: as in the published graders, a part behind
+        # `if __name__ == "__main__"` does not run.
         exec(compile(program, "program", "exec"), {})
-    # all of them, also SystemExit: whoever leaves before the end has not passed
+    # SystemExit too: a program that exits before its end has not passed
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         return " ".join(reason.split())[:LONGEST_REASON].rstrip(": ")
@@ -211,21 +190,27 @@ def failure(program: str) -> str:
 
 def main():
     seconds = float(sys.argv.pop())
-    source, verdict = private_pipes()
+    # The pipes from and to the parent move away from standard input and output: the program reads
+    # an end of file, and may print as much as it likes, since no pipe gets full.
+    source = os.dup(0)
+    verdict = os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
     size = int.from_bytes(read(source, 8), "big")
     program = read(source, size).decode("utf-8", "surrogatepass")
 
     limit_resources(seconds)
-    lock_silent_doors()
+    remove_silent_functions()
     folder = os.path.normcase(os.path.realpath(os.getcwd()))
     sys.addaudithook(make_guard(folder))
 
     answer = failure(program).encode("utf-8", "replace")
     if not answer:
-        # Only now is the password read: while the program ran, it stood in no variable.
+        # The password is read only now: while the program ran, it was in no variable.
         answer = read(source, 32)
     os.write(verdict, answer)
-    # not sys.exit, which would wait for threads that the program has left running
+    # not sys.exit, which would wait for threads of the program
     os._exit(0)
 
 

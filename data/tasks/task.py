@@ -1,40 +1,48 @@
-"""What every benchmark has: data/tasks/gsm8k.py is the shortest example.
+"""The parts of a benchmark: data/tasks/gsm8k.py is the shortest example.
 
-    name, folder       how it is called, and the folder of its files, "" where it has none
+    name, folder       its name, and the folder of its files, "" if it has none
     kind               "text", "letters" (multiple choice) or "code"
     shots              style -> worked examples in a prompt
-    max_new_tokens     longest answer, unless another is asked for
+    max_new_tokens     longest answer, unless --max_new_tokens is given
     stops              style -> texts that end an answer
-    load               the rows of its files, each with an id
-    scored, examples   which of them are asked, which are shots of one
+    load               the rows of its files as problems, each with an id
+    scored, examples   the problems to score, and the shots of one
     prompt             messages for "chat", a text for "plain"
+    solution           the key of a problem's reference solution
     grade              {"strict": bool, "flexible": bool, ...} of an answer
-    extract, equal     the answer in it, and whether two are the same, for a vote
+    extract, equal     the answer in a text, and whether two are equal, for a vote
 """
 
 
 def of_split(problems: list, split: str) -> list:
-    """Those whose id says so."""
+    """The problems of a split, by their ids."""
     return [problem for problem in problems if f"/{split}/" in problem["id"]]
 
 
-def turns(problem: dict, shots: list, ask, answer) -> list:
-    """Messages: every shot a question and its answer, then the question; ask, answer: functions."""
+def turns(problem: dict, shots: list, question, answer) -> list:
+    """Messages: every shot a question and its answer, then the problem's question.
+
+    question, answer   functions of a problem or shot that return a text
+    """
     messages = []
     for shot in shots:
-        messages += [{"role": "user", "content": ask(shot)},
+        messages += [{"role": "user", "content": question(shot)},
                      {"role": "assistant", "content": answer(shot)}]
-    return [*messages, {"role": "user", "content": ask(problem)}]
+    return [*messages, {"role": "user", "content": question(problem)}]
 
 
-def one_text(problem: dict, shots: list, ask, answer) -> str:
+def one_text(problem: dict, shots: list, question, answer) -> str:
     """The same as one text, a blank line between the shots."""
-    solved = [f"{ask(shot)} {answer(shot)}\n\n" for shot in shots]
-    return "".join(solved) + ask(problem)
+    solved = [f"{question(shot)} {answer(shot)}\n\n" for shot in shots]
+    return "".join(solved) + question(problem)
 
 
 class Task:
-    """What most of them have in common."""
+    """The common part of most benchmarks."""
+    solution = "answer"
+
+    def reference(self, problem: dict) -> str:
+        return problem[self.solution]
 
     def scored(self, problems: list, shots: int, style: str) -> list:
         return of_split(problems, "test")
@@ -44,19 +52,19 @@ class Task:
         return of_split(problems, "train")[:count]
 
     def note(self, problems: list) -> str | None:
-        """What must stand beside every number; mostly nothing."""
+        """A warning that belongs to every result; mostly none."""
         return None
 
     def short(self, problem: dict) -> dict:
-        """What a record keeps of a problem, so that it can be graded without the data."""
+        """The part of a problem that its records keep, so that they can be graded without files."""
         return {"reference": problem["answer"]}
 
     def restore(self, record: dict) -> dict:
-        """A problem from what a record kept, as far as grading needs it."""
+        """A problem from a record, as far as grading needs it."""
         return {"answer": str(record["reference"])}
 
     def plausible(self, problem: dict, text: str) -> bool:
-        """Can it be an answer at all? A search prefers one that can."""
+        """Can the text be an answer at all? A search prefers one that can."""
         return True
 
     def equal(self, a: str, b: str) -> bool:

@@ -1,6 +1,6 @@
-"""The embedded topics as a task: exact answers, graded by what stands behind `####`.
+"""The embedded topics as a task: exact answers, graded by the text behind `####`.
 
-The problems themselves are made in data/tiny/topics.py; read that first and eval.py next.
+data/tiny/topics.py makes the problems; read that first and eval.py next.
 
     python eval.py --task tiny --problems 8
 """
@@ -14,9 +14,9 @@ class Tiny:
     """Three topics, each with its levels of difficulty."""
     kind = "topics"
     classes = CLASSES
-    # only here does the class say something that the prompt does not
+    # only here does the class add information to the prompt
     guided = ("strings",)
-    # of these nobody trains on
+    # (topic, level) that no training uses
     unseen = tuple((topic, level) for topic, levels in UNSEEN.items() for level in levels)
     groups = tuple((topic, level) for topic, levels in LEVELS.items()
                    for level in levels + UNSEEN.get(topic, ()))
@@ -26,7 +26,7 @@ class Tiny:
         return make_problem(split, index, seed, *group)
 
     def key(self, problem: Problem) -> str:
-        """What tells this problem from all others."""
+        """A text that differs from that of every other problem."""
         return problem.prompt
 
     def prompt(self, problem: Problem, tokenizer) -> list:
@@ -36,9 +36,10 @@ class Tiny:
         return CLASSES.index(problem.label)
 
     def class_number(self, name: str, classes: int) -> int:
-        """A class by number, or by name for a path that knows these classes; it has `classes`.
+        """The number of a class given by number, or by name if the path has these classes.
 
-        Raises ValueError for any other.
+        classes   number of classes of the path
+        Raises ValueError for any other name or number.
         """
         if not classes:
             raise ValueError(f"--class {name}: this model has no classes; allowed: no --class")
@@ -49,7 +50,7 @@ class Tiny:
         return CLASSES.index(name) if name in CLASSES else int(name)
 
     def grade(self, problem: Problem, text: str, ended: bool) -> bool:
-        """Exactly the right answer, by a model that knew where to stop."""
+        """Is the answer exactly right, and did the model end it itself?"""
         return ended and final_answer(text) == problem.answer
 
     def reference(self, problem: Problem, tokenizer) -> tuple:
@@ -61,6 +62,6 @@ class Tiny:
         return f"{topic:9} {level:2}"
 
     def describe(self, problem: Problem) -> str:
-        """The problem as a person should see it, the class too where only that says what to do."""
+        """The problem as a line to print, with the class where only that names the operation."""
         hint = f"   [class {problem.label}]" if problem.topic in self.guided else ""
         return f"{problem.topic}, level {problem.level}: {problem.prompt}{hint}"

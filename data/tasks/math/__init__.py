@@ -1,6 +1,6 @@
-"""When two answers of MATH are equal.
+"""Grading of MATH answers: are two of them equal?
 
-    equal   extraction, the strict rules, structure
+    equal   extraction, the strict rules, comparison of the parts
     latex   LaTeX cleaned and taken apart
-    value   what a piece of LaTeX is worth
+    value   the value of a piece of LaTeX
 """

@@ -2,10 +2,10 @@ r"""Is the answer at the end of a solution of a mathematics problem the right on
 
     grade(r"So $x = \boxed{2.375}$.", r"2\frac{3}{8}")     # {"strict": False, "flexible": True}
 
-`strict` is the published rule of the data set (Hendrycks et al. 2021): the last box, a handful of
-replacements, equal strings. `flexible` is a fair reading: find the answer, clean it, compare what
-it is made of (lists, intervals, matrices, equations, words), and in the end compare values. Read
-data/tasks/math/latex.py next, which cleans and takes apart.
+`strict` is the published rule of the data set (Hendrycks et al. 2021): the last box, a few
+replacements, equal strings. `flexible` is a fair reading: find the answer, clean it, compare its
+parts (lists, intervals, matrices, equations, words), and in the end their values. Read
+data/tasks/math/latex.py next, which cleans answers and takes them apart.
 """
 
 import re
@@ -14,14 +14,14 @@ from data.tasks.math.latex import clean, letters, prose, shape
 from data.tasks.math.value import (
     LONGEST, UNREADABLE, constant, same_value, same_values, values)
 
-STOP = "Problem:"       # whoever goes on to the next problem has answered this one
-MOST_ITEMS = 64         # of a list that is matched in any order: that costs the square
+STOP = "Problem:"       # the answer ends where the model writes a next problem
+MOST_ITEMS = 64         # of a list that is matched in any order, in quadratic time
 
 
 # --- strict: the last box and equal strings -------------------------------------------------------
 
 def closing(text: str, start: int = 0) -> int:
-    """Where the brace that opens at `start` closes; -1 if it does not."""
+    """The index of the brace that closes the one at `start`; -1 if there is none."""
     depth = 0
     for brace in re.finditer(r"[{}]", text[start:]):
         depth += 1 if brace[0] == "{" else -1
@@ -36,31 +36,24 @@ def last_box(text: str) -> str | None:
     None if there is neither or its braces do not close. "\boxed 42$" without braces goes up to $.
     """
     name = r"\boxed" if r"\boxed" in text else r"\fbox"
-    start = text.rfind(name)
-    rest = text[start + len(name):]
-    if start >= 0 and name == r"\boxed" and rest.startswith(" "):
+    _, found, rest = text.rpartition(name)
+    if found and name == r"\boxed" and rest.startswith(" "):
         return rest[1:].split("$")[0]
-    if start < 0 or not rest.startswith("{") or closing(rest) < 0:
-        return None
-    return rest[1:closing(rest)]
+    end = closing(rest) if found and rest.startswith("{") else -1
+    return rest[1:end] if end > 0 else None
 
 
 def brace_fractions(text: str) -> str:
     r"""\frac12 and \frac1{72} with braces, \frac{72}1 as it is. IndexError if nothing follows."""
-    done, *pieces = text.split(r"\frac")
-    for piece in pieces:
-        if piece[0] != "{":
-            if len(piece) < 2:
-                return text
-            top, bottom = piece[0], piece[1:]
-            if bottom[0] != "{":
-                bottom = "{" + bottom[0] + "}" + bottom[1:]
-            piece = "{" + top + "}" + bottom
-        done += r"\frac" + piece
-    return done
+    for piece in text.split(r"\frac")[1:]:
+        # a numerator alone: nothing is changed
+        if piece[0] != "{" and len(piece) == 1:
+            return text
+    text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
+    return re.sub(r"\\frac([^{])\{", r"\\frac{\1}{", text)
 
 
-# In this order; the published code replaces these strings and nothing cleverer.
+# The replacements of the published code, in its order.
 STRICT = [
     ("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
     (r"\left", ""), (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", ""),
@@ -68,7 +61,7 @@ STRICT = [
 
 
 def published_form(text: str) -> str:
-    """A text after the published replacements. ValueError, IndexError where those fail too."""
+    """A text after the published replacements; ValueError or IndexError where these fail."""
     for old, new in STRICT:
         text = text.replace(old, new)
     if text.count(r"\text{ ") > 1:
@@ -91,7 +84,7 @@ def published_form(text: str) -> str:
 
 
 def strict_equal(text: str, reference: str) -> bool:
-    """Does the last box of a text hold the reference, as the published rule sees it?"""
+    """Does the last box of a text hold the reference, by the published rule?"""
     answer = last_box(text)
     if answer is None:
         return False
@@ -108,7 +101,7 @@ BOX = re.compile(r"\\boxed(?![A-Za-z])|\\fbox(?![A-Za-z])")
 JOINED = re.compile(
     r"[\s$]*(?:,|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\s*\}?)[\s$]*(?:[A-Za-z]\s*=\s*)?")
 MARK = re.compile(r"answers?\s*(?:is|are|:|=)|####(?!\s*[A-Za-z]{2}|#)", re.IGNORECASE)
-# where the sentence of the answer ends
+# the end of the sentence with the answer
 ENDED = re.compile(
     r"\.\s|[,\s]\s*(?:which|because|since|so|where|as|hence|but|not)\b|\s\((?:about|approx|or)\b")
 DISPLAY = re.compile(r"(?<!\\)\\[\[\]()]|\$\$")
@@ -123,26 +116,23 @@ FINAL_NUMBER = re.compile(
     r"(?:\s?(?:\\pi|pi\b|π|\\?sqrt[{(]\d+[})]|√\d+))?")
 
 
-def box_at(text: str, start: int) -> tuple:
-    r"""Content and end of a box whose \boxed ends at `start`; unclosed, it ends with its line."""
-    rest = text[start:start + 2 * LONGEST]
-    brace = re.match(r"\s*\{", rest)
-    end = closing(rest, brace.end() - 1) if brace else -1
-    if end >= 0:
-        return rest[brace.end():end], start + end + 1
-    content = re.split(r"(?<!\\)\$|\n", rest, maxsplit=1)[0]
-    if brace:
-        content = content[brace.end():]
-    return content, start + len(content)
-
-
 def boxed(text: str) -> str:
     """The last box that is not empty, and those before it if "or", "and" or a comma joins them."""
     answers = []
     later = None
     for found in reversed(list(BOX.finditer(text))):
-        content, end = box_at(text, found.end())
-        if later is not None and not JOINED.fullmatch(text, end, later):
+        rest = text[found.end():found.end() + 2 * LONGEST]
+        brace = re.match(r"\s*\{", rest)
+        size = closing(rest, brace.end() - 1) if brace else -1
+        if size >= 0:
+            content = rest[brace.end():size]
+            size += 1
+        else:
+            # without a brace, or unclosed, it ends with its formula or line
+            content = re.split(r"(?<!\\)\$|\n", rest, maxsplit=1)[0]
+            content = content[brace.end():] if brace else content
+            size = len(content)
+        if later is not None and not JOINED.fullmatch(text, found.end() + size, later):
             break
         if content.strip():
             answers.insert(0, content)
@@ -152,36 +142,29 @@ def boxed(text: str) -> str:
     return ",".join(answers)
 
 
-def marked(text: str) -> str:
-    """What stands behind the last "answer is" or "####", to the end of the sentence."""
-    found = list(MARK.finditer(text))
-    if not found:
-        return ""
-    tail = text[found[-1].end():].lstrip(" :*\t\r\n$")
-    line = tail[:LONGEST].split("\n")[0].replace("$", " ")
-    sentence = ENDED.split(line + " ", maxsplit=1)[0]
-    return LEAD.sub("", sentence.strip(" *"))
-
-
 def extract(text: str) -> str:
-    """The answer that a text gives, as it is written there; "" when there is none.
-
-    The last box, else what follows the last "answer is", else the last formula between dollars,
-    else a last line that is no prose, else the last number, else what follows the last "is".
-    """
+    """The answer in a text, as it is written there; "" when there is none."""
     answer = boxed(text)
     if answer:
         return answer.strip()
     text = EMPTY_BOX.sub("", text.replace(r"\$", ""))
     text = DISPLAY.sub("$", text.strip())
-    if answer := marked(text):
-        return answer
+    # else the words behind the last "answer is" or "####", to the end of the sentence
+    if marks := list(MARK.finditer(text)):
+        tail = text[marks[-1].end():].lstrip(" :*\t\r\n$")
+        line = tail[:LONGEST].split("\n")[0].replace("$", " ")
+        sentence = ENDED.split(line + " ", maxsplit=1)[0]
+        if answer := LEAD.sub("", sentence.strip(" *")):
+            return answer
+    # else the last formula between dollars
     formulas = [formula.strip() for formula in DOLLARS.findall(text)]
     if any(formulas):
         return list(filter(None, formulas))[-1]
+    # else a last line that is no prose
     line = text.split("\n")[-1][-LONGEST:]
     if not prose(line):
         return line
+    # else the last number, else the words behind the last "is"
     if numbers := FINAL_NUMBER.findall(text[-LONGEST:]):
         return numbers[-1]
     return line.split(" is ")[-1].strip(" .*#")
@@ -201,9 +184,9 @@ def squeezed(text: str) -> str:
 
 
 def equal(a: str, b: str) -> bool:
-    """Do two answers say the same? Of any length; beyond LONGEST characters only the same text.
+    """Are two answers equal? Beyond LONGEST characters only the same text is.
 
-    Symmetric; never raises, and False if one of them says nothing.
+    Symmetric; never raises, and False if one of them is empty.
     """
     if max(len(a), len(b)) > LONGEST:
         return bool(a.strip()) and a.split() == b.split()
@@ -239,9 +222,9 @@ def same(a: str, b: str) -> bool:
 
 
 def same_without_head(equation: str, answer: str) -> bool:
-    """Is an answer the right side of an equation whose left side only says what is meant?"""
+    """Is an answer the right side of an equation whose left side only names the unknown?"""
     left, right = shape(equation)[1]
-    # x = …; 2 + 3 = 5, which is true; a + b = 42
+    # x = …; the true 2 + 3 = 5; a + b = 42
     named = HEAD.fullmatch(left)
     true = same_value(left, right)
     sought = constant(right) and not re.search(r"\d", left)
@@ -249,7 +232,7 @@ def same_without_head(equation: str, answer: str) -> bool:
 
 
 def same_in_any_order(parts: list, others: list) -> bool:
-    """Every part has a partner of its own. Long lists must have the same order."""
+    """Has every part a partner of its own? Long lists must have the same order."""
     if len(parts) > MOST_ITEMS:
         return all(map(same, parts, others))
     others = list(others)
@@ -262,23 +245,23 @@ def same_in_any_order(parts: list, others: list) -> bool:
 
 
 def same_equation(sides: list, others: list) -> bool:
-    """Left − right is the same for both up to its sign; or the same name has equal values."""
+    """Is left − right the same up to its sign, or do the same names have equal values?"""
     if squeezed(sides[0]) == squeezed(others[0]) and same(sides[1], others[1]):
         return True
     first = values(f"({sides[0]})-({sides[1]})")
     second = values(f"({others[0]})-({others[1]})")
-    turned = values(f"({others[1]})-({others[0]})")
-    return same_values(first, second) or same_values(first, turned)
+    negative = values(f"({others[1]})-({others[0]})")
+    return same_values(first, second) or same_values(first, negative)
 
 
 def same_number(a: str, b: str) -> bool:
     """Equal values, equal texts where one has no value, or N % and N for N > 1."""
     if same_value(a, b):
         return True
-    # "odd" can be read as a product, but case means nothing in it
+    # "odd" could be a product of variables, but as a word its case has no meaning
     if not values(a) or not values(b) or SHORT_WORD.fullmatch(a):
         return squeezed(a) == squeezed(b)
-    # "by what percent?" is answered with and without the sign; up to 1 a number is a share
+    # "by what percent?": answers have the sign or not; a number up to 1 is a share
     if ("%" in a) == ("%" in b):
         return False
     percent, plain = (a, b) if "%" in a else (b, a)
@@ -286,7 +269,7 @@ def same_number(a: str, b: str) -> bool:
 
 
 def grade(text: str, reference: str) -> dict:
-    """{"strict": bool, "flexible": bool} of a generated text, up to where a next problem begins."""
+    """{"strict": bool, "flexible": bool} of a generated text, up to the next problem in it."""
     text = text.split(STOP)[0]
     return {
         "strict": strict_equal(text, reference),

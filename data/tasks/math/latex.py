@@ -1,10 +1,9 @@
-r"""What form an answer has: cleaned of everything that is only a way of writing, then taken apart.
+r"""The form of an answer: cleaned of all that is only notation, then taken apart.
 
     clean(r"\dfrac{17}{6}\text{ cm}.")      # \frac{17}{6}" cm"
     shape(r"x \in [-4,9]")                  # ("[]", ["-4", "9"]): an interval and its ends
 
-The parts are texts again; data/tasks/math/value.py, which is what to read next, knows what they
-are worth.
+The parts are texts again; data/tasks/math/value.py, the next file to read, evaluates them.
 """
 
 import re
@@ -13,7 +12,7 @@ from functools import lru_cache
 from data.tasks.math.value import NAMES
 
 MOST_SIGNS = 4          # ± written out: 2^4 answers
-ENDS = " \t\n.,;:"      # says nothing at the end of an answer
+ENDS = " \t\n.,;:"      # without meaning at the end of an answer
 
 # --- cleaning -------------------------------------------------------------------------------------
 
@@ -24,7 +23,8 @@ SYMBOLS = str.maketrans({
     "²": "^2", "³": "^3", "½": r"\frac12", "’": "'", "¢": "", "\u00a0": " ", "\u2009": " ",
 })
 # Regular expression -> replacement, in this order. \b after a command would let \leq pass for \le.
-SPACES = [
+REPLACEMENTS = [
+    # spaces and brackets
     (r"\s+", " "),
     # from here on a line break ends the row of a matrix, so that "\\ -1" is no space before -1
     (r"\\\\(?:\[[^\]]*\])?", "\n"),
@@ -34,9 +34,7 @@ SPACES = [
     # thousands: 20,\!160 and 20{,}160 and 20\,160; a bare comma has its own rule
     (r"(?<=\d)(?:,? ?\\[!,] ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
     (r"\{\.\}", "."),
-]
-# Text is kept between quotes, since units and words must not be read as products.
-TEXT = [
+    # text is kept between quotes, since units and words must not be read as products
     (r"\\(?:mathrm|operatorname)\*?\s*\{\s*([ei]|[a-z]*(?:sin|cos|tan|log|ln))\s*\}", r"\\\1 "),
     (r"\\(?:text|textbf|textit|textrm|textsf|mbox|hbox|emph|mathrm)\s*\{([^{}]*)\}", r'"\1"'),
     (r"\\(?:mathbf|mathit|mathsf|mathbb|boldsymbol|underline|operatorname)\s*(?=\{)", ""),
@@ -48,8 +46,7 @@ TEXT = [
     (r"\\?\$", ""),
     (r'"\s*(?:and|or)\s*"|(?<![A-Za-z])(?:and|or)(?![A-Za-z])', ","),
     (r",(?:\s*,)+", ","),
-]
-SIGNS = [
+    # one command for each sign
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\[dt]binom", r"\\binom"),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -64,19 +61,17 @@ SIGNS = [
     (r"\\lbrace(?![A-Za-z])", r"\\{"),
     (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
-    # the exact answer stands before it
+    # the exact answer precedes the approximate one
     (r"\(? ?\\approx(?![A-Za-z]).*", ""),
-]
-NUMBERS = [
-    # "6.72e-5", but 2e-1 is twice Euler's number less one
+    # numbers: "6.72e-5", but 2e-1 is twice Euler's number less one
     (r"(\d\.\d+)[eE]([+-]?\d+)|(\d)E([+-]?\d+)", r"\1\3\\cdot10^{\2\4}"),
     (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\cdot "),
-    # 0.333... goes on for ever
+    # 0.333... is a repeating decimal
     (r"(\.\d*?)(\d)\2\2+(?:\.\.\.|…| ?\\[lc]?dots)", r"\1\\overline{\2}"),
     # 2 1/3
     (r"(?<![\d./^_])(\d+) +(\d+)/(\d+)(?![\d./])", r"\1\\frac{\2}{\3}"),
 ]
-CLEAN = [(re.compile(old), new) for old, new in SPACES + TEXT + SIGNS + NUMBERS]
+CLEAN = [(re.compile(old), new) for old, new in REPLACEMENTS]
 DEGREE = re.compile(
     r'\^\s*\{\s*(?:\\circ|"o")\s*\}|\^\s*"o"|\^?\s*\\(?:degree|circ)(?![A-Za-z])')
 TRIGONOMETRY = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
@@ -84,13 +79,9 @@ BRACKET = re.compile(r"[(\[]|\\\{")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:[, ]\d{3})+(?!,?\d)")
 
 
-def digits_only(found) -> str:
-    return re.sub("[, ]", "", found[0])
-
-
 @lru_cache(maxsize=4000)
 def clean(text: str) -> str:
-    """An answer with one way of writing each thing; text and units stand between quotes."""
+    """An answer in one notation for each thing; text and units are between quotes."""
     text = text.translate(SYMBOLS)
     for old, new in CLEAN:
         text = old.sub(new, text)
@@ -99,7 +90,7 @@ def clean(text: str) -> str:
     text = DEGREE.sub(degree, text)
     # (1,100) is a point and {100,200} a set, while 61,400 is a number
     if not BRACKET.search(text):
-        text = THOUSANDS.sub(digits_only, text)
+        text = THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
     return text.lstrip().rstrip(ENDS)
 
 
@@ -119,14 +110,6 @@ CHOICE = re.compile(r"\(?([A-J])(?:[).:]|$)")
 ARTICLE = re.compile(r"^(?:an?|the|option|choice)\s+", re.IGNORECASE)
 
 
-def remove_unit(found) -> str:
-    """Nothing for a unit behind a number, else the match as it was."""
-    word = found[1]
-    if word in UNITS or (len(word) >= 4 and word not in NAMES):
-        return ""
-    return found[0]
-
-
 def without_units(text: str) -> str:
     """An item without the units behind its numbers and the words before its equals sign."""
     rest = QUOTED.sub(" ", text).strip()
@@ -135,7 +118,13 @@ def without_units(text: str) -> str:
         if QUOTED_FIRST.match(text):
             return text
         text = rest.lstrip("=: ")
-    # "miles per hour" goes word by word
+
+    def remove_unit(found) -> str:
+        word = found[1]
+        is_unit = word in UNITS or (len(word) >= 4 and word not in NAMES)
+        return "" if is_unit else found[0]
+
+    # "miles per hour" is removed word by word
     previous = None
     while previous != text:
         previous = text
@@ -144,7 +133,7 @@ def without_units(text: str) -> str:
 
 
 def letters(text: str) -> str:
-    """What words say: the letter of a choice, else all letters without article and case."""
+    """The letter of a choice such as "(D) Sphere", else all letters without article and case."""
     text = ARTICLE.sub("", text.replace('"', " ").strip())
     if choice := CHOICE.match(text):
         return choice[1].lower()
@@ -152,7 +141,7 @@ def letters(text: str) -> str:
 
 
 def prose(text: str, shortest: int = 2) -> bool:
-    """Is there a word of so many letters that names no function or Greek letter?"""
+    """Is there a word of at least `shortest` letters that names no function or Greek letter?"""
     return any(len(word) >= shortest and word not in NAMES for word in WORD.findall(text))
 
 
@@ -161,7 +150,7 @@ def is_words(text: str) -> bool:
     return '"' in text or bool(WORDS.fullmatch(text) and prose(text, 4))
 
 
-# --- what is it made of? --------------------------------------------------------------------------
+# --- the parts of an answer -----------------------------------------------------------------------
 
 MATRIX = re.compile(
     r"(.*?)\(?\[?\s*\\begin\{([pbBvV]?|small)(?:matrix|array)\}(?:\{[lcr| ]*\})?"
@@ -170,10 +159,10 @@ MEMBER = re.compile(r"[^\s\\{}]{1,10}\s*\\in(?![A-Za-z])")
 BUILDER = re.compile(r"[A-Za-z]\s*(?:\\mid(?![A-Za-z])|\||:)(.*)", re.DOTALL)
 BASE = re.compile(r"\(?([\dA-F]+)\)?\s*_\s*\{?\s*(\w+)\s*\}?")
 PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])|\\mp(?![A-Za-z])")
-# what makes a list a union: x < 2 or x > 3; (-∞, 2) or (3, ∞)
+# a list of only such parts is a union: x < 2 or x > 3; (-∞, 2) or (3, ∞)
 UNITED = re.compile(r"[<>≤≥]|\\infty|^\[|\]$")
 COMPARED = re.compile(r"([<>≤≥])")
-TURNED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
+REVERSED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 VARIABLE = re.compile(r"\s*\\?[A-Za-z]+\s*")
 
 
@@ -194,7 +183,7 @@ def split(text: str, marks: str) -> list:
 
 
 def inside(text: str, opening: str, ending: str) -> str | None:
-    """What is between the first and the last character, if those are a pair such as ( and ]."""
+    """The text between the first and the last character, if those are a pair such as ( and ]."""
     if len(text) < 2 or text[0] not in opening or text[-1] not in ending:
         return None
     depth = 0
@@ -207,7 +196,7 @@ def inside(text: str, opening: str, ending: str) -> str | None:
 
 
 def written_out(text: str) -> list:
-    """The two texts that 1 ± x stands for; with ∓ all signs go together, else each on its own."""
+    """1 ± x as two texts; with ∓ all signs change together, else each on its own."""
     signs = PLUS_MINUS.findall(text)
     if not signs or len(signs) > MOST_SIGNS:
         return [text]
@@ -249,11 +238,9 @@ def shape(text: str) -> tuple:
     parts = [sign for part in split(text, ",;") for sign in written_out(part)]
     if len(parts) > 1:
         return ("union" if all(map(UNITED.search, parts)) else "list"), parts
-    return item(without_units(text))
 
-
-def item(text: str) -> tuple:
-    """`shape` of what is no list."""
+    # one item, no list
+    text = without_units(text)
     if found := MATRIX.fullmatch(text):
         return matrix(*found.groups())
     content = inside(text, "([", ")]")
@@ -263,16 +250,11 @@ def item(text: str) -> tuple:
             return text[0] + text[-1], parts
         if not is_words(text):
             return shape(content)
+
+    # neither a matrix nor in brackets
     sides = COMPARED.split(text)
-    if len(sides) == 3:
-        return inequality(*sides)
-    if len(sides) == 5:
-        return chain(*sides)
-    return equation_or_less(text)
-
-
-def equation_or_less(text: str) -> tuple:
-    """`item` without brackets and comparisons."""
+    if len(sides) in (3, 5):
+        return interval(sides)
     sides = split(text, "=")
     if len(sides) > 1:
         # x = 28/6 = 14/3 ends with the answer
@@ -283,33 +265,32 @@ def equation_or_less(text: str) -> tuple:
 
 
 def matrix(factor: str, kind: str, content: str) -> tuple:
-    """Its cells; a factor before the matrix goes into each of them, a name does not."""
+    """Its cells; a factor before the matrix multiplies each of them, a name does not."""
     rows = [row.split("&") for row in content.split("\n") if row.strip()]
     cells = [cell.strip() for row in rows for cell in row]
     factor = factor.strip()
     if factor and not factor.endswith("="):
         cells = [f"{factor}({cell})" for cell in cells]
-    # the bars of a determinant mean something else than brackets
+    # bars mean a determinant, brackets a matrix
     name = "determinant" if kind in ("v", "V") else "matrix"
     return f"{name} of {len(rows)} rows", cells
 
 
-def inequality(left: str, sign: str, right: str) -> tuple:
-    """x > 2 is an interval; without a variable on one side, the difference of the sides."""
-    if not VARIABLE.fullmatch(left):
-        left, sign, right = right, TURNED[sign], left
-    if not VARIABLE.fullmatch(left):
-        if sign in ">≥":
-            left, sign, right = right, TURNED[sign], left
-        return sign, [f"({right})-({left})"]
-    if sign in "<≤":
-        return ("()" if sign == "<" else "(]"), [r"-\infty", right.strip()]
-    return ("()" if sign == ">" else "[)"), [right.strip(), r"\infty"]
-
-
-def chain(low: str, first: str, _: str, second: str, high: str) -> tuple:
-    """1 ≤ x < 3 is an interval."""
+def interval(sides: list) -> tuple:
+    """x > 2 or 1 ≤ x < 3, split at its signs; without a variable the difference of the sides."""
+    if len(sides) == 3:
+        left, sign, right = sides
+        if not VARIABLE.fullmatch(left):
+            left, sign, right = right, REVERSED[sign], left
+        if not VARIABLE.fullmatch(left):
+            if sign in ">≥":
+                left, sign, right = right, REVERSED[sign], left
+            return sign, [f"({right})-({left})"]
+        # x < 3 is -∞ < x < 3, and x > 2 is ∞ > x > 2
+        outer = [r"-\infty", "<"] if sign in "<≤" else [r"\infty", ">"]
+        sides = [*outer, left, sign, right]
+    low, first, _, second, high = sides
     if first in ">≥":
-        low, first, second, high = high, TURNED[second], TURNED[first], low
+        low, first, second, high = high, REVERSED[second], REVERSED[first], low
     brackets = ("[" if first == "≤" else "(") + ("]" if second == "≤" else ")")
     return brackets, [low.strip(), high.strip()]

@@ -1,12 +1,12 @@
-r"""What a piece of LaTeX is worth: a small recursive-descent reader, exact where it can be.
+r"""The value of a piece of LaTeX: a small recursive-descent parser, exact where it can be.
 
     same_value(r"\frac{34}{12}", "17/6")         # True: both are exactly 17/6
     same_value("(x+1)^2", "x^2 + 2x + 1")        # True: equal at three points
 
-Rational numbers are fractions and compare exactly, so 2.833 is never 17/6. All else is a complex
-number in floating point. A variable has a value of its own at each of three fixed points: two
-formulas that agree at all of them are the same formula. Whoever calls cleans the text first, see
-data/tasks/math/equal.py, which is also what to read next.
+Rational numbers are fractions and compare exactly, so 2.833 is never 17/6. All others are complex
+numbers in floating point. A variable has a value of its own at each of three fixed points: two
+formulas that agree at all of them are taken as the same formula. Callers clean the text first, see
+data/tasks/math/equal.py, which is also the next file to read.
 """
 
 import cmath
@@ -18,32 +18,21 @@ from functools import lru_cache
 
 POINTS = 3
 TOLERANCE = 1e-8        # relative; floating point itself loses far less
-ZERO = 1e-14            # and sin π is not quite 0
-# Answers are short. These bounds keep a hostile one from costing time or memory.
+ZERO = 1e-14            # absolute: in floating point sin π is not quite 0
+# Answers are short. These bounds keep a hostile one from taking time or memory.
 LONGEST = 2000          # characters
 DEEPEST = 40            # brackets inside brackets
 BITS = 8000             # of a numerator or denominator
 LARGEST_FACTORIAL = 300
 LARGEST_ROOT = 64
-# What goes wrong while reading: none of it is news to the caller, the text has no value.
+# Errors while parsing. Callers need no details: the text has no value.
 UNREADABLE = (ValueError, ArithmeticError, RecursionError)
-
-
-def cot(z):
-    return 1 / cmath.tan(z)
-
-
-def sec(z):
-    return 1 / cmath.cos(z)
-
-
-def csc(z):
-    return 1 / cmath.sin(z)
-
 
 FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan,
-    "cot": cot, "sec": sec, "csc": csc,
+    "cot": lambda z: 1 / cmath.tan(z),
+    "sec": lambda z: 1 / cmath.cos(z),
+    "csc": lambda z: 1 / cmath.sin(z),
     "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan,
     "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh,
     "ln": cmath.log, "exp": cmath.exp,
@@ -51,7 +40,7 @@ FUNCTIONS = {
 }
 CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
 GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "omega", "phi", "sigma", "tau")
-# Words that mean something without a backslash too.
+# Names that are read without a backslash too.
 NAMES = (*FUNCTIONS, *GREEK, "pi", "infty", "frac", "sqrt", "binom")
 
 NUMBER = re.compile(r"\s*(\d*)(?:\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?)?)?")
@@ -63,7 +52,7 @@ SUBSCRIPT = r"_\s*(?:\{[^{}]*\}|\w)"
 FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![A-Za-z])"
 TIMES = r"\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|\\ast(?![A-Za-z])|\*"
 OVER = r"/|\\div(?![A-Za-z])"
-# where a factor may begin without a sign before it
+# the first character of a factor that needs no sign before it
 FACTOR = r"[A-Za-z\\({\[]"
 
 
@@ -85,19 +74,11 @@ def whole(value, most: int) -> int:
     return int(value)
 
 
-def factorial(value) -> Fraction:
-    return Fraction(math.factorial(whole(value, LARGEST_FACTORIAL)))
-
-
-def binomial(n, k) -> Fraction:
-    return Fraction(math.comb(whole(n, LARGEST_FACTORIAL), whole(k, LARGEST_FACTORIAL)))
-
-
 def whole_root(number: int, index: int) -> int | None:
     """The integer whose power is this number ≥ 0, if there is one."""
     # isqrt is exact at any size, a float is not
-    guess = math.isqrt(number) if index == 2 else round(number ** (1 / index))
-    return guess if guess ** index == number else None
+    nearest = math.isqrt(number) if index == 2 else round(number ** (1 / index))
+    return nearest if nearest ** index == number else None
 
 
 def root(value, index: int):
@@ -106,7 +87,7 @@ def root(value, index: int):
         raise ValueError(f"root {index}; allowed: 1 to {LARGEST_ROOT}")
     if not isinstance(value, Fraction):
         return value ** (1 / index)
-    # the cube root of -8 that people mean is -2, the principal one is complex
+    # the usual cube root of -8 is -2, the principal one is complex
     if value < 0 and index % 2:
         return -root(-value, index)
     if value >= 0:
@@ -125,7 +106,7 @@ def power(base, exponent):
         base = root(base, exponent.denominator)
     times = exponent.numerator
     if isinstance(base, Fraction):
-        # refuse before the work is done, not after
+        # refused before the work, not after it
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if bits * abs(times) > BITS:
             raise ValueError(f"{bits * abs(times)} bits; allowed: {BITS}")
@@ -134,36 +115,36 @@ def power(base, exponent):
 
 @lru_cache(maxsize=1000)
 def variable(name: str, point: int) -> complex:
-    """Any value will do, as long as it is always the same one."""
-    draw = random.Random(f"{name} at {point}")
+    """The value of a variable at a point, always the same one."""
+    generator = random.Random(f"{name} at {point}")
     # near the unit circle x^2005 neither overflows nor vanishes; to the right of the imaginary
     # axis √(x²) is x
-    return cmath.rect(draw.uniform(0.85, 1.2), draw.uniform(0.3, 1.2))
+    return cmath.rect(generator.uniform(0.85, 1.2), generator.uniform(0.3, 1.2))
 
 
-# --- the reader -----------------------------------------------------------------------------------
+# --- the parser -----------------------------------------------------------------------------------
 
-class Reader:
-    """Reads a text from left to right; every method takes what it names and gives its value.
+class Parser:
+    """Parses a text from left to right; a method consumes what it names and returns its value.
 
     expression = term ± term …; term = factor · factor …; factor = ± power; power = primary^…
-    All raise ValueError where the text does not go on as it should.
+    All raise ValueError where the text does not follow this grammar.
     """
 
     def __init__(self, text: str, point: int):
         self.text = text
-        self.point = point
+        self.point = point      # the variables have their values at this one
         self.at = 0
-        self.depth = 0
-        self.bars = 0
+        self.depth = 0          # open brackets
+        self.bars = 0           # open |
 
-    def look(self, pattern: str):
+    def peek(self, pattern: str):
         """The match of a pattern here, behind spaces, or None."""
         return re.compile(rf"\s*({pattern})").match(self.text, self.at)
 
     def take(self, pattern: str) -> str:
-        """The same, and go behind it; "" for None."""
-        found = self.look(pattern)
+        """The matched text, now consumed; "" where there is none."""
+        found = self.peek(pattern)
         if not found:
             return ""
         self.at = found.end()
@@ -172,12 +153,6 @@ class Reader:
     def need(self, pattern: str):
         if not self.take(pattern):
             raise ValueError(f"expected {pattern} at {self.at}")
-
-    def everything(self):
-        value = self.expression()
-        if self.text[self.at:].strip():
-            raise ValueError(f"cannot read {self.text[self.at:]}")
-        return value
 
     def expression(self):
         self.depth += 1
@@ -204,63 +179,57 @@ class Reader:
 
     def another_factor(self) -> bool:
         """Does a factor follow without a sign, as in 2x? Two numbers in a row are no product."""
-        if self.look(r"\|"):
+        if self.peek(r"\|"):
             return not self.bars
         after_digit = self.text[self.at - 1].isdigit()
-        return bool(self.look(FACTOR) or (not after_digit and self.look(r"[\d.]")))
+        return bool(self.peek(FACTOR) or (not after_digit and self.peek(r"[\d.]")))
 
     def factor(self):
-        # a row of signs is read in a loop, since it may be long
+        # a loop, since a recursion would be as deep as the row of signs is long
         sign = 1
         while found := self.take(r"[+-]"):
             sign = -sign if found == "-" else sign
         return sign * self.power()
 
     def power(self):
-        value = self.postfix()
+        value = self.primary()
+        while mark := self.take(r"[!%]"):
+            if mark == "!":
+                value = Fraction(math.factorial(whole(value, LARGEST_FACTORIAL)))
+            else:
+                value = value / 100
         if self.take(r"\^"):
             return bounded(power(value, self.argument()))
         return value
 
-    def postfix(self):
-        value = self.primary()
-        while mark := self.take(r"[!%]"):
-            value = factorial(value) if mark == "!" else value / 100
-        return value
-
     def primary(self):
+        """A number, a group in brackets, |…|, or something with a name."""
         number = self.number()
         if number is not None:
-            return self.mixed(number)
-        if self.take(r"\("):
-            return self.closed(r"\)")
-        if self.take(r"\["):
-            return self.closed(r"\]")
-        if self.take(r"\{"):
-            return self.closed(r"\}")
+            return number
+        for opening, ending in ((r"\(", r"\)"), (r"\[", r"\]"), (r"\{", r"\}")):
+            if self.take(opening):
+                return self.group(ending)
         if self.take(r"\|"):
-            return self.absolute()
+            self.bars += 1
+            value = abs(self.expression())
+            self.bars -= 1
+            self.need(r"\|")
+            return value if isinstance(value, Fraction) else complex(value)
         return self.named()
 
-    def closed(self, bracket: str):
+    def group(self, ending: str):
         """An expression and the bracket behind it."""
-        # between brackets a bar opens again
+        # inside the brackets a bar opens again
         bars = self.bars
         self.bars = 0
         value = self.expression()
         self.bars = bars
-        self.need(bracket)
+        self.need(ending)
         return value
 
-    def absolute(self):
-        self.bars += 1
-        value = abs(self.expression())
-        self.bars -= 1
-        self.need(r"\|")
-        return value if isinstance(value, Fraction) else complex(value)
-
     def number(self) -> Fraction | None:
-        """Digits, a repeating decimal too; None, and nothing taken, if there are none."""
+        """Digits, a repeating decimal, a mixed number; None, nothing consumed, without digits."""
         found = NUMBER.match(self.text, self.at)
         ones, places, period = found.groups("")
         if not ones + places + period:
@@ -271,21 +240,17 @@ class Reader:
             # 0.(6) = 6/9, and one place further right a tenth of that
             nines = 10 ** len(period) - 1
             value += Fraction(int(period), nines * 10 ** len(places))
+        # an integer before a proper fraction of integers is their sum: 1⅘
+        found = FRACTION.match(self.text, self.at)
+        if found and value.denominator == 1:
+            top, bottom = (int(digits) for digits in found.groups() if digits)
+            if 0 < top < bottom:
+                self.at = found.end()
+                value += Fraction(top, bottom)
         return value
 
-    def mixed(self, number: Fraction) -> Fraction:
-        """An integer before a proper fraction of integers: their sum, the way people write 1⅘."""
-        found = FRACTION.match(self.text, self.at)
-        if not found or number.denominator > 1:
-            return number
-        top, bottom = (int(digits) for digits in found.groups() if digits)
-        if not 0 < top < bottom:
-            return number
-        self.at = found.end()
-        return number + Fraction(top, bottom)
-
     def argument(self, digits: str = r"\d+"):
-        """What ^, \\frac or \\sqrt applies to: a group, a number of such digits, or one thing."""
+        """What ^, \\frac or \\sqrt applies to: a group, a number of such digits, or one symbol."""
         if self.take(r"-"):
             return -self.argument(digits)
         if found := self.take(digits):
@@ -293,7 +258,7 @@ class Reader:
         return self.primary()
 
     def named(self):
-        """Whatever begins with a letter or a backslash."""
+        """A command, function, constant or variable."""
         name = self.take(NAME).lstrip("\\")
         if not name:
             raise ValueError(f"cannot read {self.text[self.at:]}")
@@ -301,9 +266,11 @@ class Reader:
             # without braces \frac12 is one half
             return bounded(self.argument(r"\d") / self.argument(r"\d"))
         if name == "binom":
-            return binomial(self.argument(r"\d"), self.argument(r"\d"))
+            n, k = (whole(self.argument(r"\d"), LARGEST_FACTORIAL) for _ in range(2))
+            return Fraction(math.comb(n, k))
         if name == "sqrt":
-            return self.square_root()
+            index = whole(self.group(r"\]"), LARGEST_ROOT) if self.take(r"\[") else 2
+            return root(self.argument(), index)
         if name in FUNCTIONS:
             return self.function(name)
         subscript = self.take(SUBSCRIPT)
@@ -311,36 +278,24 @@ class Reader:
             return CONSTANTS[name]
         return variable(name + re.sub(r"[{}\s]", "", subscript), self.point)
 
-    def square_root(self):
-        index = 2
-        if self.take(r"\["):
-            index = whole(self.closed(r"\]"), LARGEST_ROOT)
-        return root(self.argument(), index)
-
     def function(self, name: str):
-        exponent = Fraction(1)
-        base = None
-        if self.take(r"_"):
-            base = self.argument()
-        if self.take(r"\^"):
-            exponent = self.argument()
+        base = self.argument() if self.take(r"_") else None
+        exponent = self.argument() if self.take(r"\^") else Fraction(1)
         # sin⁻¹ is the inverse function, sin² the square of the value
         if exponent == -1 and "arc" + name in FUNCTIONS:
             name = "arc" + name
             exponent = Fraction(1)
-        value = FUNCTIONS[name](complex(self.operand()))
+        # applied to (…), or to all factors up to a sign or another function
+        if self.peek(r"[({]"):
+            z = self.primary()
+        else:
+            z = self.factor()
+            while self.another_factor() and not self.peek(FUNCTION):
+                z = bounded(z * self.power())
+        value = FUNCTIONS[name](complex(z))
         if base is not None:
             value /= FUNCTIONS[name](complex(base))
         return power(value, exponent)
-
-    def operand(self):
-        """What a function is applied to: (…), or all factors up to a sign or another function."""
-        if self.look(r"[({]"):
-            return self.primary()
-        value = self.factor()
-        while self.another_factor() and not self.look(FUNCTION):
-            value = bounded(value * self.power())
-        return value
 
 
 # --- comparison -----------------------------------------------------------------------------------
@@ -350,10 +305,16 @@ def values(text: str) -> tuple | None:
     """The values of a cleaned text at the fixed points; None if it cannot be read."""
     if len(text) > LONGEST:
         return None
+    found = []
     try:
-        return tuple(Reader(text, point).everything() for point in range(POINTS))
+        for point in range(POINTS):
+            parser = Parser(text, point)
+            found.append(parser.expression())
+            if text[parser.at:].strip():
+                return None
     except UNREADABLE:
         return None
+    return tuple(found)
 
 
 def close(a, b) -> bool:
@@ -369,7 +330,7 @@ def close(a, b) -> bool:
 
 
 def same_values(first, second) -> bool:
-    """Two results of `values`: are both there and close at every point?"""
+    """Two results of `values`: do both exist, and are they close at every point?"""
     return bool(first and second) and all(map(close, first, second))
 
 
