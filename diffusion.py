@@ -32,7 +32,6 @@ from data.parts.draws import (
 from data.parts.kv_cache import KVCache
 from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
-from data.parts.positions import FREQUENCIES, sinusoid
 from data.results.figures import draw_points
 from data.tiny.oracle import LINE, Oracle
 from data.training.batches import Batch, Losses, pick
@@ -40,6 +39,7 @@ from model import LM, FrozenStates, PathBlock, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")
+FREQUENCIES = 128          # of the sinusoid of a time, as in the official code
 
 
 # --- 1 the path -----------------------------------------------------------------------------------
@@ -132,10 +132,14 @@ class L2D(nn.Module):
         """What times t (...) and classes (...), None for no class, do to the path."""
         if class_ids is None:
             class_ids = torch.full_like(t, self.config.classes, dtype=torch.long)
+        i = torch.arange(FREQUENCIES, device=t.device)
+        omega = 10000 ** (-i / FREQUENCIES)
         embedded = []
         for time in (t, torch.zeros_like(t)):
-            # e(t), (..., S): a sinusoid of t, two layers, plus the class embedding
-            e = self.time(sinusoid(time))
+            # [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
+            angles = time[..., None].float() * omega                    # (..., 128)
+            # e(t), (..., S): the sinusoid through two layers, plus the class embedding
+            e = self.time(torch.cat((angles.cos(), angles.sin()), dim=-1))
             if self.class_embedding is not None:
                 e = e + self.class_embedding(class_ids)
             embedded.append(e)

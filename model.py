@@ -28,7 +28,7 @@ from data.checkpoints.weights import (
 from data.parts.kv_cache import KVCache
 from data.parts.log_p import log_p
 from data.parts.lora import adapt
-from data.parts.positions import check_positions, positions_and_mask, rope_inv_freq, split_heads
+from data.parts.positions import positions_and_mask, rope_inv_freq, split_heads
 from data.text.tokenizer import load_tokenizer
 
 
@@ -364,8 +364,10 @@ class LM(nn.Module):
             angles = positions[..., None] * self.inv_freq.to(ids.device)
             # rotated by in all layers, and in the path
             cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)  # (B, 2, T, D/2)
-        elif past + tokens > self.config.max_positions:
-            check_positions(positions, self.config.max_positions)
+        elif int(positions.max()) >= self.config.max_positions:
+            # an index beyond the table would be an error far from its cause
+            raise ValueError(f"{int(positions.max()) + 1} tokens are too long for this model; "
+                             f"allowed: {self.config.max_positions}")
         if cached is not None:
             return FrozenStates(*cached, positions, mask, cos_sin, inputs)
         x = self.add_positions(inputs, positions)

@@ -84,7 +84,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
 def fill_defaults(args, given: dict):
     """Set the defaults that depend on the task."""
     tiny = args.task == "tiny"
-    # benchmarks take hours: one column, unless more are asked for
+    # benchmarks take hours: one column by default
     for name, value in (("temperatures", [0.0]), ("steps", [8]), ("solvers", ["euler"])):
         if not tiny and name not in given:
             setattr(args, name, value)

@@ -1,7 +1,7 @@
-"""The flags of train.py: what they are, what a resumed run has kept of them, what cannot be.
+"""The flags of train.py, and presets: the values where its command line is silent.
 
-A flag that is not given takes the value of a resumed run, else that of the preset. A flag that
-would do nothing is refused, as is one that would make another run of the one that goes on.
+A flag that is not given takes the value of the resumed run, else that of the preset. A flag that
+would do nothing is refused, and one that cannot change in a resumed run.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from data.parts.draws import check_seed
 from data.system import processes
 from data.system.command import check_range, flag_parser, given_flags, refuse_idle
 
-# --- values where the command line is silent; a flag always wins over them ------------------------
+# --- presets: a flag always wins over them --------------------------------------------------------
 
 OBJECTIVES = ("paper", "refine", "both")
 
-# refinement goes through at most `unroll` evaluations, the last `backprop` of them with a gradient
+# our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
 # the path of the paper, and nothing beside it
 PAPER = {"objective": "paper", "own_kv": False, "ema": 0.0, **REFINEMENT}
@@ -58,8 +58,8 @@ PRESETS = {
 
 
 def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
-    """The name of the preset for what was asked."""
-    # no other model should learn with steps as large as the embedded one
+    """The name of the preset for a model, data and objective."""
+    # the embedded model learns with larger steps than any other should
     if init_from == "tiny":
         return "tiny_paper" if objective == "paper" else "tiny"
     if init_from == "scratch":
@@ -70,7 +70,7 @@ def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
 # --- flags ----------------------------------------------------------------------------------------
 
 METHODS = ("l2d", "pretrain", "lora", "full")
-# What no run can change on its way.
+# Flags that a resumed run cannot change.
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
             "own_kv", "objective", "seed")
 
@@ -151,8 +151,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
     parser = build_parser(description)
     args = parser.parse_args(argv)
     given = given_flags(build_parser(), argv)
-    # a resumed run has the flags it was started with, but for those given anew: so the command
-    # line is read once for the place of the state, and again over the flags found there
+    # a resumed run has the flags it was started with, except those given anew: the command line
+    # is parsed once for the directory of the state, and again over the saved flags
     resume = args.init_from == "resume"
     if resume:
         saved = read_state_meta(args.out_dir)["args"]
@@ -164,7 +164,7 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
     args.resume = resume
     args.preset = args.preset or fitting_preset(args.init_from, args.data, args.objective)
     for name, value in PRESETS[args.preset].items():
-        # None says that nobody chose: 0 is a choice
+        # None: not chosen; 0 is a choice
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
@@ -173,7 +173,7 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
 
 
 def check_saved(saved: dict, out_dir):
-    """Raise ValueError unless the flags of a state are what a command line could have said."""
+    """Raise ValueError unless a command line could have given the flags of a state."""
     words = []
     for name, value in saved.items():
         if isinstance(value, bool):
@@ -188,7 +188,7 @@ def check_saved(saved: dict, out_dir):
         wrong = [name for name, value in saved.items() if read.get(name) != value] + unknown
     except (argparse.ArgumentError, SystemExit) as error:
         wrong = [str(error)]
-    # what every preset sets was never left open
+    # every preset sets these
     wrong += [name for name in PRESETS["paper"] if saved.get(name) is None]
     if wrong:
         raise ValueError(f"{out_dir}/state.safetensors was not written by this version "
@@ -196,7 +196,7 @@ def check_saved(saved: dict, out_dir):
 
 
 def check_unchanged(saved: dict, given: dict):
-    """Raise ValueError for a flag that would make another run of the one that goes on."""
+    """Raise ValueError for a flag that cannot change in a resumed run."""
     for name in OF_A_RUN:
         if name in given and given[name] != saved.get(name):
             raise ValueError(f"--{name} {given[name]} cannot be changed in a run that goes on "
@@ -229,7 +229,7 @@ def check(args):
 def check_idle(args, given: dict):
     """Refuse what would otherwise be ignored. Raises ValueError with one line."""
     l2d = args.method == "l2d"
-    # to ask for no report is to ask for nothing
+    # --report 0 is allowed everywhere: it switches nothing on
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
         (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "objective",

@@ -20,7 +20,7 @@ def check_seed(seed: int):
 
 
 def row_generator(seed: int, number: int) -> torch.Generator:
-    """For row `number` of a training's endless data, or of its validation."""
+    """The generator of row `number` of a training's endless data, or of its validation."""
     # torch keeps 32 bits of a seed; an odd factor gives each of 2³² rows another one
     mixed = (seed * 0x9E3779B1 + number) % (LARGEST_SEED + 1)
     return torch.Generator().manual_seed(mixed)
@@ -96,7 +96,7 @@ def draw_tokens(p, generators):
 # --- class ids of guidance: a topic for every token; the id behind the last one means no topic ----
 
 def check_classes(class_ids, classes: int):
-    """Raise ValueError for classes that the path was not made with."""
+    """Raise ValueError for classes that the path does not have."""
     some = class_ids.flatten().tolist()[:4]
     if not classes:
         raise ValueError(f"class ids {some} were given, but this path has no classes; "

@@ -1,17 +1,17 @@
-"""Keys and values of all tokens so far, in buffers with room: one more token copies one token.
+"""KV cache: keys and values of all tokens so far, in buffers with room for more.
 
-model.py reads with it, sample.py keeps one per batch.
+model.py appends to it, sample.py has one for each batch.
 """
 
 import torch
 
-MIN_ROOM = 64       # tokens a new cache has room for, and as many again
+MIN_ROOM = 64       # a new cache has room for twice as many tokens
 
 
 class KVCache:
     """A buffer (B, G, room, D) of keys and one of values per layer, `length` places filled.
 
-    A layer is any number: the path's own keys and values stand behind those of the model.
+    A layer is any number: those of the path's own keys and values follow those of the model.
     documents  (B, length), or None where every row is one document
     """
 
@@ -22,7 +22,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, documents, tokens: int):
-        """Make place for new tokens and note their documents (B, T).
+        """Count new tokens and append their documents (B, T).
 
         Returns those of all tokens, (B, S), or None.
         """
@@ -50,9 +50,9 @@ class KVCache:
         return filled
 
     def spread(self, shifts: list, documents):
-        """From one row to several: each holds the same, moved to the right by its shift.
+        """From one row to several, each the same tokens moved to the right by its shift.
 
-        documents  those of every row at the places filled, padding among them, or None
+        documents  (B, length) of the new rows, padding included, or None
         """
         for buffers in (self.keys, self.values):
             for layer, buffer in buffers.items():
@@ -63,7 +63,7 @@ class KVCache:
         self.documents = documents
 
     def keep(self, index):
-        """Go on with some sequences of the batch only, index (n,)."""
+        """Drop all sequences of the batch but those at index (n,)."""
         for buffers in (self.keys, self.values):
             for layer, buffer in buffers.items():
                 buffers[layer] = buffer[index]

@@ -1,8 +1,8 @@
 """log p of the right tokens under a large vocabulary, in little memory.
 
 With 128,256 words the logits of a few thousand positions fill gigabytes, and plain autograd keeps
-them until the backward pass. Here they exist in pieces, and what the gradient needs of them is made
-while they are there. model.py calls `log_p`; nothing else needs to be known of this file.
+them until the backward pass. Here they exist piece by piece, and the gradient is computed together
+with each piece. model.py calls `log_p`, the one function for other files.
 """
 
 import torch
@@ -45,7 +45,7 @@ def shapes(n, head, targets, learning):
 @torch.library.custom_op("nanol2d::head_gradient", mutates_args=())
 def head_gradient(gradient: torch.Tensor, n: torch.Tensor, head: torch.Tensor,
                   targets: torch.Tensor) -> torch.Tensor:
-    """(V, C): a head that is trained itself needs the logits once more."""
+    """(V, C): the gradient of a head that is trained too, from the logits computed again."""
     result = torch.zeros_like(head)
     size = max(1, LOGITS // len(head))
     for at in range(0, len(n), size):

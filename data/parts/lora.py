@@ -1,7 +1,7 @@
-"""Low-rank corrections of frozen matrices (Hu et al. 2021): in the path, and as its baseline.
+"""LoRA, low-rank corrections of frozen matrices (Hu et al. 2021): in the path, and its baseline.
 
-model.py builds the path's layers with `adapt`; train.py puts a LoRA in the place of every matrix of
-a model for --method=lora, and merges it when it is saved.
+model.py builds the path's layers with `adapt`; for --method=lora train.py replaces every matrix of
+a model by a LoRA, and merges it before saving.
 """
 
 import torch
@@ -47,7 +47,7 @@ class LoRA(nn.Module):
 
 
 def merge_lora(module: nn.Module, on: bool):
-    """Fold every LoRA inside."""
+    """Merge every LoRA in a module into a copy of its matrix, or undo that."""
     for inside in module.modules():
         if isinstance(inside, LoRA):
             inside.merge(on)
@@ -63,7 +63,7 @@ def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
     bias = frozen.bias is not None
     device = frozen.weight.device
     copy = nn.Linear(frozen.in_features, frozen.out_features, bias=bias, device=device)
-    # the path starts from what the frozen layer can do already
+    # the path starts as the frozen layer
     copy.load_state_dict(frozen.state_dict())
     return copy
 
@@ -71,10 +71,10 @@ def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
 # --- a whole model at once ------------------------------------------------------------------------
 
 def replace_linears(lm, kind, convert):
-    """Put convert(matrix) in the place of every matrix of every block, if it is of this kind."""
+    """Replace every matrix of this kind in every block by convert(matrix)."""
     for block in lm.blocks:
         for owner in (block, block.mlp):
-            # a list, since the loop replaces what it walks over
+            # a list, since the loop replaces modules
             for name, module in list(owner.named_children()):
                 if isinstance(module, kind):
                     setattr(owner, name, convert(module))

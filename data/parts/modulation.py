@@ -1,6 +1,6 @@
-"""What a path does at a time, kept: while sampling the same times return token after token.
+"""The modulation of the path at each time, cached: sampling uses the same times for every token.
 
-diffusion.py computes it, `L2D.modulation`, and drops the table when weights have changed.
+L2D.modulation in diffusion.py computes it; the table is dropped when weights have changed.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ MOST = 128                # times in a table; the paper's longest run has 127
 class Modulation(NamedTuple):
     """All that depends on the time (and class) alone."""
     blocks: list            # L tensors (..., 6·C): two scales, shifts and gates for every layer
-    w_d: torch.Tensor       # (..., C) how much of the path enters the last hidden state
+    w_d: torch.Tensor       # (..., C) weight of the path in the last hidden state
 
 
 class TimeTable:
-    """The modulation of an `l2d` at every time that was asked for."""
+    """The modulation of an `l2d` at every time that has been used."""
 
     def __init__(self, l2d):
         self.l2d = l2d
@@ -40,7 +40,7 @@ class TimeTable:
         return Modulation(blocks[:, None].unbind(2), w_d[:, None])
 
     def row(self, time: float):
-        """Of one time, for each of K classes and none: (K + 1, L, 6·C) and (K + 1, C)."""
+        """At one time, for each of K classes and for none: (K + 1, L, 6·C) and (K + 1, C)."""
         if time not in self.cached:
             classes = torch.arange(self.l2d.config.classes + 1, device=self.l2d.to_z.weight.device)
             times = torch.full_like(classes, time, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Where tokens stand, and which of them may see which: pure functions, without any weights.
+"""Positions of tokens, and which of them attend to which: pure functions, without any weights.
 
-Rotary angles (Su et al. 2021) and their slower form of Llama 3, and the attention mask of padded
+Rotary angles (Su et al. 2021) and their slower form in Llama 3, and the attention mask of padded
 and packed rows, with a worked example. model.py uses all of it; read that next.
 """
 
@@ -13,13 +13,11 @@ import torch
 
 from data.checkpoints.families import ModelConfig
 
-FREQUENCIES = 128          # of the sinusoid of a time, as the official code has it
-
 
 def check_length(config: ModelConfig, longest: int, remedy: str):
     """Raise ValueError for tokens past the last learned position.
 
-    Past what a rotary model was trained on, one warning: it goes on, but nobody knows how well.
+    A rotary model goes on past the positions of its training, with one warning.
     """
     most = config.max_positions
     if longest <= most:
@@ -30,19 +28,9 @@ def check_length(config: ModelConfig, longest: int, remedy: str):
     warn(f"warning: {line} (max_position_embeddings); expect nonsense beyond")
 
 
-def check_positions(positions, most: int):
-    """Raise ValueError past the last learned position.
-
-    A table has an end, and an index beyond it would be an error far from its cause.
-    """
-    if positions.max() >= most:
-        longest = int(positions.max()) + 1
-        raise ValueError(f"{longest} tokens are too long for this model; allowed: {most}")
-
-
 @lru_cache
 def warn(line: str):
-    """Once, however many texts are too long."""
+    """Print a line once, however many texts are too long."""
     print(line, file=sys.stderr)
 
 
@@ -58,25 +46,16 @@ def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
 
 
 def slow_down(inv_freq, rope: dict):
-    """Llama 3 read short texts first; pairs that had not turned fully there are slowed down."""
+    """Llama 3 was first trained on short texts; pairs without a full turn there are slowed down."""
     short = rope["original_max_position_embeddings"]
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
     turns = short * inv_freq / (2 * math.pi)
     keep = (turns - low) / (high - low)
-    # 1: as it is, 0: slowed down, between them a bit of both
+    # 1: unchanged, 0: slowed down, between them a mixture
     keep = keep.clamp(0, 1)
     slow = inv_freq / rope["factor"]
     return keep * inv_freq + (1 - keep) * slow
-
-
-def sinusoid(t):
-    """A time in [0, 1] as cosines and sines of many frequencies: (...) -> (..., 256) float32."""
-    # [cos(ω_i t), sin(ω_i t)],  ω_i = 10000^(−i/128)
-    i = torch.arange(FREQUENCIES, device=t.device)
-    omega = 10000 ** (-i / FREQUENCIES)
-    angles = t[..., None].float() * omega                               # (..., 128)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def split_heads(x, head_dim: int, cos_sin=None):
@@ -97,7 +76,7 @@ def split_heads(x, head_dim: int, cos_sin=None):
 
 @dataclass(frozen=True)
 class Packed:
-    """Several documents in each row of a training batch, known before the model reads it.
+    """Several documents in each row of a training batch.
 
     numbers  (B, T) the document of every token; padding on the right is document 0
     borders  where each document starts, the rows being one behind the other, and the end
@@ -117,7 +96,7 @@ class Packed:
 
 
 def positions_and_mask(tokens: int, past: int, documents, device):
-    """Where the newest `tokens` of past + tokens stand, and which keys each of them may see.
+    """Positions of the newest `tokens` of past + tokens, and the keys that each attends to.
 
     documents  (B, past + tokens) the document of every token, or None where a row is one document;
                of a Packed the borders are returned in place of a mask
@@ -128,7 +107,7 @@ def positions_and_mask(tokens: int, past: int, documents, device):
 
         documents   0 1 1 1 2 2
         positions   0 0 1 2 0 1
-        mask        x . . . . .      a token sees itself and what stands before it in its document
+        mask        x . . . . .      a token attends to its document, up to itself
                     . x . . . .
                     . x x . . .
                     . x x x . .
@@ -140,7 +119,7 @@ def positions_and_mask(tokens: int, past: int, documents, device):
     mask = index <= new                                                 # (T, S)
     if documents is None:
         positions = index[None, past:]                                  # (1, T)
-        # one new token sees everything, and attention knows a square causal mask by itself
+        # one new token attends to everything, and attention has a square causal mask of its own
         if past == 0 or tokens == 1:
             return positions, None
         return positions, mask[None, None]

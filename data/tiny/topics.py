@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def hops(self) -> int:
-        """How many guesses lead to the answer, one after another; 0: nobody knows."""
+        """Predictions, one after another, that lead to the answer; 0: not labelled."""
         return self.level if self.topic == "chains" else 0
 
 
@@ -90,7 +90,7 @@ def cut_chains(places: list, sizes: list) -> list:
 def draw_map(rng, chains: list) -> str:
     """The map as text: "ab ch bc hh", every place with the next one, in random order.
 
-    An end leads to itself, so that whoever has arrived may go on and stay.
+    An end leads to itself, so that further hops stay there.
     """
     pairs = []
     for chain in chains:
@@ -108,10 +108,10 @@ def chains_problem(rng, level: int):
     """Where does one end who starts here? `level` hops away."""
     chains = make_map(rng, level + 1)
     place = chains[0][-1 - level]
-    asked = draw_map(rng, chains)
-    # the order in which the map is told makes it no other question
-    key = " ".join(sorted(asked.split())) + place
-    return key, "chains", f"{asked};{place}", chains[0][-1]
+    text = draw_map(rng, chains)
+    # the same map in another order is the same question
+    key = " ".join(sorted(text.split())) + place
+    return key, "chains", f"{text};{place}", chains[0][-1]
 
 
 PRODUCTS = {1: 1, 2: 2, 3: 2}    # products in a problem of math, by level
@@ -188,7 +188,7 @@ def strings_problem(rng, level: int):
             return word, label, f"{word}?", results[label]
 
 
-# how often each is drawn where none is asked for
+# the topics to draw from, by their shares
 TOPICS = ("chains", *["math"] * 4, "strings")
 
 MAKERS = {"chains": chains_problem, "math": math_problem, "strings": strings_problem}
@@ -218,7 +218,7 @@ def make_problem(
     topic, level: of this one only; None draws one, a level only from those of its topic, of chains
     no deeper than `hardest`.
     """
-    # Everything asked for is in the seed, so problem 7 can be made without the seven before it.
+    # The arguments are the seed, so problem 7 can be made without the seven before it.
     rng = random.Random(f"{seed}/{split}/{index}/{topic}/{level}")
     if not topic:
         topic = rng.choice(TOPICS)
@@ -250,7 +250,7 @@ def arithmetic_fact(rng) -> str:
 
 
 def word_fact(rng) -> str:
-    """A word and what one operation makes of it: sort kqp: kpq."""
+    """A word before and after an operation: sort kqp: kpq."""
     name = rng.choice(list(OPERATIONS))
     # other lengths too, not only the 4 and 6 of the problems: the operation is to be learned
     length = rng.randint(3, 6)
@@ -341,7 +341,7 @@ class Problems:
         self.hardest = None      # of chains; a curriculum begins with easy ones
 
     def __len__(self):
-        # problems are made when they are asked for, so any number would do
+        # problems are made on demand, so any number would do
         if self.split == "train":
             return 200_000
         return 2_000

@@ -38,17 +38,17 @@ class Targets:
         return Targets(*(changed(getattr(self, field.name)) for field in fields(self)))
 
     def at(self, index) -> "Targets":
-        """Some of the positions, or in another order: index (n,) or a slice."""
+        """Some of the positions, in the order of index (n,) or of a slice."""
         return self.each(lambda values: values[index])
 
 
 class CachedStates(NamedTuple):
-    """What a Reading holds of the blocks: hidden (B, T, C), L keys and values (B, G, T, D)."""
+    """What the frozen blocks computed: hidden (B, T, C), L keys and L values (B, G, T, D)."""
     hidden: torch.Tensor
     keys: tuple
     values: tuple
 
-    def to(self, device) -> "Kept":
+    def to(self, device) -> "CachedStates":
         def move(tensors):
             return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
@@ -61,7 +61,7 @@ class Batch:
     ids: torch.Tensor                  # (B, T)
     documents: Packed | torch.Tensor | None    # only where a row holds more than one
     targets: Targets
-    cached: CachedStates | None = None           # the frozen model need not read (frozen.py)
+    cached: CachedStates | None = None         # from the disk, see frozen.py
 
     def to(self, device) -> "Batch":
         def move(values):
@@ -74,10 +74,10 @@ class Batch:
 
 class Losses(NamedTuple):
     """Of the N positions that count, (N,) each."""
-    values: torch.Tensor               # what is minimised
+    values: torch.Tensor               # to be minimised
     last: torch.Tensor                 # at the last evaluation
-    t: torch.Tensor | None             # and its time
-    hops: torch.Tensor | None         # as of Counted
+    t: torch.Tensor | None             # time of the last evaluation
+    hops: torch.Tensor | None          # as in Targets
 
 
 def pick(values, index):
@@ -97,14 +97,14 @@ def collate(rows, packed: bool = True) -> Batch:
             values = torch.as_tensor(row[kind])
             table[kind, i, :len(values)] = values
     ids, mask, documents = table                                        # (B, T + 1) each
-    # position k answers for token k + 1: the last token is only a target, the first only a question
+    # position k predicts token k + 1: the last token is only a target, the first only an input
     next_ids = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
     class_ids = hops = None
     if len(rows[0]) > 3:
         class_ids = torch.tensor([row[3] for row in rows])
     if len(rows[0]) > 4:
         hops = torch.tensor([row[4] for row in rows])
-    # padding on the right needs no mask: nothing looks ahead
+    # padding on the right needs no mask: attention is causal
     several = bool(documents.max() > 1)
     documents = documents[:, :-1].contiguous() if several else None
     if several and packed:
@@ -123,7 +123,7 @@ def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
     return Targets(index, next_ids[index], pick(class_ids, rows), pick(hops, rows))
 
 
-@functools.lru_cache(maxsize=1)     # of the epoch under way: it is asked for thousands of times
+@functools.lru_cache(maxsize=1)     # one epoch: every row of an update needs the same order
 def epoch_order(size: int, seed: int):
     """The order of the rows in one epoch: (size,), another one for every seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,9 +131,9 @@ def epoch_order(size: int, seed: int):
 
 
 def draw_places(size: int, first: int, count: int, seed: int) -> list:
-    """Which rows stand at `count` places of the endless data, which is shuffled every epoch.
+    """The rows at `count` places of the endless data, which is shuffled every epoch.
 
-    What stands at a place depends on nothing else, so a resumed run reads on where it stopped.
+    The row at a place depends on nothing else, so a resumed run continues where it stopped.
     """
     places = []
     for number in range(first, first + count):

@@ -1,8 +1,8 @@
-"""What our own objective asks for next: harder problems, or more evaluations, as training goes on.
+"""The curriculum of our own objective: harder problems, or more evaluations, as training goes on.
 
 Where rows are labelled with their hops (the embedded topics are), the hardest level grows by one as
 soon as its rows are right. Without labels the number of evaluations grows with the updates.
-train.py asks before every update.
+train.py uses it before every update.
 """
 
 import math
@@ -16,7 +16,7 @@ MEMORY = 0.9          # of the average over updates
 
 
 class Curriculum:
-    """The largest number of hops so far, and how many of those rows' tokens were right recently."""
+    """`hardest` number of hops so far; `recent` share of those rows' tokens that was right."""
 
     def __init__(self, top: int):
         self.top = top

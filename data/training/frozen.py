@@ -77,7 +77,7 @@ class FrozenRows:
         return self.data[place]
 
     def fill(self, batch_size: int):
-        """Make the file, unless an earlier run has. Raises ValueError where the disk is full."""
+        """Make the file, unless an earlier run has made it. Raises ValueError for a full disk."""
         note = self.path.with_suffix(".json")
         if present(self.path) and present(note) and read_json(note) == self.facts:
             return
@@ -95,9 +95,9 @@ class FrozenRows:
         write_json(self.facts, note)
 
     def map(self, path, written: bool) -> torch.Tensor:
-        """(tokens, width), in memory as far as the system likes.
+        """The file as a tensor (tokens, width), mapped into memory.
 
-        written  the file is made where there is none; else one that is gone is an error, not zeros
+        written  make the file; otherwise a missing file is an error, and no zeros
         """
         size = self.tokens * self.width
         flat = torch.from_file(str(path), shared=written, size=size, dtype=self.dtype)
@@ -122,7 +122,7 @@ class FrozenRows:
 
     def recall(self, batch: Batch, places: list) -> Batch:
         """The batch of the rows at these places, with the cached states."""
-        # anew for every batch, one system call: Windows removes no file that is still mapped
+        # mapped for every batch, one system call: Windows removes no file that is still mapped
         lines = self.map(self.path, written=False)
         found = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)
         for row, place in zip(found, places):

@@ -1,7 +1,6 @@
 """The numbers of a training: a JSON object a line in log.jsonl, a bar, a line per validation.
 
-train.py tells it what happened; the time left comes from the pace of the run so far, updates and
-validations apart.
+train.py calls it; the time left follows from the pace so far, of updates and validations apart.
 """
 
 import json
@@ -17,7 +16,7 @@ from data.system import processes
 
 
 def tenth_sums(losses, t) -> torch.Tensor:
-    """(2, 10) float64: the sum of the losses (N,) in each tenth of their times t (N,), how many."""
+    """(2, 10) float64: sum and number of the losses (N,) in each tenth of their times t (N,)."""
     if t is None:
         t = torch.zeros_like(losses)
     # t = 1 belongs to the last tenth
@@ -30,7 +29,7 @@ def tenth_sums(losses, t) -> torch.Tensor:
 
 
 def by_tenth(sums) -> list:
-    """Mean loss in each tenth; None where there is none."""
+    """Mean loss in each tenth; None for an empty one."""
     return [round(loss / count, 4) if count else None for loss, count in sums.T.tolist()]
 
 
@@ -82,7 +81,7 @@ class Log:
         tqdm.write(line + self.pace())
 
     def pace(self) -> str:
-        """Time an update takes and time left, once there is something to tell it from."""
+        """Time per update and time left; "" before the first update."""
         done = len(self.losses)
         if not done:
             return ""
@@ -91,8 +90,8 @@ class Log:
         left = each * (self.updates - now)
         if self.pauses:
             # one at each multiple of eval_every, and one at the end
-            looks = (self.updates - 1) // self.eval_every - now // self.eval_every + 1
-            left += max(0, looks) * sum(self.pauses) / len(self.pauses)
+            coming = (self.updates - 1) // self.eval_every - now // self.eval_every + 1
+            left += max(0, coming) * sum(self.pauses) / len(self.pauses)
         return f"  {1000 * each:5.0f} ms/update  {left / 60:5.1f} min left"
 
     @contextmanager

@@ -1,6 +1,6 @@
-"""The weights in training: where a base from scratch begins, AdamW, an exponential average.
+"""The weights in training: initial weights of a base, AdamW, learning rate, moving average.
 
-train.py makes a step with them; read that next.
+train.py uses it; read that next.
 """
 
 import math
