@@ -40,9 +40,8 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-import torch
-from conftest import LLAMA, make_lm
-from safetensors.torch import load_file, save_file
+from conftest import LLAMA, make_l2d, make_lm
+from test_checkpoint import shard
 from test_formats import SMOLLM
 from test_tokenizer import NAMES, SPECIAL, save_form
 from tqdm import tqdm
@@ -54,8 +53,6 @@ from data.results import figures
 from data.results.records import read_lines
 from data.text import chat
 from data.text.tokenizer import load_tokenizer
-from diffusion import L2D, L2DConfig
-from model import LM
 
 try:
     import matplotlib
@@ -67,6 +64,7 @@ MEMORY = 16 << 30       # bytes: a number in a file must not allocate all memory
 ENDS = ("same", "refused", "stated", "silent", "untidy", "traceback", "hang")
 FAULTS = ENDS[3:]
 HUB = "openai-community/gpt2/main"
+CONFIG = {**LLAMA, "vocab_size": 300}
 
 
 # --- the undamaged files: small models, paths, a training, data, results --------------------------
@@ -79,33 +77,18 @@ def write_rows(path: Path, rows: list):
 def build_base(directory: Path, form: str):
     """A random model with a tokenizer of this form."""
     save_form(directory, form)
-    make_lm({**LLAMA, "vocab_size": 300}).save_pretrained(directory)
+    make_lm(CONFIG).save_pretrained(directory)
     write_rows(directory / "generation_config.json", [{"eos_token_id": [266, 267]}])
 
 
 def build(root: Path):
     for form in ("tiktoken", "json", "vocab", "encoder"):
-        base = root / form / "base"
-        build_base(base, form)
-        torch.manual_seed(0)
-        l2d = L2D(LM.from_pretrained(base, device="cpu"), L2DConfig(16, 24, rank=4))
-        with torch.no_grad():
-            for p in l2d.path_parameters().values():
-                p += 0.2 * torch.randn(p.shape)
-        l2d.save(root / form / "path", tokenizer=load_tokenizer(base).fingerprint, updates=1)
+        build_base(root / form / "base", form)
+        make_l2d(CONFIG).save(root / form / "path", updates=1,
+                              tokenizer=load_tokenizer(root / form / "base").fingerprint)
     base = root / "json" / "base"
-    # the same weights in two files with an index
-    shards = root / "shards" / "base"
     shutil.copytree(root / "json", root / "shards")
-    tensors = load_file(base / "model.safetensors")
-    weight_map = {}
-    for number in (1, 2):
-        file = f"model-{number:05}-of-00002.safetensors"
-        names = sorted(tensors)[number - 1::2]
-        save_file({name: tensors[name] for name in names}, shards / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-    write_rows(shards / "model.safetensors.index.json", [{"metadata": {}, "weight_map": weight_map}])
-    (shards / "model.safetensors").unlink()
+    shard(root / "shards" / "base")
     # a tokenizer with a chat template
     build_base(root / "chat" / "base", "json")
     tokenizer = root / "chat" / "base" / "tokenizer.json"
@@ -342,7 +325,7 @@ def damage_arrays(content, rng):
 # --- how a command ends ---------------------------------------------------------------------------
 
 class Hang(BaseException):
-    """No end within the limit."""
+    """No end within the limit. Not an OSError, which a command would report as its own."""
 
 
 def alarm(number, frame):
