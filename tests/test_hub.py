@@ -267,14 +267,29 @@ def test_two_at_once_download_once(fake, tmp_path, monkeypatch):
 
 # --- resuming -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fault", ["truncate", "stall"])
-def test_a_lost_connection_resumes_with_the_rest_only(fake, tmp_path, monkeypatch, fault):
+HALF = "bytes=150000-"
+
+
+@pytest.mark.parametrize("faults, ranges, expected", [
+    (["truncate"], True, [None, HALF]),
+    (["stall"], True, [None, HALF]),
+    # a server without ranges sends the whole file again
+    (["truncate", "truncate"], False, [None, HALF, HALF]),
+    (["truncate", 416], True, [None, HALF, None]),
+    # bytes beyond the stated size are not taken
+    (["long"], True, [None]),
+    # every new byte renews the retries
+    (["truncate"] * 4, True, [None, HALF, *(f"bytes={n}-" for n in (225000, 262500, 281250))]),
+])
+def test_a_download_goes_on_with_the_rest(faults, ranges, expected, fake, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "TIMEOUT", 0.5)
-    fake.faults["model.safetensors"] = [fault]
+    monkeypatch.setattr(hub, "RETRIES", 2)
+    fake.ranges = ranges
+    fake.faults["model.safetensors"] = list(faults)
     succeeds(tmp_path)
-    # it was the client that ended the stalled answer
+    assert fake.gets("model.safetensors") == expected
+    # the client ended the stalled answer
     assert not fake.hung_up
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-"]
 
 
 def test_the_next_run_resumes_what_the_last_one_left(fake, tmp_path, monkeypatch):
@@ -282,32 +297,13 @@ def test_the_next_run_resumes_what_the_last_one_left(fake, tmp_path, monkeypatch
     fake.faults["model.safetensors"] = ["truncate"]
     assert "150,000 of the 300,000 bytes" in fails(fake, tmp_path, "closed after")
     succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-"]
-
-
-def test_progress_renews_the_retries(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "RETRIES", 1)
-    fake.faults["model.safetensors"] = ["truncate"] * 6
-    succeeds(tmp_path)
+    assert fake.gets("model.safetensors") == [None, HALF]
 
 
 def test_a_file_that_always_arrives_damaged_is_not_fetched_for_ever(fake, tmp_path):
     # half of it looks like progress each time
     fake.faults["model.safetensors"] = ["truncate", "corrupt"] * 20
     fails(fake, tmp_path, "given up after 5 retries")
-
-
-def test_server_without_ranges_starts_over(fake, tmp_path):
-    fake.ranges = False
-    fake.faults["model.safetensors"] = ["truncate", "truncate"]
-    succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-", "bytes=150000-"]
-
-
-def test_416_starts_over(fake, tmp_path):
-    fake.faults["model.safetensors"] = ["truncate", 416]
-    succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-", None]
 
 
 def test_half_a_file_of_another_version_is_not_resumed(fake, tmp_path, monkeypatch):
@@ -350,12 +346,6 @@ def test_a_damaged_file_is_fetched_again_then_refused(fake, tmp_path, name):
     assert not list(tmp_path.rglob(name + "*"))
     fake.faults[name] = ["corrupt"]
     succeeds(tmp_path)
-
-
-def test_bytes_beyond_the_stated_size_are_not_taken(fake, tmp_path):
-    fake.faults["model.safetensors"] = ["long"]
-    succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None]
 
 
 @pytest.mark.parametrize("content", [
@@ -443,18 +433,13 @@ def test_a_token_with_a_line_break_is_refused_unsent(fake, tmp_path, monkeypatch
     assert not fake.log
 
 
-def test_errors_of_the_server_are_retried_with_growing_waits(fake, tmp_path):
+def test_errors_of_the_server_are_retried_with_growing_waits_then_one_line(fake, tmp_path):
     fake.head_faults["config.json"] = [500, "drop", 503]
     fake.faults["tokenizer.json"] = [502]
-    succeeds(tmp_path)
-    assert fake.waits == [1, 2, 4, 1]
-
-
-def test_a_server_that_stays_broken_ends_in_one_line(fake, tmp_path):
     fake.faults["model.safetensors"] = [500] * 20
     assert "given up after 5 retries" in fails(fake, tmp_path, "HTTP 500")
     assert len(fake.gets("model.safetensors")) == hub.RETRIES + 1
-    assert fake.waits == [1, 2, 4, 8, 16]
+    assert fake.waits == [1, 2, 4, 1, 1, 2, 4, 8, 16]
 
 
 @pytest.mark.parametrize("headers, expected", [
