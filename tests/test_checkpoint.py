@@ -276,32 +276,18 @@ def test_logits_agree_with_transformers(name, tmp_path):
     assert torch.equal(ours.argmax(-1), reference.argmax(-1))
 
 
-def turned(weight):
-    return weight.T.contiguous()
-
-
 def interleaved(weight):
-    """Rows of q or k in the other order that rotary embeddings know: neighbours turn together."""
+    """Rows of q or k in the other order of rotary embeddings: neighbours rotate together."""
     return weight.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def another_heads(weight):
-    return weight.roll(8, dims=0)
-
-
-def other_parts(weight):
-    """q, k, v -> v, q, k."""
-    return weight.roll(32, dims=1)
-
-
 @pytest.mark.parametrize("name, suffix, spoil", [
-    ("gpt2", "attn.c_proj.weight", turned),
-    ("gpt2 square", "mlp.c_fc.weight", turned),
-    ("gpt2 square", "mlp.c_proj.weight", turned),
-    ("gpt2", "attn.c_attn.weight", other_parts),
-    ("gpt2", "attn.c_attn.bias", torch.zeros_like),
+    ("gpt2 square", ("mlp.c_fc.weight", "attn.c_proj.weight"), lambda w: w.T.contiguous()),
+    # q, k, v -> v, q, k
+    ("gpt2", "attn.c_attn.weight", lambda w: w.roll(32, dims=1)),
     ("llama tied", ("q_proj.weight", "k_proj.weight"), interleaved),
-    ("llama tied", "k_proj.weight", another_heads),
+    # the key heads in another order
+    ("llama tied", "k_proj.weight", lambda w: w.roll(8, dims=0)),
     ("qwen2", ("q_proj.bias", "k_proj.bias", "v_proj.bias"), torch.zeros_like),
 ])
 @torch.no_grad()

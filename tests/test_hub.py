@@ -11,11 +11,13 @@ import os
 import random
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 from conftest import exit_status
@@ -471,6 +473,17 @@ def test_no_network(fake, tmp_path, monkeypatch):
         line = fails(fake, tmp_path, f"could not reach {host}")
     assert "--init_from=<directory> works offline" in line
     assert not list(tmp_path.rglob("*"))
+
+
+def test_a_certificate_that_cannot_be_verified_is_not_asked_for_again(fake, tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        error.verify_message = "self-signed certificate"
+        raise URLError(error)
+
+    monkeypatch.setattr(hub, "build_opener", lambda *handlers: SimpleNamespace(open=refuse))
+    fails(fake, tmp_path, r"cannot be verified \(self-signed certificate\): .* SSL_CERT_FILE")
+    assert not fake.waits
 
 
 # --- the disk -------------------------------------------------------------------------------------
