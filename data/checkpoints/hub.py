@@ -173,8 +173,9 @@ def is_complete(folder: Path) -> bool:
 
 def verify(folder: Path):
     """Hash every file of a fetched model. Raises ValueError for the first that has changed."""
-    etags = read_json(folder / MARKER).get("etags")
-    if not isinstance(etags, dict) or not etags:
+    marker = read_json(folder / MARKER)
+    etags = marker.get("etags")
+    if not isinstance(etags, dict) or etags.keys() != marker.get("sizes", {}).keys():
         raise ValueError(f"{folder / MARKER} states no checksums; delete it and fetch again")
     for name, etag in etags.items():
         file = RemoteFile(name, "", "", size_of(folder / name), str(etag))
