@@ -1,8 +1,9 @@
-"""data/system/command.py, and flags that cannot act: how commands end.
+"""data/system/command.py: how commands end, values out of range, flags without effect.
 
     python -m pytest tests/test_command.py
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import sample
 import train
 from conftest import exit_status
+from data.system import command as command_file
 from data.system.command import command, visible
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -37,7 +39,7 @@ def test_every_end_has_its_status_and_at_most_one_line(error, status, line, caps
     assert capsys.readouterr().err.strip() == line
 
 
-def test_an_error_that_nobody_expects_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     @command("it")
     def main(argv):
         raise TypeError("a mistake of ours")
@@ -57,13 +59,20 @@ def python(*words, **more):
                             stderr=subprocess.PIPE, **more)
 
 
-def test_a_reader_that_goes_away_is_no_mistake():
-    process = python("sample.py", "--prompt=(7*8)+15?", "--steps=2", "--device=cpu")
+@pytest.mark.parametrize("words", [
+    ("sample.py", "--prompt=(7*8)+15?", "--steps=2", "--device=cpu"),
+    ("-m", "data.checkpoints.families"),
+])
+def test_a_closed_pipe_is_no_error(words):
+    process = python(*words)
     process.stdout.close()
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
 
 
+@pytest.mark.skipif(sys.getfilesystemencoding() == "ascii",
+                    reason="a prompt on the command line needs a file system encoding other than "
+                           "ASCII")
 def test_characters_that_the_terminal_lacks_are_written_as_escapes():
     process = python("sample.py", "--prompt=2² – 你?", "--steps=0", "--device=cpu",
                      "--max_new_tokens=1", env={**os.environ, "PYTHONIOENCODING": "ascii"})
@@ -91,7 +100,29 @@ def test_ctrl_c_in_eval_is_one_line_at_any_moment(wait_for, tmp_path):
     assert len(err.strip().splitlines()) == 1 and "stopped" in err
 
 
-# --- flags that cannot act ------------------------------------------------------------------------
+# --- values and flags -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("value, low, high, kind", [
+    (0, 0, 5, float), (5, 0, 5, int), (0.5, 0, math.inf, float), (True, False, True, bool),
+    (10**400, 0, math.inf, int),
+])
+def test_a_value_in_range_is_returned(value, low, high, kind):
+    assert command_file.check_range("x", value, low, high, kind) is value
+
+
+@pytest.mark.parametrize("value, low, high, kind, allowed", [
+    (-1, 0, math.inf, float, "0 or more"), (5.1, 0, 5, float, "0 to 5"),
+    (math.nan, 0, 5, float, "0 to 5"), (math.inf, 0, math.inf, float, "0 or more"),
+    (2.5, 1, 5, int, "1 to 5, an integer"), (True, 0, 5, int, "0 to 5, an integer"),
+    (True, 0, 5, float, "0 to 5"), (1, False, True, bool, "False to True"),
+    ("1", 0, 5, float, "0 to 5"), ([], 0, 5, int, "0 to 5, an integer"),
+])
+def test_another_value_or_type_is_refused(value, low, high, kind, allowed):
+    with pytest.raises(ValueError) as error:
+        command_file.check_range("x", value, low, high, kind)
+    assert str(error.value) == f"x = {value!r} is out of range; allowed: {allowed}"
+
+
 
 @pytest.mark.parametrize("words, idle", [
     (["--chat", "--steps=0"], "chat"),

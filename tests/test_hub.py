@@ -11,11 +11,13 @@ import os
 import random
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 from conftest import exit_status
@@ -48,22 +50,16 @@ class FakeHub:
         self.head_faults = defaultdict(list)
         self.headers = {}           # of the answers to faults
         self.ranges = True
-        self.redirect = None        # where large files are said to be
+        self.redirect = None        # another target for the redirect of large files
         self.needs_token = None
-        self.hung_up = False        # did a stalled answer end here first?
+        self.hung_up = False        # did a stalled answer end on this side first?
+        self.waits = []             # seconds that the client has slept
         self.log = []
         self.arrived = threading.Event()
         self.closing = threading.Event()
-        self.hub = self.serve("hub")
-        self.cdn = self.serve("cdn")
+        self.hub = serve(Handler, fake=self, role="hub")
+        self.cdn = serve(Handler, fake=self, role="cdn")
         self.url = f"http://127.0.0.1:{self.hub.server_port}"
-
-    def serve(self, role):
-        handler = type("Handler", (Handler,), {"fake": self, "role": role})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        poll = {"poll_interval": 0.01}
-        threading.Thread(target=server.serve_forever, kwargs=poll, daemon=True).start()
-        return server
 
     def close(self):
         self.closing.set()
@@ -73,10 +69,15 @@ class FakeHub:
 
     def gets(self, name):
         """The Range headers of the requests that reached a file's bytes."""
-        return [
-            entry["range"] for entry in self.log
-            if entry["method"] == "GET" and entry["bytes"] and entry["name"] == name
-        ]
+        return [entry["range"] for entry in self.log
+                if entry["method"] == "GET" and entry["bytes"] and entry["name"] == name]
+
+
+def serve(handler, **attributes):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), attributes))
+    poll = {"poll_interval": 0.01}
+    threading.Thread(target=server.serve_forever, kwargs=poll, daemon=True).start()
+    return server
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,55 +89,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         fake = self.fake
-        name = self.path.rpartition("/")[2]
+        *_, commit, name = self.path.split("/")
         # a request for bytes, and not for the place where they are
         direct = self.role == "cdn" or self.path.startswith("/api/resolve-cache/")
         token = self.headers.get("Authorization")
         fake.log.append({
-            "role": self.role,
-            "method": self.command,
-            "path": self.path,
-            "name": name,
-            "bytes": direct,
-            "range": self.headers.get("Range"),
-            "token": token,
-        })
-        fault = self.next_fault(name, direct)
+            "role": self.role, "method": self.command, "path": self.path, "name": name,
+            "bytes": direct, "range": self.headers.get("Range"), "token": token})
+        faults = fake.faults if direct else {}
+        faults = (fake.head_faults if self.command == "HEAD" else faults).get(name)
+        fault = faults.pop(0) if faults else None
         if fault == "drop":
             return self.connection.shutdown(socket.SHUT_RDWR)
         if isinstance(fault, int):
-            return self.refuse(fault)
+            return self.answer(fault, fake.headers, b"not the file")
         if fake.needs_token and self.role == "hub" and token != f"Bearer {fake.needs_token}":
             return self.answer(403 if token else 401)
-        commit, known = self.commit()
-        if name not in known:
+        commit = fake.branch if commit == "main" else commit
+        if name not in fake.commits.get(commit, {}):
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        self.file(name, known[name], commit, direct, fault)
+        self.file(name, fake.commits[commit][name], commit, direct, fault)
         if fake.moves_to:
             # a push arrives while the client is busy
-            fake.branch = fake.moves_to
-            fake.moves_to = None
-
-    def next_fault(self, name, direct):
-        faults = {}
-        if self.command == "HEAD":
-            faults = self.fake.head_faults
-        elif direct:
-            faults = self.fake.faults
-        if faults.get(name):
-            return faults[name].pop(0)
-        return None
-
-    def refuse(self, status):
-        self.answer(status, self.fake.headers, len(b"not the file"))
-        if self.command == "GET":
-            self.wfile.write(b"not the file")
-
-    def commit(self):
-        commit = self.path.split("/")[-2]
-        if commit == "main":
-            commit = self.fake.branch
-        return commit, self.fake.commits.get(commit, {})
+            fake.branch, fake.moves_to = fake.moves_to, None
 
     def file(self, name, content, commit, direct, fault):
         large = name.endswith((".safetensors", ".bin"))
@@ -150,43 +125,33 @@ class Handler(BaseHTTPRequestHandler):
         if not large:
             return self.answer(307, facts | {"Location": f"/api/resolve-cache/{commit}/{name}"})
         cdn = f"http://127.0.0.1:{self.fake.cdn.server_port}/signed/{commit}/{name}"
-        facts |= {
-            "X-Linked-Size": len(content),
-            "X-Linked-Etag": etag,
-            "ETag": '"of-the-redirect"',
-            "Location": self.fake.redirect or cdn,
-        }
-        self.answer(302, facts)
+        self.answer(302, facts | {
+            "X-Linked-Size": len(content), "X-Linked-Etag": etag, "ETag": '"of-the-redirect"',
+            "Location": self.fake.redirect or cdn})
 
     def content(self, content, facts, fault):
-        start = 0
+        status, start = 200, 0
         if self.headers.get("Range") and self.fake.ranges:
-            start = int(self.headers["Range"][len("bytes="):-1])
-        status = 200
-        if start:
-            status = 206
+            status, start = 206, int(self.headers["Range"][len("bytes="):-1])
             facts["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if fault == "corrupt":
             content = content[:-1] + bytes([content[-1] ^ 1])
-        part = content[start:]
-        if fault == "long":
-            part += b"x" * 1000
-        self.answer(status, facts, len(part))
-        if self.command == "HEAD":
-            return
-        if fault in ("truncate", "stall", "interrupt"):
-            part = part[:len(part) // 2]
-        self.wfile.write(part)
+        part = content[start:] + (b"x" * 1000 if fault == "long" else b"")
+        sent = len(part) // 2 if fault in ("truncate", "stall", "interrupt") else len(part)
+        self.answer(status, facts, part, sent)
         if fault == "interrupt" and self.fake.arrived.wait(10):
             os.kill(os.getpid(), signal.SIGINT)
         if fault in ("stall", "interrupt"):
             self.fake.hung_up = not self.fake.closing.wait(10)
 
-    def answer(self, status, headers={}, length=0):
+    def answer(self, status, headers={}, body=b"", sent=None):
+        """`sent` bytes of the stated body."""
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": length}).items():
+        for key, value in (headers | {"Content-Length": len(body)}).items():
             self.send_header(key, str(value))
         self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:sent])
 
 
 @pytest.fixture
@@ -194,7 +159,6 @@ def fake(monkeypatch):
     for name in ("HF_TOKEN", "NANOL2D_CACHE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     fake = FakeHub()
-    fake.waits = []
     monkeypatch.setattr(hub, "sleep", fake.waits.append)
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     yield fake
@@ -275,8 +239,7 @@ def test_a_file_that_was_deleted_is_fetched_again_and_the_rest_kept(fake, tmp_pa
 
 
 def test_a_repair_that_fails_leaves_nothing_loadable(fake, tmp_path):
-    folder = succeeds(tmp_path)
-    (folder / "model.safetensors").unlink()
+    (succeeds(tmp_path) / "model.safetensors").unlink()
     fake.faults["model.safetensors"] = [404]
     fails(fake, tmp_path, "HTTP 404")
     succeeds(tmp_path)
@@ -295,9 +258,7 @@ def test_cache_place(fake, tmp_path, monkeypatch):
 def test_two_at_once_download_once(fake, tmp_path, monkeypatch):
     pause = threading.Event()
     monkeypatch.setattr(hub, "sleep", lambda seconds: pause.wait(0.01))
-    threads = []
-    for _ in range(4):
-        threads.append(threading.Thread(target=hub.resolve, args=(REPO, tmp_path)))
+    threads = [threading.Thread(target=hub.resolve, args=(REPO, tmp_path)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -308,14 +269,29 @@ def test_two_at_once_download_once(fake, tmp_path, monkeypatch):
 
 # --- resuming -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fault", ["truncate", "stall"])
-def test_a_lost_connection_resumes_with_the_rest_only(fake, tmp_path, monkeypatch, fault):
+HALF = "bytes=150000-"
+
+
+@pytest.mark.parametrize("faults, ranges, expected", [
+    (["truncate"], True, [None, HALF]),
+    (["stall"], True, [None, HALF]),
+    # a server without ranges sends the whole file again
+    (["truncate", "truncate"], False, [None, HALF, HALF]),
+    (["truncate", 416], True, [None, HALF, None]),
+    # bytes beyond the stated size are not taken
+    (["long"], True, [None]),
+    # every new byte renews the retries
+    (["truncate"] * 4, True, [None, HALF, *(f"bytes={n}-" for n in (225000, 262500, 281250))]),
+])
+def test_a_download_goes_on_with_the_rest(faults, ranges, expected, fake, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "TIMEOUT", 0.5)
-    fake.faults["model.safetensors"] = [fault]
+    monkeypatch.setattr(hub, "RETRIES", 2)
+    fake.ranges = ranges
+    fake.faults["model.safetensors"] = list(faults)
     succeeds(tmp_path)
-    # it was the client that ended the stalled answer
+    assert fake.gets("model.safetensors") == expected
+    # the client ended the stalled answer
     assert not fake.hung_up
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-"]
 
 
 def test_the_next_run_resumes_what_the_last_one_left(fake, tmp_path, monkeypatch):
@@ -323,32 +299,13 @@ def test_the_next_run_resumes_what_the_last_one_left(fake, tmp_path, monkeypatch
     fake.faults["model.safetensors"] = ["truncate"]
     assert "150,000 of the 300,000 bytes" in fails(fake, tmp_path, "closed after")
     succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-"]
-
-
-def test_progress_renews_the_retries(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "RETRIES", 1)
-    fake.faults["model.safetensors"] = ["truncate"] * 6
-    succeeds(tmp_path)
+    assert fake.gets("model.safetensors") == [None, HALF]
 
 
 def test_a_file_that_always_arrives_damaged_is_not_fetched_for_ever(fake, tmp_path):
     # half of it looks like progress each time
     fake.faults["model.safetensors"] = ["truncate", "corrupt"] * 20
     fails(fake, tmp_path, "given up after 5 retries")
-
-
-def test_server_without_ranges_starts_over(fake, tmp_path):
-    fake.ranges = False
-    fake.faults["model.safetensors"] = ["truncate", "truncate"]
-    succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-", "bytes=150000-"]
-
-
-def test_416_starts_over(fake, tmp_path):
-    fake.faults["model.safetensors"] = ["truncate", 416]
-    succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None, "bytes=150000-", None]
 
 
 def test_half_a_file_of_another_version_is_not_resumed(fake, tmp_path, monkeypatch):
@@ -391,12 +348,6 @@ def test_a_damaged_file_is_fetched_again_then_refused(fake, tmp_path, name):
     assert not list(tmp_path.rglob(name + "*"))
     fake.faults[name] = ["corrupt"]
     succeeds(tmp_path)
-
-
-def test_bytes_beyond_the_stated_size_are_not_taken(fake, tmp_path):
-    fake.faults["model.safetensors"] = ["long"]
-    succeeds(tmp_path)
-    assert fake.gets("model.safetensors") == [None]
 
 
 @pytest.mark.parametrize("content", [
@@ -484,18 +435,13 @@ def test_a_token_with_a_line_break_is_refused_unsent(fake, tmp_path, monkeypatch
     assert not fake.log
 
 
-def test_errors_of_the_server_are_retried_with_growing_waits(fake, tmp_path):
+def test_errors_of_the_server_are_retried_with_growing_waits_then_one_line(fake, tmp_path):
     fake.head_faults["config.json"] = [500, "drop", 503]
     fake.faults["tokenizer.json"] = [502]
-    succeeds(tmp_path)
-    assert fake.waits == [1, 2, 4, 1]
-
-
-def test_a_server_that_stays_broken_ends_in_one_line(fake, tmp_path):
     fake.faults["model.safetensors"] = [500] * 20
     assert "given up after 5 retries" in fails(fake, tmp_path, "HTTP 500")
     assert len(fake.gets("model.safetensors")) == hub.RETRIES + 1
-    assert fake.waits == [1, 2, 4, 8, 16]
+    assert fake.waits == [1, 2, 4, 1, 1, 2, 4, 8, 16]
 
 
 @pytest.mark.parametrize("headers, expected", [
@@ -529,15 +475,24 @@ def test_no_network(fake, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*"))
 
 
+def test_a_certificate_that_cannot_be_verified_is_not_asked_for_again(fake, tmp_path, monkeypatch):
+    def refuse(*arguments, **named):
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        error.verify_message = "self-signed certificate"
+        raise URLError(error)
+
+    monkeypatch.setattr(hub, "build_opener", lambda *handlers: SimpleNamespace(open=refuse))
+    fails(fake, tmp_path, r"cannot be verified \(self-signed certificate\): .* SSL_CERT_FILE")
+    assert not fake.waits
+
+
 # --- the disk -------------------------------------------------------------------------------------
 
 def test_too_little_room_is_noticed_before_the_download(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=299_999))
-    line = fails(fake, tmp_path, "only 299,999 bytes are free")
     total = sum(map(len, fake.commits[OLD].values()))
-    assert f"{total:,} bytes are missing" in line
-    assert "NANOL2D_CACHE" in line
-    assert str(tmp_path) in line
+    line = fails(fake, tmp_path, f"{total:,} bytes are missing, only 299,999 bytes are free")
+    assert "NANOL2D_CACHE" in line and str(tmp_path) in line
     assert not fake.gets("model.safetensors")
 
 
@@ -547,27 +502,22 @@ def test_a_disk_that_fills_up_during_the_download(fake, tmp_path):
     folder.mkdir(parents=True)
     digest = hashlib.sha256(WEIGHTS).hexdigest()
     (folder / f"model.safetensors.{digest[:16]}.part").symlink_to("/dev/full")
-    line = fails(fake, tmp_path, "No space left on device")
-    assert "--cache_dir" in line
+    fails(fake, tmp_path, "No space left on device.* --cache_dir")
     assert len(fake.gets("model.safetensors")) == 1
 
 
 def test_a_cache_that_cannot_be_written(fake, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    line = fails(fake, tmp_path / "file", "cannot download .* bytes to .*: Not a directory")
-    assert "--cache_dir" in line
-    assert "NANOL2D_CACHE" in line
+    fails(fake, tmp_path / "file", "cannot download .* bytes to .*: Not a directory.* --cache_dir")
     assert not fake.gets("model.safetensors")
 
 
 # --- names and the command ------------------------------------------------------------------------
 
-def test_resolve(fake, tmp_path, monkeypatch):
-    assert hub.resolve(tmp_path) == tmp_path
-    assert hub.resolve(str(tmp_path)) == tmp_path
-    assert hub.resolve("gpt2", tmp_path / "cache").parent.parent.name == "openai-community"
-    full = hub.resolve("openai-community/gpt2", tmp_path / "cache")
-    assert full == hub.resolve("gpt2", tmp_path / "cache")
+def test_resolve(fake, tmp_path):
+    assert hub.resolve(tmp_path) == hub.resolve(str(tmp_path)) == tmp_path
+    assert (hub.resolve("tiny") / "config.json").exists()
+    assert hub.resolve("gpt2", tmp_path) == hub.resolve(REPO, tmp_path) == tmp_path / REPO / "main"
 
 
 def test_a_name_that_means_two_things_is_refused(fake, tmp_path, monkeypatch):
@@ -587,10 +537,6 @@ def test_unknown_names_are_refused_unsent_with_the_known_ones(fake, name):
     assert not fake.log
 
 
-def test_resolve_tiny():
-    assert (hub.resolve("tiny") / "config.json").exists()
-
-
 def test_command(fake, tmp_path, capsys):
     assert exit_status(hub.main, ["gpt2", "--cache_dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / REPO / "main")
@@ -604,8 +550,7 @@ def test_command(fake, tmp_path, capsys):
 # --- the environment and the cache are not trusted ------------------------------------------------
 
 class Mirror(BaseHTTPRequestHandler):
-    """Knows nothing itself: sends everybody to the hub, under another host's name."""
-    status = 308
+    """Redirects every request to the hub, under another host's name."""
 
     def log_message(self, *args):
         pass
@@ -614,30 +559,28 @@ class Mirror(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.server.tokens.append(self.headers.get("Authorization"))
+        self.tokens.append(self.headers.get("Authorization"))
         self.send_response(self.status)
-        self.send_header("Location", f"http://localhost:{self.server.behind}{self.path}")
+        self.send_header("Location", f"http://localhost:{self.behind}{self.path}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_mirror_may_send_to_another_host_which_never_sees_the_token(
+@pytest.mark.parametrize("status", [301, 308])
+def test_a_mirror_may_redirect_to_another_host_which_never_sees_the_token(
         status, fake, tmp_path, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("M", (Mirror,), {"status": status}))
-    server.behind = fake.hub.server_port
-    server.tokens = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tokens = []
+    server = serve(Mirror, status=status, behind=fake.hub.server_port, tokens=tokens)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     succeeds(tmp_path)
     server.shutdown()
     server.server_close()
-    assert set(server.tokens) == {"Bearer hf_secret"}
+    assert set(tokens) == {"Bearer hf_secret"}
     assert all(entry["token"] is None for entry in fake.log)
 
 
-@pytest.mark.parametrize("blank", [" ", "\t", "\n", "/ "])
+@pytest.mark.parametrize("blank", ["\n", "/ "])
 def test_a_blank_behind_the_endpoint_is_no_part_of_it(blank, fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f" {fake.url}{blank}")
     succeeds(tmp_path)

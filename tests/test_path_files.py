@@ -1,4 +1,4 @@
-"""A diffusion path on disk, and the numbers that somebody gets who says nothing."""
+"""A diffusion path on disk, and the default values of its training and use."""
 
 import json
 import math
@@ -133,13 +133,21 @@ def without(name):
     return act
 
 
+def replaced(name, content):
+    def act(directory):
+        (directory / name).write_text(content)
+    return act
+
+
 def cut_tensors(directory):
     path = directory / "path.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def no_tensors(directory):
-    (directory / "path.safetensors").unlink()
+def removed(name):
+    def act(directory):
+        (directory / name).unlink()
+    return act
 
 
 def drop_tensor(directory):
@@ -149,28 +157,16 @@ def drop_tensor(directory):
     save_file(tensors, path)
 
 
-def no_json(directory):
-    (directory / "path.json").unlink()
-
-
-def half_a_json(directory):
-    (directory / "path.json").write_text('{"config": {')
-
-
-def empty_json(directory):
-    (directory / "path.json").write_text("{}")
-
-
 UNFIT = "does not fit path.json: "
 
 
 @pytest.mark.parametrize("act, message", [
     (cut_tensors, "path.safetensors is truncated or not a safetensors file"),
-    (no_tensors, "path.safetensors is truncated or not a safetensors file"),
+    (removed("path.safetensors"), "path.safetensors is truncated or not a safetensors file"),
     (drop_tensor, UNFIT + "1 tensors differ, first time_gate.2.weight"),
-    (no_json, "path.json does not exist"),
-    (half_a_json, "path.json is not valid JSON"),
-    (empty_json, "path.json was not written by this version: it has no valid 'config'"),
+    (removed("path.json"), "path.json does not exist"),
+    (replaced("path.json", '{"config": {'), "path.json is not valid JSON"),
+    (replaced("path.json", "{}"), "path.json was not written by this version: it has no valid 'config'"),
     (without("base"), "it has no valid 'base'"),
     (without("base_sha256"), "it has no valid 'base_sha256'"),
     (config_with(width=8), UNFIT + "3 tensors differ, first from_z.0.weight"),
@@ -187,11 +183,11 @@ def test_damaged_path_is_refused_in_one_line(saved, act, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(width=0), "width = 0 is out of range; allowed: 1 to 65536"),
-    (dict(rank=0), "rank = 0 is out of range; allowed: 1 to 65536"),
-    (dict(classes=-1), "classes = -1 is out of range; allowed: 0 to 65536"),
-    (dict(cond_dim=0), "cond_dim = 0 is out of range; allowed: 1 to 65536"),
-    (dict(time_distribution="late"), "allowed: uniform, cosmap"),
+    (dict(width=0), "width = 0 is out of range; allowed: 1 to 65536, an integer"),
+    (dict(rank=0), "rank = 0 is out of range; allowed: 1 to 65536, an integer"),
+    (dict(classes=-1), "classes = -1 is out of range; allowed: 0 to 65536, an integer"),
+    (dict(sigma=0.0), "sigma = 0.0 is out of range; allowed: 1e-06 to"),
+    (dict(own_kv=1), "own_kv = 1 is out of range; allowed: False to True"),
 ])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -209,7 +205,7 @@ def test_noise_scale_follows_the_width():
 
 
 def test_defaults_are_the_papers_values():
-    """One table: what somebody gets who says nothing, on data of their own."""
+    """One table: the values without any flag, on data of one's own."""
     config = L2DConfig()
     paper = PRESETS["paper"]
     flags = build_parser().parse_args([])

@@ -1,4 +1,4 @@
-"""What train.py finds is not trusted: states, values that are no numbers, data (state.py).
+"""train.py checks what it reads (state.py): states, values that are not finite, data.
 
     python -m pytest tests/test_state.py
 """
@@ -123,10 +123,9 @@ def test_a_state_with_missing_or_misshapen_parts_is_refused(change, word, out, c
 @pytest.mark.parametrize("change", [
     lambda meta: meta.clear(),
     lambda meta: meta.update(update="2"),
-    lambda meta: meta.update(args=[]),
+    lambda meta: meta.update(history=[[1, "low"]]),
     lambda meta: meta["args"].update(lr="fast"),
     lambda meta: meta["args"].update(batch_size=-1),
-    lambda meta: meta["args"].update(method="magic"),
     lambda meta: meta["args"].update(unknown=1),
     lambda meta: meta.update(facts={}),
     lambda meta: meta.update(position=3),

@@ -42,33 +42,12 @@ GPT2_MAP = {
     "ln_f": ("ln_f",),
     "lm_head": ("head",),
 }
-# The names of GPT-2's settings where they differ from those of all others.
-GPT2_KEYS = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "max_position_embeddings": "n_positions",
-    "hidden_act": "activation_function",
-    "rms_norm_eps": "layer_norm_epsilon",
-}
 # The values of absent settings: the defaults of the configuration classes in transformers.
 LLAMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
-}
-QWEN2_DEFAULTS = {**LLAMA_DEFAULTS, "max_position_embeddings": 32768}
-MISTRAL_DEFAULTS = {
-    **LLAMA_DEFAULTS,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-}
-GPT2_DEFAULTS = {
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "gelu_new",
-    "tie_word_embeddings": True,
 }
 
 
@@ -82,9 +61,9 @@ class Family:
     biases: tuple = ()             # of "qkv", "o", "mlp": a bias whatever config.json says
     transposed: tuple = ()         # modules stored (in, out): GPT-2's Conv1D
     prefix: str = ""               # some files put this before every name
-    ignored: tuple = ()            # buffers that old checkpoints carry
-    keys: dict = field(default_factory=dict)
-    defaults: dict = field(default_factory=dict)
+    ignored: tuple = ("rotary_emb.inv_freq",)       # buffers in old checkpoints
+    keys: dict = field(default_factory=dict)        # names of settings that differ from Llama's
+    defaults: dict = field(default_factory=LLAMA_DEFAULTS.copy)
 
     def read(self, raw: dict, key: str, default=None):
         """The value of `key` in a config.json, under the family's own name for it.
@@ -104,22 +83,17 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(
-        LLAMA_MAP,
-        ignored=("rotary_emb.inv_freq",),
-        defaults=LLAMA_DEFAULTS,
-    ),
+    "llama": Family(LLAMA_MAP),
     "qwen2": Family(
         LLAMA_MAP,
         biases=("qkv",),
-        ignored=("rotary_emb.inv_freq",),
-        defaults=QWEN2_DEFAULTS,
+        defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 32768},
     ),
-    # its attention window is not supported, see check_heads_and_window
+    # without its attention window, see check_heads_and_window
     "mistral": Family(
         LLAMA_MAP,
-        ignored=("rotary_emb.inv_freq",),
-        defaults=MISTRAL_DEFAULTS,
+        defaults={
+            **LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
     ),
     "gpt2": Family(
         GPT2_MAP,
@@ -130,8 +104,16 @@ FAMILIES = {
         transposed=("c_attn", "c_proj", "c_fc"),
         prefix="transformer.",
         ignored=("attn.bias", "attn.masked_bias"),
-        keys=GPT2_KEYS,
-        defaults=GPT2_DEFAULTS,
+        keys={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        defaults={"rms_norm_eps": 1e-5, "hidden_act": "gelu_new", "tie_word_embeddings": True},
     ),
 }
 

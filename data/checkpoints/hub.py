@@ -174,7 +174,7 @@ def is_complete(folder: Path) -> bool:
 def verify(folder: Path):
     """Hash every file of a fetched model. Raises ValueError for the first that has changed."""
     marker = read_json(folder / MARKER)
-    etags = marker.get("etags") or {}
+    etags = marker.get("etags")
     if not isinstance(etags, dict) or etags.keys() != marker.get("sizes", {}).keys():
         raise ValueError(f"{folder / MARKER} states no checksums; delete it and fetch again")
     for name, etag in etags.items():
@@ -261,13 +261,8 @@ def stated_file(url: str, headers) -> RemoteFile | None:
     etag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
     etag = etag.removeprefix("W/").strip('"')
     commit = headers.get("X-Repo-Commit") or ""
-    if (
-        size.isdigit()
-        and re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", etag)
-        and re.fullmatch("[0-9a-f]{40}", commit)
-    ):
-        return RemoteFile(url.rpartition("/")[2], url, commit, int(size), etag)
-    return None
+    known = re.fullmatch(r"\d+ ([0-9a-f]{64}|[0-9a-f]{40}) [0-9a-f]{40}", f"{size} {etag} {commit}")
+    return RemoteFile(url.rpartition("/")[2], url, commit, int(size), etag) if known else None
 
 
 # --- download -------------------------------------------------------------------------------------

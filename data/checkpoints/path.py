@@ -61,7 +61,7 @@ def save_path(ours: dict, config: L2DConfig, facts: dict, directory: Path):
     """Write path.safetensors, then path.json; ours: name -> trained tensor."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in ours.items()}
-    # in both files, so that files of two trainings are noticed
+    # in both files, so that files of two different configs are noticed
     stated = {"config": json.dumps(asdict(config))}
     write_safetensors(tensors, directory / "path.safetensors", stated)
     write_json({"config": asdict(config), **facts}, directory / "path.json")
