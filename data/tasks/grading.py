@@ -4,7 +4,7 @@ A record has benchmark, id and output. Its problem comes from the published file
 none, from the reference in the record.
 """
 
-from data.checkpoints.families import choices
+from data.system.command import choices
 from data.results.statistics import pass_at_k
 from data.tasks import TASKS
 from data.tasks.files import find_folder

@@ -5,7 +5,7 @@ data/tiny/topics.py makes the problems; read that first and eval.py next.
     python eval.py --task tiny --problems 8
 """
 
-from data.checkpoints.families import choices
+from data.system.command import choices
 from data.tiny.topics import (
     CLASSES, UNSEEN, LEVELS, Problem, encode_problem, final_answer, make_problem)
 
