@@ -245,8 +245,8 @@ def main(argv=None):
     # two bytes a token if they are enough
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     out_dir = Path(args.out_dir)
-    # Until everything is written, the old files stay. Inside out_dir, so on the same disk: moving
-    # the new files into place only renames them.
+    # inside out_dir, so on the same disk: moving the finished files into place only renames them,
+    # and until then the old ones stay
     folder = out_dir / f"unfinished{PART}"
     inputs = []
     raw = {}

@@ -140,7 +140,7 @@ class TokenFiles:
 
     directory: the --out_dir of data/text/chat.py. split: "train" or "val" (which may be empty).
     tokenizer: if given, must be the one that wrote the files.
-    `meta` is the content of meta.json, `block_size` the length limit of a row, `fingerprint` changes
+    `meta` is the content of meta.json, `block_size` the longest possible row; `fingerprint` changes
     with any input and flag.
     Raises FileNotFoundError or ValueError, in one line, if files are missing, damaged or of another
     tokenizer.
