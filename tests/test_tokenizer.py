@@ -109,7 +109,9 @@ def save_form(directory, form):
         return save(directory, tokenizer_json=content, tokenizer_config_json=NAMES)
     files = {
         "vocab": {"vocab_json": vocabulary(), "merges_txt": merges_txt()},
-        "encoder": {"encoder_json": vocabulary(), "vocab_bpe": merges_txt()},
+        # as Windows writes lines
+        "encoder": {"encoder_json": vocabulary(),
+                    "vocab_bpe": merges_txt().replace("\n", "\r\n")},
     }[form]
     return save(directory, **files, config_json={"model_type": "llama"},
                 tokenizer_config_json={**named, "add_bos_token": True})
@@ -276,7 +278,9 @@ def test_bos_only_where_the_model_expects_it(tmp_path, template, config, bos_id)
     if not template:
         content["post_processor"] = {"type": "ByteLevel"}
     save(tmp_path, tokenizer_json=content, tokenizer_config_json={**NAMES, **config})
-    assert load_tokenizer(tmp_path).bos_id == bos_id
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id == bos_id
+    assert tokenizer.encode_start("a") == ([97] if bos_id is None else [265, 97])
 
 
 def test_stop_ids_from_every_file_that_names_them(tmp_path):
@@ -409,9 +413,14 @@ REFUSED = {
     "end_of_word_suffix '</w>' is not supported":
         {"tokenizer_json": tokenizer_json(end_of_word_suffix="</w>")},
     "normalizer NFKC is not supported": changed_json(normalizer={"type": "NFKC"}),
-    "pre-tokenizer .*Digits.* is not supported": changed_json(pre_tokenizer={"type": "Digits"}),
+    "pre-tokenizer .*Digits.* is not supported": changed_json(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, LEVEL]}),
     "pre-tokenizer .*add_prefix_space":
         changed_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+    'pre-tokenizer .*"invert": true': changed_json(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "behavior": "Isolated", "invert": True, "pattern": {"Regex": "x"}},
+            {**LEVEL, "use_regex": False}]}),
     r"pre-tokenizer \[\] is not supported; allowed: ByteLevel": changed_json(pre_tokenizer=None),
     "added token '<w>' with lstrip is not supported": changed_json(
         added_tokens=[{"id": 300, "content": "<w>", "special": False, "lstrip": True}]),
