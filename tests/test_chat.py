@@ -1,6 +1,6 @@
 """Chat formats and token files (data/text/formats.py, data/text/chat.py and data/text/tokens.py).
 
-With a byte-level stand-in for the tokenizer.
+With a byte-level tokenizer written here.
 
     python -m pytest tests/test_chat.py
 """
@@ -14,7 +14,7 @@ import pytest
 from conftest import exit_status
 
 from data.text import chat, formats, tokens
-from data.text.formats import encode_chat
+from data.text.formats import RENDER, encode_chat
 from data.text.tokens import SPLITS, TokenFiles
 
 LLAMA3 = formats.SPECIAL_TOKENS["llama3"]
@@ -33,9 +33,8 @@ class ByteTokenizer:
         names = ("<s>", *special, "</s>")
         self.special = {name: 256 + place for place, name in enumerate(names)}
         self.bos_id = 256
-        self.eos_id = self.special["</s>"]
-        if special and not base:
-            self.eos_id = self.special[special[-1]]
+        self.eos_id = self.special["</s>" if base or not special else special[-1]]
+        self.template = None
         self.vocab_size = vocab_size
         self.fingerprint = "-".join(names)
 
@@ -43,11 +42,8 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def decode(self, ids):
-        content = b""
         names = {id: name.encode() for name, id in self.special.items()}
-        for id in map(int, ids):
-            content += names.get(id) or bytes([id])
-        return content.decode("utf-8")
+        return b"".join(names.get(id) or bytes([id]) for id in map(int, ids)).decode("utf-8")
 
 
 def conversation(number, turns=1):
@@ -59,30 +55,19 @@ def conversation(number, turns=1):
     return messages
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def run(monkeypatch):
     def run(rows, out_dir, *flags, tokenizer=None):
-        """Write the rows, prepare them through the command line, return the exit status."""
+        """Prepare rows, the bytes of a file, or a missing file (None); return the exit status."""
         monkeypatch.setattr(chat, "load_tokenizer", lambda directory: tokenizer or ByteTokenizer())
-        path = write_rows(out_dir.parent / f"{out_dir.name}.jsonl", rows)
+        path = out_dir.parent / f"{out_dir.name}.jsonl"
+        if isinstance(rows, list):
+            rows = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if rows is not None:
+            path.write_bytes(rows)
         argv = [str(path), "--tokenizer=some/name", f"--out_dir={out_dir}", *flags]
         return exit_status(chat.main, argv)
     return run
-
-
-@pytest.fixture
-def prepare(monkeypatch):
-    def prepare(path, out_dir, *flags):
-        """Prepare the file as it is; return the exit status."""
-        monkeypatch.setattr(chat, "load_tokenizer", lambda directory: ByteTokenizer())
-        argv = [str(path), "--tokenizer=x", f"--out_dir={out_dir}", *flags]
-        return exit_status(chat.main, argv)
-    return prepare
 
 
 def examples_of(out_dir, split):
@@ -90,17 +75,21 @@ def examples_of(out_dir, split):
     tokenizer = ByteTokenizer()
     found = []
     rows = TokenFiles(out_dir, split)
-    for ids, mask, segments in rows:
-        assert len(ids) == len(mask) == len(segments) <= rows.block_size
-        for number in range(1, segments.max() + 1):
-            own = segments == number
-            text = tokenizer.decode(ids[own])
-            counted = tokenizer.decode(ids[own & (mask == 1)])
-            found.append((text, counted))
+    for ids, mask, documents in rows:
+        assert len(ids) == len(mask) == len(documents) <= rows.block_size
+        for number in range(1, documents.max() + 1):
+            own = documents == number
+            found.append((tokenizer.decode(ids[own]), tokenizer.decode(ids[own & (mask == 1)])))
     return found
 
 
 # --- formats --------------------------------------------------------------------------------------
+
+LLAMA3_START = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+)
+
 
 def text_of(pieces):
     return "".join(piece.text for piece in pieces)
@@ -109,26 +98,21 @@ def text_of(pieces):
 def test_llama3_text():
     system = {"role": "system", "content": " Be brief. \n"}
     messages = [system, {"role": "user", "content": "\n2+2? "}, ANSWER, USER]
-    assert text_of(formats.render_llama3(messages, add_generation_prompt=True)) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|>"
+    turns = (
         "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-
-
-def test_llama3_dates_stay_without_a_system_prompt():
-    assert text_of(formats.render_llama3([USER])) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
-    )
+    text = text_of(RENDER["llama3"](messages, add_generation_prompt=True))
+    assert text == LLAMA3_START + "Be brief.<|eot_id|>" + turns
+    # the dates stay without a system prompt; Llama 3.0 has none
+    assert text_of(RENDER["llama3"](messages[1:], True)) == LLAMA3_START + "<|eot_id|>" + turns
+    assert text_of(RENDER["llama3.0"](messages[1:], True)) == "<|begin_of_text|>" + turns
 
 
 def test_qwen_text():
-    assert text_of(formats.render_qwen([USER, ANSWER], add_generation_prompt=True)) == (
+    assert text_of(RENDER["qwen"]([USER, ANSWER], add_generation_prompt=True)) == (
         "<|im_start|>system\n"
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n2+2?<|im_end|>\n"
@@ -139,9 +123,18 @@ def test_qwen_text():
         {"role": "system", "content": " mine "},
         {"role": "user", "content": " kept as it is\n"},
     ]
-    assert text_of(formats.render_qwen(messages)) == (
+    assert text_of(RENDER["qwen"](messages)) == (
         "<|im_start|>system\n mine <|im_end|>\n<|im_start|>user\n kept as it is\n<|im_end|>\n"
     )
+
+
+def test_deepseek_text_repeats_an_answer_without_its_thought():
+    system = {"role": "system", "content": "Sums."}
+    answer = {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"}
+    text = "bosSums.<｜User｜>2+2?<｜Assistant｜>\n\n4eos<｜User｜>2+2?<｜Assistant｜>"
+    messages = [system, USER, answer, USER]
+    assert text_of(RENDER["deepseek"](messages, True)) == text
+    assert text_of(RENDER["deepseek-think"](messages, True)) == text + "<think>\n"
 
 
 def test_plain_uses_the_tokenizers_own_ends():
@@ -154,17 +147,6 @@ def test_plain_uses_the_tokenizers_own_ends():
     assert tokenizer.decode(encode_chat([USER], tokenizer)) == "Question: 2+2?\nAnswer:"
 
 
-def test_llama3_ids():
-    tokenizer = ByteTokenizer()
-    begin, start, end, eot = (tokenizer.special[name] for name in LLAMA3)
-    ids = encode_chat([USER], tokenizer, add_generation_prompt=False)
-    assert ids == [
-        begin,
-        start, *b"system", end, *b"\n\n", *formats.LLAMA3_DATES.encode(), eot,
-        start, *b"user", end, *b"\n\n2+2?", eot,
-    ]
-
-
 @pytest.mark.parametrize("special", [LLAMA3, QWEN, ()])
 def test_special_text_in_a_message_stays_text(special):
     tokenizer = ByteTokenizer(special)
@@ -175,34 +157,30 @@ def test_special_text_in_a_message_stays_text(special):
 
     attack = "<|eot_id|><|im_end|></s>bos eos"
     count = [sum(id > 255 for id in ids_of(content)) for content in ("x", attack)]
-    assert count[0] == count[1]
+    assert 0 < count[0] == count[1]
     assert attack in tokenizer.decode(ids_of(attack))
 
 
-def test_neighbouring_text_is_encoded_in_one_piece_but_a_response_starts_afresh():
+def test_neighbouring_text_is_encoded_in_one_piece_but_a_response_separately():
     tokenizer = ByteTokenizer(QWEN)
     calls = []
     tokenizer.encode = lambda text: calls.append(text) or [0]
     question = {"role": "user", "content": "\nhello"}
     encode_chat([question, {"role": "assistant", "content": "\nhi"}], tokenizer)
-    assert "user\n\nhello" in calls
-    assert "assistant\n" in calls
-    assert "\nhi" in calls
+    assert {"user\n\nhello", "assistant\n", "\nhi"} <= set(calls)
 
 
-@pytest.mark.parametrize("special, style", [
-    (LLAMA3, "llama3"),
-    (QWEN, "qwen"),
-    ((), "plain"),
-    (("<|eot_id|>",), "plain"),
+@pytest.mark.parametrize("special, base, style", [
+    (LLAMA3, False, "llama3"),
+    (QWEN, False, "qwen"),
+    ((), False, "plain"),
+    (("<|eot_id|>",), False, "plain"),
+    # base models have the chat tokens too
+    (LLAMA3, True, "plain"),
+    (QWEN, True, "plain"),
 ])
-def test_style_follows_the_special_tokens(special, style):
-    assert formats.chat_style(ByteTokenizer(special)) == style
-
-
-@pytest.mark.parametrize("special", [LLAMA3, QWEN])
-def test_base_models_know_the_chat_tokens_but_are_asked_plainly(special):
-    assert formats.chat_style(ByteTokenizer(special, base=True)) == "plain"
+def test_style_follows_the_special_tokens(special, base, style):
+    assert formats.resolve_style("auto", ByteTokenizer(special, base=base))[0] == style
 
 
 @pytest.mark.parametrize("messages, style, words", [
@@ -224,13 +202,12 @@ def test_bad_messages_and_styles_are_named(messages, style, words):
 
 # --- examples -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("special", [LLAMA3, QWEN, ()])
-def test_training_example_is_the_sampling_prompt_then_answer_and_end(special):
+@pytest.mark.parametrize("special, style, end", [
+    (LLAMA3, "llama3", "<|eot_id|>"), (QWEN, "qwen", "<|im_end|>"), ((), "plain", "</s>")])
+def test_training_example_is_the_sampling_prompt_then_answer_and_end(special, style, end):
     tokenizer = ByteTokenizer(special)
     messages = [{"role": "system", "content": "short"}, *conversation(3, turns=3)]
-    style = formats.chat_style(tokenizer)
-    end = {"llama3": "<|eot_id|>", "qwen": "<|im_end|>", "plain": "</s>"}[style]
-    ids, spans = chat.encode_examples(messages, tokenizer, style)
+    ids, spans = chat.encode_examples(messages, tokenizer, RENDER[style])
     assert len(spans) == 3
     for turn, (start, stop) in enumerate(spans):
         assert ids[:start] == encode_chat(messages[:2 + 2 * turn], tokenizer)
@@ -238,24 +215,19 @@ def test_training_example_is_the_sampling_prompt_then_answer_and_end(special):
         assert answer.lstrip(" ") == f"answer 3.{turn} xxx{end}"
 
 
-def test_loss_mask_covers_one_turn_and_its_end_token(tmp_path, run):
-    run([{"messages": conversation(1, turns=2)}], tmp_path / "out", "--val_fraction=0")
-    first, second = sorted(examples_of(tmp_path / "out", "train"), key=lambda pair: len(pair[0]))
-    assert first[1] == "answer 1.0 x<|eot_id|>"
-    assert second[1] == "answer 1.1 x<|eot_id|>"
-    assert second[0].startswith(first[0])
-    assert second[0].endswith("answer 1.1 x<|eot_id|>")
-
-
 def test_kinds_of_rows(tmp_path, run):
     rows = [
+        {"messages": [USER, ANSWER, USER, ANSWER]},
         {"prompt": "a", "response": "b"},
-        {"question": "c", "answer": "d"},
+        {"question": "c", "answer": "d", "messages": None},
         {"text": "Once, é"},
     ]
     run(rows, tmp_path / "out", "--val_fraction=0", "--style=plain")
+    turn = "Question: 2+2?\nAnswer: 4<|eot_id|>"
     assert sorted(examples_of(tmp_path / "out", "train")) == [
         ("<s>Once, é<|eot_id|>", "Once, é<|eot_id|>"),
+        ("<s>" + turn, " 4<|eot_id|>"),
+        ("<s>" + turn + turn, " 4<|eot_id|>"),
         ("<s>Question: a\nAnswer: b<|eot_id|>", " b<|eot_id|>"),
         ("<s>Question: c\nAnswer: d<|eot_id|>", " d<|eot_id|>"),
     ]
@@ -265,32 +237,27 @@ def test_text_without_a_first_token_does_not_count_its_first_byte(tmp_path, run)
     tokenizer = ByteTokenizer()
     tokenizer.bos_id = None
     run([{"text": "abc"}], tmp_path / "out", "--val_fraction=0", tokenizer=tokenizer)
-    ids, mask, segments = TokenFiles(tmp_path / "out", "train")[0]
+    ids, mask, documents = TokenFiles(tmp_path / "out", "train")[0]
     assert ids.tolist() == [*b"abc", tokenizer.eos_id]
     assert mask.tolist() == [0, 1, 1, 1]
-    assert segments.tolist() == [1, 1, 1, 1]
+    assert documents.tolist() == [1, 1, 1, 1]
 
 
 # --- files ----------------------------------------------------------------------------------------
 
-def test_packing_loses_and_duplicates_nothing(tmp_path, run):
+def test_packing_is_greedy_and_loses_and_duplicates_nothing(tmp_path, run):
     out = tmp_path / "out"
     rows = [{"messages": conversation(number, 1 + number % 3)} for number in range(60)]
     assert run(rows, out, "--val_fraction=0.3", "--block_size=700") == 0
     tokenizer = ByteTokenizer()
     expected = []
     for row in rows:
-        ids, spans = chat.encode_examples(row["messages"], tokenizer, "llama3")
+        ids, spans = chat.encode_examples(row["messages"], tokenizer, RENDER["llama3"])
         for start, end in spans:
             expected.append((tokenizer.decode(ids[:end]), tokenizer.decode(ids[start:end])))
     assert sorted(examples_of(out, "train") + examples_of(out, "val")) == sorted(expected)
-
-
-def test_packing_is_greedy(tmp_path, run):
-    rows = [{"messages": conversation(number, 1 + number % 3)} for number in range(60)]
-    run(rows, tmp_path / "out", "--val_fraction=0.3", "--block_size=700")
-    train = TokenFiles(tmp_path / "out", "train")
-    sizes = [(len(ids), int((segments == 1).sum())) for ids, _, segments in train]
+    train = TokenFiles(out, "train")
+    sizes = [(len(ids), int((documents == 1).sum())) for ids, _, documents in train]
     assert len(train) > 5
     # the first example of a row would not have fitted into the row before
     assert all(before + first > 700 for (before, _), (_, first) in zip(sizes, sizes[1:]))
@@ -308,33 +275,22 @@ def test_examples_that_fit_exactly_are_kept_and_share_a_row(tmp_path, run, block
 
 def test_split_is_by_conversation_and_the_seed_only_shuffles(tmp_path, run):
     rows = [{"messages": conversation(number, turns=2)} for number in range(80)]
-    flag = "--val_fraction=0.25"
-    run(rows, tmp_path / "first", flag)
-    run(rows, tmp_path / "again", flag)
-    run(rows, tmp_path / "seed", flag, "--seed=7")
-    run(rows[::-1] + rows[:9], tmp_path / "order", flag)
+    found = {}
+    for name, these, flags in (
+        ("first", rows, ()), ("again", rows, ()), ("seed", rows, ("--seed=7",)),
+        ("order", rows[::-1] + rows[:9], ()),
+    ):
+        run(these, tmp_path / name, "--val_fraction=0.25", *flags)
+        found[name] = {split: examples_of(tmp_path / name, split) for split in SPLITS}
+    assert found["first"] == found["again"]
+    assert found["first"]["train"] != found["seed"]["train"]
+    for sides in found.values():
+        for split in SPLITS:
+            assert set(sides[split]) == set(found["first"][split])
 
-    def sides(name):
-        return {split: examples_of(tmp_path / name, split) for split in SPLITS}
-
-    first = sides("first")
-    assert first == sides("again")
-    assert first["train"] != sides("seed")["train"]
-    for name in ("again", "seed", "order"):
-        for split, examples in sides(name).items():
-            assert set(examples) == set(first[split])
-
-
-def questions_of(out_dir, split):
-    texts = [text for text, _ in examples_of(out_dir, split)]
-    return {text.split("question ")[1].split(".")[0] for text in texts}
-
-
-def test_no_conversation_is_on_both_sides(tmp_path, run):
-    rows = [{"messages": conversation(number, turns=2)} for number in range(80)]
-    run(rows[::-1] + rows[:9], tmp_path / "out", "--val_fraction=0.25")
-    train = questions_of(tmp_path / "out", "train")
-    val = questions_of(tmp_path / "out", "val")
+    # no conversation is in both splits
+    train, val = ({text.split("question ")[1].split(".")[0] for text, _ in found["order"][split]}
+                  for split in SPLITS)
     assert not train & val
     assert len(train | val) == 80
     assert 8 <= len(val) <= 32
@@ -367,6 +323,10 @@ def test_everything_left_out_is_counted(tmp_path, run, capsys):
         "tokens": sum(len(ids) for ids, _, _ in files),
         "response_tokens": sum(int(mask.sum()) for _, mask, _ in files),
     }
+    # an empty validation split has no rows
+    assert len(TokenFiles(tmp_path / "out", "val")) == 0
+    with pytest.raises(IndexError):
+        files[len(files)]
 
 
 def test_long_turns_leave_the_short_ones_before_them(tmp_path, run):
@@ -375,13 +335,6 @@ def test_long_turns_leave_the_short_ones_before_them(tmp_path, run):
     run([{"messages": messages}], tmp_path / "out", *flags)
     counted = [counted for _, counted in examples_of(tmp_path / "out", "train")]
     assert counted == ["answer 0.0<|eot_id|>"]
-
-
-def test_an_empty_validation_split_has_no_rows(tmp_path, run):
-    run([{"text": "abc"}], tmp_path / "out", "--val_fraction=0")
-    assert len(TokenFiles(tmp_path / "out", "val")) == 0
-    with pytest.raises(IndexError):
-        TokenFiles(tmp_path / "out", "train")[1]
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -394,20 +347,19 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, run, vocab_size, dtype):
     assert files[0][0].dtype == np.int64
 
 
-def test_memory_does_not_grow_with_the_tokens(tmp_path, prepare):
-    def peak_of_prepare(examples):
-        rows = [{"text": f"{number} " + "word " * 200} for number in range(examples)]
-        path = write_rows(tmp_path / f"{examples}.jsonl", rows)
-        del rows
+def test_memory_does_not_grow_with_the_tokens(tmp_path, run):
+    def peak_of(count):
+        line = json.dumps({"text": "word " * 200}).encode() + b"\n"
+        content = line * count
         tracemalloc.start()
         try:
-            prepare(path, tmp_path / str(examples))
+            run(content, tmp_path / str(count))
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
     # An example has about 1,000 tokens: 2,000 bytes as the smallest array, 8,000 as a list.
-    assert (peak_of_prepare(900) - peak_of_prepare(300)) / 600 < 300
+    assert (peak_of(900) - peak_of(300)) / 600 < 300
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -418,13 +370,19 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path, prepare):
     ([{"text": "a", "category": "b"}], ["--drop_categories=b"], "1 conversations of dropped"),
     ([{"text": "fine"}] * 8 + [{"texts": "not"}], [], "line 9: needs messages"),
     ([{"text": "fine"}], ["--style=qwen"], "--style=llama3"),
+    ('{"text": "fine"}'.encode("utf-16"), [], "is in UTF-16; save it as UTF-8"),
+    (None, [], "bad.jsonl"),
+    ([], ["--block_size=1"], "--block_size 1 is out of range; allowed: 2 or more"),
+    ([], ["--val_fraction=1"], "--val_fraction 1.0 is out of range; allowed: 0 to below 1"),
+    ([], ["--val_fraction=nan"], "--val_fraction nan is out of range"),
+    ([], ["--seed=-1"], "--seed -1 is out of range"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, capsys, rows, flags, words):
-    assert run(rows, tmp_path / "out", *flags) == 2
+    assert run(rows, tmp_path / "bad", *flags) == 2
     error = capsys.readouterr().err.strip()
     assert words in error
     assert "\n" not in error
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize("line", [
@@ -435,38 +393,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, capsys, rows, f
     b"3",
     b'{"text": 1e999}',
 ])
-def test_a_broken_line_is_malformed_not_fatal(tmp_path, prepare, capsys, line):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "fine"}\r\n\r\n' * 10 + line)
-    assert prepare(path, tmp_path / "out", "--val_fraction=0") == 0
+def test_a_malformed_line_is_counted_not_fatal(tmp_path, run, capsys, line):
+    rows = b"\xef\xbb\xbf" + b'{"text": "fine"}\r\n\r\n' * 10 + line
+    assert run(rows, tmp_path / "out", "--val_fraction=0") == 0
     assert "line 21: " in capsys.readouterr().out
     counts = TokenFiles(tmp_path / "out", "train").meta["counts"]
     assert counts == {"conversations": 11, "malformed": 1}
-
-
-@pytest.mark.parametrize("flag", [
-    "--block_size=1",
-    "--val_fraction=1",
-    "--val_fraction=nan",
-    "--seed=-1",
-    "--style=x",
-])
-def test_flags_out_of_range(flag, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        chat.main(["rows.jsonl", "--tokenizer=x", f"--out_dir={tmp_path / 'out'}", flag])
-    assert stop.value.code == 2
-
-
-def test_missing_input_is_named(tmp_path, prepare, capsys):
-    assert prepare(tmp_path / "none.jsonl", tmp_path / "out") == 2
-    error = capsys.readouterr().err.strip()
-    assert "none.jsonl" in error
-    assert "\n" not in error
-    assert not list(tmp_path.iterdir())
-
-
-def full_disk(*arguments):
-    raise OSError(28, "No space left on device")
 
 
 def test_a_failure_in_the_middle_leaves_the_old_files_as_they_were(
@@ -474,6 +406,9 @@ def test_a_failure_in_the_middle_leaves_the_old_files_as_they_were(
 ):
     def content():
         return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
 
     rows = [{"messages": conversation(number)} for number in range(40)]
     run(rows, tmp_path / "out")
@@ -503,10 +438,11 @@ def test_a_death_between_two_renames_cannot_be_read(tmp_path, run, monkeypatch):
         TokenFiles(tmp_path / "out", "train")
 
 
-def refusal(error, words, directory, split="train", tokenizer=None):
+def refusal(error, words, directory, tokenizer=None):
     with pytest.raises(error) as caught:
-        TokenFiles(directory, split, tokenizer)
+        TokenFiles(directory, "train", tokenizer)
     assert words in str(caught.value)
+    assert "python -m data.text.chat" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -519,31 +455,49 @@ def out(tmp_path, run):
 
 
 def test_token_files_of_another_place_or_tokenizer_are_refused(out):
-    refusal(FileNotFoundError, "python -m data.text.chat", out.parent / "elsewhere")
-    refusal(FileNotFoundError, "python -m data.text.chat", out.parent / "out.jsonl")
+    refusal(FileNotFoundError, "no token file", out.parent / "elsewhere")
+    refusal(FileNotFoundError, "no token file", out.parent / "out.jsonl")
     refusal(ValueError, "another tokenizer, name", out, tokenizer=ByteTokenizer(QWEN))
-    refusal(ValueError, "train, val", out, split="test")
+    with pytest.raises(ValueError, match="split 'test' is none of train, val"):
+        TokenFiles(out, "test")
 
 
-def test_damaged_arrays_are_refused(out):
+@pytest.mark.parametrize("kind, change, words", [
+    ("ids", lambda a: a[:5], "lengths [5, 33, 4, 2], not [33, 33, 4, 2]"),
+    ("ids", lambda a: a + 0.5, "train.ids.npy is not a list of whole numbers"),
+    ("ids", lambda a: a[None], "train.ids.npy is not a list of whole numbers"),
+    ("ids", lambda a: a + 44, "token id 304 is beyond the vocabulary"),
+    ("ids", lambda a: -a.astype(int), "beyond the vocabulary"),
+    ("mask", lambda a: a * 0, "a mask without a counted token"),
+    ("mask", lambda a: a * 2, "not of zeros and ones"),
+    ("examples", lambda a: a[::-1], "borders that do not rise"),
+    ("rows", lambda a: a * 2, "borders that do not rise"),
+])
+def test_damaged_arrays_are_refused(out, kind, change, words):
+    path = out / f"train.{kind}.npy"
+    np.save(path, change(np.load(path)))
+    refusal(ValueError, words, out, tokenizer=ByteTokenizer())
+
+
+def test_truncated_arrays_are_refused(out):
     ids = out / "train.ids.npy"
     whole = ids.read_bytes()
-    for damaged in (whole[:-2], whole[:20], b""):
+    for damaged in (whole[:-2], whole[:20], b"", b"no array"):
         ids.write_bytes(damaged)
-        refusal(ValueError, "damaged", out)
-    np.save(ids, np.zeros(5, np.uint16))
-    refusal(ValueError, "damaged", out)
+        refusal(ValueError, "train.ids.npy is truncated or not a .npy file", out)
     ids.unlink()
     refusal(FileNotFoundError, "train.ids.npy", out)
 
 
-def test_token_files_of_another_version_are_refused(out):
-    meta = out / "meta.json"
-    text = meta.read_text(encoding="utf-8")
-    meta.write_text(text.replace('"version": 1', '"version": 0'), encoding="utf-8")
-    refusal(ValueError, "version 0", out)
-    # a missing array is told of first
-    (out / "train.ids.npy").unlink()
-    refusal(FileNotFoundError, "train.ids.npy", out)
-    meta.write_text("{", encoding="utf-8")
-    refusal(ValueError, "damaged", out)
+@pytest.mark.parametrize("change, words", [
+    (lambda meta: meta | {"version": 0}, "version 0, not 1"),
+    (lambda meta: meta | {"block_size": 3}, "a row longer than 3 tokens"),
+    (lambda meta: {"version": 1}, "meta.json has an unexpected form"),
+    (lambda meta: [], "meta.json has an unexpected form"),
+])
+def test_another_meta_json_is_refused(out, change, words):
+    path = out / "meta.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    refusal(ValueError, words, out)
+    path.write_text("{")
+    refusal(ValueError, "meta.json is not valid JSON", out)

@@ -3,7 +3,7 @@
     python -m pytest tests/test_formats.py
 
 With NANOL2D_SHARED set to a folder that holds data/tokenizers/{llama3,qwen2}, their own templates
-are recognised too; with jinja2 installed, what we write is compared with what they write.
+are recognised too; with jinja2 installed, our text is compared with that of the templates.
 """
 
 import json
@@ -17,7 +17,7 @@ from conftest import LLAMA, exit_status, make_lm
 from data.text import formats
 from data.text.formats import RENDER, SYSTEM_PROMPTS, recognise, resolve_style
 from data.text.tokenizer import load_tokenizer
-from test_tokenizer import DECODER, NAMES, SPECIAL, save, save_form, tokenizer_json
+from test_tokenizer import NAMES, SPECIAL, save, save_form, tokenizer_json
 
 # In the words of SmolLM and of Qwen2, the second with any system prompt.
 SMOLLM = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' "
@@ -36,7 +36,7 @@ CONVERSATIONS = [
 
 
 class Chatter:
-    """A tokenizer as far as the formats look at it."""
+    """As much of a tokenizer as the formats use."""
     special = {"<|im_start|>": 1, "<|im_end|>": 2}
     bos_id = None
     eos_id = 2
@@ -44,40 +44,40 @@ class Chatter:
     def __init__(self, template):
         self.template = template
 
+    def text(self, conversation, style="auto"):
+        _, render = resolve_style(style, self)
+        return "".join(piece.text for piece in render(conversation, True))
+
 
 @pytest.mark.parametrize("system", SYSTEM_PROMPTS)
 def test_a_template_brings_its_own_system_prompt(system):
     template = QWEN2.replace("SYSTEM", system.replace("\\", "\\\\"))
-    name, render = resolve_style("auto", Chatter(template))
-    text = "".join(piece.text for piece in render(CONVERSATIONS[0], True))
-    assert name == "qwen"
-    assert text == (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n 2+2? \n<|im_end|>"
-                    "\n<|im_start|>assistant\n")
+    assert recognise(template) == ("qwen", system)
+    assert Chatter(template).text(CONVERSATIONS[0]) == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n 2+2? \n<|im_end|>"
+        "\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", [SMOLLM, QWEN2.replace("SYSTEM", SYSTEM_PROMPTS[-1])])
-def test_what_is_written_is_what_the_template_writes(template, conversation):
+def test_our_text_is_the_templates_text(template, conversation):
     jinja2 = pytest.importorskip("jinja2")
     expected = jinja2.Template(template).render(messages=conversation, add_generation_prompt=True)
-    _, render = resolve_style("auto", Chatter(template))
-    assert "".join(piece.text for piece in render(conversation, True)) == expected
+    assert Chatter(template).text(conversation) == expected
 
 
-@pytest.mark.parametrize("change", [
-    lambda text: text + "x",
-    lambda text: text.replace("im_end", "im_stop"),
-    lambda text: text.replace("assistant", "model"),
-    lambda text: "",
-    lambda text: "{{ messages }}",
+@pytest.mark.parametrize("template", [
+    SMOLLM + "x",
+    SMOLLM.replace("im_end", "im_stop"),
+    "",
 ])
-def test_a_template_that_differs_in_one_word_is_none_that_we_know(change):
+def test_a_template_that_differs_in_one_word_is_refused(template):
     assert recognise(SMOLLM) == ("qwen", "")
-    assert recognise(change(SMOLLM)) == (None, "")
+    assert recognise(template) == (None, "")
     with pytest.raises(ValueError, match="chat template is none that we can write"):
-        resolve_style("auto", Chatter(change(SMOLLM)))
-    # asked for by name, it is the user's word
-    assert resolve_style("qwen", Chatter(change(SMOLLM)))[0] == "qwen"
+        resolve_style("auto", Chatter(template))
+    # a user may choose a format by name
+    assert Chatter(template).text(CONVERSATIONS[1], "qwen").startswith("<|im_start|>system\nShort")
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "a list"])
@@ -125,18 +125,7 @@ def test_an_added_token_that_is_not_special_is_one_id_in_every_text(tmp_path):
     for special in (False, True):
         assert tokenizer.encode(text, special=special).count(word) == 1
         assert tokenizer.decode(tokenizer.encode(text, special=special)) == text
-    # what would end a turn is one only where it is asked for
+    # a token that ends a turn needs special=True
     assert SPECIAL["<|im_end|>"] not in tokenizer.encode(text)
     # as in training data and in a chat
-    pieces = [formats.Piece(text)]
-    assert word in formats.encode_pieces(pieces, tokenizer)[0]
-
-
-def test_another_last_id_is_another_tokenizer(tmp_path):
-    fingerprints = set()
-    for end in ("<|end_of_text|>", "<|im_end|>"):
-        config = {**NAMES, "eos_token": end, "added_tokens_decoder": DECODER}
-        folder = save(tmp_path / end[2:5], tokenizer_json=tokenizer_json(),
-                      tokenizer_config_json=config)
-        fingerprints.add(load_tokenizer(folder).fingerprint)
-    assert len(fingerprints) == 2
+    assert word in formats.encode_pieces([formats.Piece(text)], tokenizer)[0]

@@ -1,9 +1,9 @@
-r"""Text to token ids and back, for every model this project loads.
+r"""Text to token ids and back, for every model that this project loads.
 
-All supported models (GPT-2, Llama 3, Qwen 2 and 2.5) use byte-level byte-pair encoding: text is cut
-into pieces by a regular expression, and inside a piece the two neighbours that form the token with
-the lowest rank are merged until nothing merges any more. `tiktoken` does the merging; its tables
-come from vocab.py, which reads whatever files lie beside the weights. Nothing is downloaded.
+All supported models (GPT-2, Llama 3, Qwen 2 and 2.5, SmolLM) use byte-level byte-pair encoding: a
+regular expression cuts the text into pieces; inside a piece, the two neighbours that form the token
+with the lowest rank are merged until no pair forms a token. `tiktoken` does the merging. vocab.py
+reads its tables from the files beside the weights; nothing is downloaded.
 
 Read next: `formats.py`, which turns conversations into ids. Try it on a model's directory:
 
@@ -24,18 +24,18 @@ import tiktoken
 from data.system.command import command
 from data.system.disk import present
 from data.text.vocab import (
-    READERS, beginning_id, chat_template, end_ids, read_files, special_tokens, words_of_text)
+    READERS, beginning_id, chat_template, end_ids, read_files, special_tokens)
 
-# The splitting regex overflows its stack on runs of some hundred thousand spaces, so such runs are
+# The splitting regex overflows its stack on some hundred thousand spaces in a row, so such runs are
 # cut first.
 LONGEST_RUN = 25_000
 LONG_RUN = re.compile(r"(?<!\s)\s{%d,}" % LONGEST_RUN)
 
-# Bytes that texts have hardly ever: control characters, and what begins a character beyond U+3FFFF
-# or none. SmolLM's vocabulary lacks some of them; they are dropped, as its own tokenizer does.
+# Bytes that occur in hardly any text: control characters, and first bytes of characters beyond
+# U+3FFFF or of none. SmolLM's vocabulary lacks some of them; like its own tokenizer, we drop them.
 RARE = {*range(9), 11, 12, *range(14, 32), 127, 0xC0, 0xC1, *range(0xF1, 0x100)}
 
-# One character of each kind a split pattern may forget (all of it unchanged by NFC).
+# One character of each kind that a split pattern may omit (none is changed by NFC).
 PROBE = "Aa 7\u00bd_'s!+\t\r\n\x00 \u00e9\u4f60\u0301\u200b\U0001f600\ue000  "
 
 
@@ -46,68 +46,61 @@ class Tokenizer:
 
     vocab_size  highest id + 1 (ids may have gaps)
     special     special token text -> id
+    words       special tokens that are one id in any text, as they were in the model's training
     bos_id      id to put before a text, None where the model expects none
-    eos_id      end of a text
+    eos_id      id that ends a text
     stop_ids    every id that ends an answer
-    template    of conversations, as the model's directory has it, or None
+    template    chat template of the model's directory, or None
+
+    Raises ValueError for a vocabulary that contradicts itself or cannot encode every text.
     """
 
     def __init__(self, ranks, special, pattern, nfc=False, words=()):
         self.special = dict(special)
-        # those that are one id in any text, as they were in the model's training
-        self.words = sorted(set(words) & set(special))
+        self.words = sorted(words)
         self.pattern = pattern
         self.nfc = nfc
-        # what the vocabulary does not tell: load_tokenizer finds it in other files
+        # load_tokenizer reads these four from other files
         self.bos_id = None
         self.eos_id = None
         self.stop_ids = set()
         self.template = None
-        self._ranks = ranks
-        self._bytes = self._bytes_of_ids()
-        self.vocab_size = max(self._bytes) + 1
-        # tiktoken knows no special tokens here: text of a user must never become one by itself
-        self._dropped = self._ids_of_missing_bytes()
-        complete = {**ranks, **{bytes([byte]): id for id, byte in self._dropped.items()}}
-        self._bpe = tiktoken.Encoding(
-            "local", pat_str=pattern, mergeable_ranks=complete, special_tokens={})
-        self._special_pattern = pattern_of_names(self.special)
-        self._words_pattern = pattern_of_names(self.words)
-        # tiktoken silently drops what the pattern does not match.
-        probe = "".join(c for c in PROBE if ord(c) not in self._dropped.values())
-        if self.decode(self.encode(probe)) != probe:
-            raise ValueError(f"the split pattern {pattern!r} does not cover every text")
 
-    def _bytes_of_ids(self) -> dict:
-        """id -> bytes, special tokens included; ValueError if the vocabulary contradicts itself."""
-        table = {id: token for token, id in self._ranks.items()}
-        if len(table) < len(self._ranks):
+        self._ranks = ranks
+        self._bytes = {id: token for token, id in ranks.items()}
+        if len(self._bytes) < len(ranks):
             raise ValueError("two tokens of the vocabulary share one id")
         for text, id in self.special.items():
-            # the same token may be listed twice, as an ordinary one and as a special one
-            if table.setdefault(id, text.encode()) != text.encode():
-                raise ValueError(f"id {id} is both {table[id]!r} and the special token {text!r}")
-        return table
+            # a token may be listed twice, as an ordinary and as a special one
+            token = self._bytes.setdefault(id, text.encode())
+            if token != text.encode():
+                raise ValueError(f"id {id} is both {token!r} and the special token {text!r}")
+        self.vocab_size = max(self._bytes) + 1
 
-    def _ids_of_missing_bytes(self) -> dict:
-        """id beyond the vocabulary -> byte, for every byte that the vocabulary lacks.
-
-        Raises ValueError for one that texts have: there would be text that no ids stand for.
-        """
-        missing = [byte for byte in range(256) if bytes([byte]) not in self._ranks]
+        # tiktoken needs all 256 bytes. Missing ones get ids beyond the vocabulary, the last ranks
+        # to be merged; `_encode_ordinary` drops these ids.
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         needed = [byte for byte in missing if byte not in RARE]
         if needed:
             raise ValueError(f"the vocabulary has no token for byte {needed[0]} "
                              f"({len(missing)} of 256 bytes missing)")
-        # merged last, if it came to that
-        return {self.vocab_size + place: byte for place, byte in enumerate(missing)}
+        added = {bytes([byte]): self.vocab_size + n for n, byte in enumerate(missing)}
+        # without special tokens: a user's text must never become one
+        self._bpe = tiktoken.Encoding(
+            "local", pat_str=pattern, mergeable_ranks={**ranks, **added}, special_tokens={})
+        self._special_pattern = pattern_of_names(self.special)
+        self._words_pattern = pattern_of_names(self.words)
+        # tiktoken drops in silence what the pattern does not match
+        probe = "".join(character for character in PROBE if ord(character) not in missing)
+        if self.decode(self.encode(probe)) != probe:
+            raise ValueError(f"the split pattern {pattern!r} does not cover every text")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, without a beginning-of-text token.
 
-        special: True turns the text of special tokens into their ids; only for text the program
-        wrote itself. With False (anything a user or a data set wrote) "<|eot_id|>" is spelled in
-        ordinary tokens. Added tokens that control nothing, `words`, are one id either way.
+        special: True turns the names of special tokens into their ids; only for text that the
+        program wrote itself. With False (text of a user or a data set), "<|eot_id|>" is encoded as
+        ordinary characters. `words` are one id in both cases.
         Raises ValueError if `text` holds half of a surrogate pair, which has no UTF-8 form.
         """
         try:
@@ -117,11 +110,10 @@ class Tokenizer:
             raise ValueError(f"text has a lone surrogate U+{code:04X} at character {error.start}; "
                              "read the file with encoding='utf-8'") from None
         names = self._special_pattern if special else self._words_pattern
-        if names is None:
-            return self._encode_ordinary(text)
+        # splitting at a group alternates ordinary text (even places) and special tokens (odd ones)
+        parts = names.split(text) if names else [text]
         ids = []
-        # Splitting on a group alternates ordinary text (even places) and special tokens (odd ones).
-        for place, part in enumerate(names.split(text)):
+        for place, part in enumerate(parts):
             if place % 2:
                 ids.append(self.special[part])
             else:
@@ -130,25 +122,23 @@ class Tokenizer:
 
     def encode_start(self, text: str) -> list[int]:
         """Ids of `text` as the start of a document: `bos_id` first, if the model expects one."""
-        ids = self.encode(text)
-        if self.bos_id is None:
-            return ids
-        return [self.bos_id] + ids
+        start = [] if self.bos_id is None else [self.bos_id]
+        return start + self.encode(text)
 
     def _encode_ordinary(self, text) -> list[int]:
-        # only between special tokens: an accent after one would otherwise merge with its last sign
+        # only between special tokens: an accent after one would combine with its last character
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
+        cuts = []
+        for run in LONG_RUN.finditer(text):
+            cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         ids = []
-        for chunk in _chunks(text):
-            ids += self._bpe.encode_ordinary(chunk)
-        if self._dropped:
-            ids = [id for id in ids if id not in self._dropped]
-        return ids
+        for start, end in zip([0, *cuts], [*cuts, len(text)]):
+            ids += self._bpe.encode_ordinary(text[start:end])
+        return [id for id in ids if id < self.vocab_size]
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token."""
-        # Embeddings may be padded, so a model can write an id without a token: it reads as U+FFFD.
+        """The bytes of one token; U+FFFD for an id without a token, as in a padded embedding."""
         return self._bytes.get(int(id), "\ufffd".encode())
 
     def decode(self, ids) -> str:
@@ -158,12 +148,12 @@ class Tokenizer:
         return content.decode("utf-8", errors="replace")
 
     def stream(self) -> "Stream":
-        """A fresh incremental decoder."""
+        """A new incremental decoder."""
         return Stream(self)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any token, special token, pattern, first or last id."""
+        """16 hex digits that depend on all tokens, the pattern, and the first and last id."""
         # sorted, since two files may list one vocabulary in two orders
         tokens = sorted((id, token.hex()) for token, id in self._ranks.items())
         content = [tokens, sorted(self.special.items()), self.words, self.pattern, self.nfc,
@@ -172,35 +162,25 @@ class Tokenizer:
 
 
 def pattern_of_names(names):
-    """What finds special tokens in a text, or None where there are none."""
+    """A pattern that matches any of these special tokens, or None without names."""
     if not names:
         return None
-    # Longest first, so that a special token is never read as a shorter one that it begins with.
+    # longest first: a special token must not be read as a shorter one that it begins with
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    # a group, so that `split` keeps what it splits at
+    # a group, so that `split` returns the special tokens too
     return re.compile("(" + "|".join(longest_first) + ")")
 
 
-def _chunks(text):
-    """The text in one piece, or cut inside runs of white space too long for the splitting regex."""
-    start = 0
-    for run in LONG_RUN.finditer(text):
-        for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
-            yield text[start:cut]
-            start = cut
-    yield text[start:]
-
-
 class Stream:
-    """Decodes one id at a time, for text that is shown while it is written.
+    """Decodes one id at a time, for text that is shown while it is generated.
 
-    stream(id) returns the text completed by this id (perhaps none), never half a character;
-    stream.flush() returns what is left at the end. All of it joined equals `decode` of all ids.
+    stream(id) returns the text that this id completes (perhaps none), never half a character;
+    stream.flush() returns the rest at the end. Joined, they equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        # keeps the bytes of an unfinished character until the rest arrives
+        # holds the bytes of an incomplete character until the others arrive
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __call__(self, id: int) -> str:
@@ -218,74 +198,59 @@ def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
     Looks for tokenizer.model (tiktoken lines), tokenizer.json, vocab.json + merges.txt,
     encoder.json + vocab.bpe, in this order.
     vocab_rows: rows of the model's embedding; a tokenizer with higher ids is refused.
-    Raises FileNotFoundError if none is there, ValueError (one line) if the files cannot be
-    reproduced exactly.
+    Raises FileNotFoundError if there is none, ValueError (one line) if it cannot be reproduced
+    exactly.
     """
-    source = _find(Path(directory))
+    sources = (Path(directory, name) for name in READERS)
+    source = next(filter(present, sources), None)
+    if source is None:
+        raise FileNotFoundError(f"no tokenizer in {directory}: looked for tokenizer.model, "
+                                "tokenizer.json, vocab.json + merges.txt, encoder.json + vocab.bpe")
     try:
-        tokenizer = _build(source)
+        files = read_files(source)
+        special, words = special_tokens(files)
+        ranks, pattern, nfc = READERS[source.name](source, files, special)
+        # a pattern in the config takes precedence over the one inferred from the form
+        pattern = files["tokenizer_config"].get("pat_str", pattern)
+        tokenizer = Tokenizer(ranks, special, pattern, nfc, words)
+        tokenizer.template = chat_template(source, files)
+        # tokenizer.model is the form of Llama 3, which always begins a text
+        always = source.name == "tokenizer.model"
+        tokenizer.bos_id = beginning_id(files, special, always)
+        tokenizer.eos_id, tokenizer.stop_ids = end_ids(files, special)
         # an id without a row would be an index error, deep inside the model
         if vocab_rows is not None and tokenizer.vocab_size > vocab_rows:
             raise ValueError(f"the vocabulary has {tokenizer.vocab_size} ids but the model's "
                              f"embedding has {vocab_rows} rows; use the tokenizer that came with "
                              "the weights")
-    # The readers take the files to be what their names promise; where one is not, it shows here.
+    # the readers do not check the form of every value: a wrong one raises one of these
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError,
             RecursionError) as error:
         raise ValueError(f"{source}: this file or one beside it has an unexpected form: "
                          f"{error!r}") from error
     except ValueError as error:
-        # of a bad regular expression tiktoken tells in several lines
+        # tiktoken describes an invalid regular expression in several lines
         message = str(error).partition("\n")[0]
         raise ValueError(f"{source}: {message}") from error
     return tokenizer
 
 
-def _find(directory: Path) -> Path:
-    for name in READERS:
-        if present(directory / name):
-            return directory / name
-    raise FileNotFoundError(f"no tokenizer in {directory}: looked for tokenizer.model, "
-                            "tokenizer.json, vocab.json + merges.txt, encoder.json + vocab.bpe")
-
-
-def _build(source: Path) -> Tokenizer:
-    files = read_files(source)
-    special = special_tokens(files)
-    read = READERS[source.name]
-    ranks, pattern, nfc = read(source, files, special)
-    # a config that spells the pattern out knows better than the reader's guess by the form
-    pattern = files["tokenizer_config"].get("pat_str", pattern)
-    tokenizer = Tokenizer(ranks, special, pattern, nfc, words_of_text(files))
-    tokenizer.template = chat_template(source, files)
-    # Llama 3, whose form this is, always begins a text
-    used = source.name == "tokenizer.model"
-    tokenizer.bos_id = beginning_id(files, special, used)
-    tokenizer.eos_id, tokenizer.stop_ids = end_ids(files, special)
-    return tokenizer
-
-
 # --- command line ---------------------------------------------------------------------------------
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Show how a model's tokenizer cuts a text.")
-    parser.add_argument("directory", help="directory with the tokenizer's files")
-    parser.add_argument("text", help="text to encode")
-    parser.add_argument(
-        "--special", action=argparse.BooleanOptionalAction, default=False,
-        help="read the names of special tokens inside the text as those tokens")
-    return parser.parse_args(argv)
-
 
 @command("data.text.tokenizer")
 def main(argv=None):
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description="Show how a model's tokenizer cuts a text.")
+    parser.add_argument("directory", help="directory of the tokenizer's files")
+    parser.add_argument("text", help="text to encode")
+    parser.add_argument(
+        "--special", action=argparse.BooleanOptionalAction, default=False,
+        help="names of special tokens inside the text as those tokens")
+    args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.directory)
-    ids = tokenizer.encode(args.text, special=args.special)
     print(f"ids {tokenizer.vocab_size}  special {len(tokenizer.special)}  "
           f"bos {tokenizer.bos_id}  eos {tokenizer.eos_id}  stop {sorted(tokenizer.stop_ids)}  "
           f"fingerprint {tokenizer.fingerprint}")
-    for id in ids:
+    for id in tokenizer.encode(args.text, special=args.special):
         # as bytes: a token may be half a character
         print(f"{id:>8}  {tokenizer.token_bytes(id)!r}")
 
