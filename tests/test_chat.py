@@ -375,7 +375,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path, run):
     ([], ["--block_size=1"], "--block_size 1 is out of range; allowed: 2 or more"),
     ([], ["--val_fraction=1"], "--val_fraction 1.0 is out of range; allowed: 0 to below 1"),
     ([], ["--val_fraction=nan"], "--val_fraction nan is out of range"),
-    ([], ["--seed=-1"], "--seed -1 is out of range"),
+    ([], ["--seed=-1"], "--seed = -1 is out of range"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, capsys, rows, flags, words):
     assert run(rows, tmp_path / "bad", *flags) == 2
