@@ -294,12 +294,12 @@ class PathBlock(nn.Module):
         """
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
         n = frozen.norm_attn(h, a1, s1)                                 # (..., C)
-        q = self.q(n)                                                   # (..., H·D)
         if kv is None:
             kv = (split_heads(self.k(n), self.head_dim, states.cos_sin),
                   split_heads(self.v(n), self.head_dim))
             if cache is not None:
                 kv = cache.append(layer, *kv)
+        q = self.q(n)                                                   # (..., H·D)
         if index is not None:
             # N queries go to their places among B·T and are taken out again. The empty places cost
             # a little attention; a copy of the keys for each query would cost N·S of memory.
