@@ -246,39 +246,35 @@ class L2D(nn.Module):
 
 
 # --- 2 the objectives -----------------------------------------------------------------------------
-#
-# Each is two functions of a path and a batch: what is random, drawn by the loader an update ahead,
-# and the loss. Every row draws from a generator of its own.
 
-def draw_classes(config: L2DConfig, class_ids, draws: RowDraws, hide: bool):
-    """class_ids (N,) or None, some of them hidden: guidance needs an unconditional prediction too.
+def draw(config: L2DConfig, batch: Batch, draws: RowDraws, unroll: int = 0,
+         hide: bool = True) -> Batch:
+    """What is random in an objective, for each of the N positions that count in the loss.
 
-    Raises ValueError for classes that this path does not have.
+    The loader draws an update ahead, every row from a generator of its own.
+    unroll  0: the paper's objective, one time; else the rising times of at most so many evaluations
+    hide    some of the classes: guidance needs an unconditional prediction too
+    Raises ValueError for classes that the path does not have.
     """
-    if class_ids is None:
-        return None
-    check_classes(class_ids, config.classes)
-    if not hide:
-        return class_ids
-    return drop_classes(class_ids, config.class_dropout, config.classes, draws)
-
-
-def draw_paper(config: L2DConfig, batch: Batch, draws: RowDraws, hide: bool = True) -> Batch:
-    """A time and a noise for each of the N positions that count: one pass teaches N noise levels.
-
-    hide  some of the classes, as in training
-    """
-    # t ~ U[0, 1]
-    t = draw_times(draws, config.time_distribution)                     # (N,)
+    targets = batch.targets
+    if unroll:
+        t = draw_schedule(draws, targets.hops, unroll)                  # (N, unroll)
+    else:
+        # t ~ U[0, 1]: one pass teaches N noise levels
+        t = draw_times(draws, config.time_distribution)                 # (N,)
     noise = draws.normal(config.width)                                  # (N, Z)
-    class_ids = draw_classes(config, batch.targets.class_ids, draws, hide)
-    return replace(batch, targets=replace(batch.targets, t=t, noise=noise, class_ids=class_ids))
+    class_ids = targets.class_ids
+    if class_ids is not None:
+        check_classes(class_ids, config.classes)
+        if hide:
+            class_ids = drop_classes(class_ids, config.class_dropout, config.classes, draws)
+    return replace(batch, targets=replace(targets, t=t, noise=noise, class_ids=class_ids))
 
 
 def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     """The paper's objective: a prediction at one random time for each position that counts.
 
-    batch  of `draw_paper`; the path is evaluated only where a token counts
+    batch  of `draw`; the path is evaluated only where a token counts
     """
     targets = batch.targets
     # 1. The frozen model reads the text once, without gradient.
@@ -297,20 +293,11 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     return Losses(losses, losses, t, targets.hops)
 
 
-def draw_refined(config: L2DConfig, batch: Batch, draws: RowDraws, unroll: int,
-                 hide: bool = True) -> Batch:
-    """A noise, and the rising times of at most `unroll` evaluations, for each position."""
-    t = draw_schedule(draws, batch.targets.hops, unroll)                # (N, unroll)
-    noise = draws.normal(config.width)                                  # (N, Z)
-    class_ids = draw_classes(config, batch.targets.class_ids, draws, hide)
-    return replace(batch, targets=replace(batch.targets, t=t, noise=noise, class_ids=class_ids))
-
-
 def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
     """Our own objective: the path takes its own steps, and is scored at the last evaluations.
 
-    batch     of `draw_refined`: the last evaluation is at any time in (0, 1], or the path would
-              learn to act only at the end
+    batch     of `draw` with unroll: the last evaluation is at any time in (0, 1], or the path
+              would learn to act only at the end
     backprop  number of evaluations, the last ones, with a gradient: `values` are means over these
     """
     # 1. The frozen model reads the text. All positions end together, so those with the most

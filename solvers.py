@@ -21,7 +21,7 @@ import torch
 # --- the loop -------------------------------------------------------------------------------------
 
 def integrate(f, x, steps: int, step):
-    """x at t = 1 of one sequence, x at t = 0, in equal steps by the rule `step` below."""
+    """From x at t = 0 to x at t = 1, for one sequence, in equal steps by a rule `step` below."""
     h = 1 / steps
     for n in range(steps):
         t = n / steps

@@ -45,7 +45,7 @@ from data.training.loader import Loader
 from data.training.log import Log, by_tenth, tenth_sums
 from data.training.memory import recompute, saved_bytes
 from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
-from diffusion import L2D, draw_paper, draw_refined, paper_losses, refined_losses
+from diffusion import L2D, draw, paper_losses, refined_losses
 from model import LM
 from sample import Settings, answer_problems
 
@@ -99,15 +99,6 @@ def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
         hidden = model.read(batch.ids, batch.documents).hidden
         losses = -model.log_p(hidden[targets.index], targets.y)
         return Losses(losses, losses, None, targets.hops)
-
-
-def draw(config: L2DConfig, unroll_at, batch: Batch, draws, update: int | None) -> Batch:
-    """The batch with all that is random in it; update None: the validation, with all classes."""
-    hide = update is not None
-    unroll = unroll_at(update)
-    if unroll:
-        return draw_refined(config, batch, draws, unroll, hide)
-    return draw_paper(config, batch, draws, hide)
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -357,10 +348,15 @@ def set_up(args) -> Run:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unroll_at = functools.partial(unroll_of, args.objective if is_path else "paper", args.unroll,
                                   tiny, updates=args.updates)
+
+    def draw_update(batch, draws, update):
+        # no class is hidden in the validation
+        return draw(model.config, batch, draws, unroll_at(update), hide=update is not None)
+
     loader = Loader(
         data, args.batch_size * args.accumulate, args.batch_size, args.seed,
         next(model.parameters()).device,
-        functools.partial(draw, model.config, unroll_at) if is_path else None,
+        draw_update if is_path else None,
         # under torch.compile borders that change would compile the model anew for every batch
         packed=not args.compile,
         # the embedded problems grow harder with what is learned, so they cannot be made before

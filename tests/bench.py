@@ -25,7 +25,7 @@ from data.parts.positions import Packed  # noqa: E402
 from data.training.batches import IGNORE, Batch, CachedStates, find_targets  # noqa: E402
 from data.training.memory import recompute, saved_bytes  # noqa: E402
 from diffusion import (  # noqa: E402
-    L2D, VelocityField, draw_paper, draw_refined, paper_losses, refined_losses)
+    L2D, VelocityField, draw, paper_losses, refined_losses)
 from sample import Settings, generate, load_model  # noqa: E402
 
 
@@ -96,9 +96,7 @@ def drawn(model, ids, targets, unroll=0, hops=None, documents=None):
     batch = Batch(ids.cpu(), documents, find_targets(cpu, None, hops))
     generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
     draws = RowDraws.of(batch.targets.index[0], generators)
-    if unroll:
-        return draw_refined(model.config, batch, draws, unroll).to(ids.device)
-    return draw_paper(model.config, batch, draws).to(ids.device)
+    return draw(model.config, batch, draws, unroll).to(ids.device)
 
 
 def mean_loss(model, ids, targets):

@@ -23,7 +23,7 @@ os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
 from data.checkpoints.families import ModelConfig  # noqa: E402
 from data.parts.draws import RowDraws  # noqa: E402
 from data.training.batches import Batch, find_targets  # noqa: E402
-from diffusion import L2D, L2DConfig, draw_paper, draw_refined  # noqa: E402
+from diffusion import L2D, L2DConfig, draw  # noqa: E402
 from model import LM  # noqa: E402
 
 torch.set_num_threads(1)
@@ -89,10 +89,7 @@ def make_batch(ids, next_ids, class_ids=None, documents=None, hops=None, t=None,
 
 def drawn(l2d, batch, generators, unroll=0, hide=True):
     """A batch with all that is random in it, as train.py makes one; unroll 0: the paper's."""
-    draws = RowDraws.of(batch.targets.index[0], generators)
-    if unroll:
-        return draw_refined(l2d.config, batch, draws, unroll, hide)
-    return draw_paper(l2d.config, batch, draws, hide)
+    return draw(l2d.config, batch, RowDraws.of(batch.targets.index[0], generators), unroll, hide)
 
 
 def path_logits(l2d, ids, x_t, t, class_ids=None):

@@ -393,7 +393,8 @@ def loader(data, model=None, batch_size=4, accumulate=1, seed=5):
     """Of batches of four rows, as train.py has one for data of one's own."""
     draw = None
     if isinstance(model, L2D):
-        draw = functools.partial(train.draw, model.config, lambda update: 0)
+        def draw(batch, draws, update):
+            return train.draw(model.config, batch, draws)
     return Loader(data, batch_size * accumulate, batch_size, seed, "cpu", draw, ahead=9)
 
 
