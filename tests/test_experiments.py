@@ -1,0 +1,47 @@
+"""What the embedded problems are worth without training: the rows that stand beside every result."""
+
+import pytest
+import torch
+
+from data.checkpoints.hub import resolve
+from data.experiments import untrained
+from data.tasks import TASKS
+from data.text.tokenizer import load_tokenizer
+from data.tiny.topics import Problem
+from model import LM
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    lm = LM.from_pretrained("tiny", torch.float32, "cpu")
+    return lm, load_tokenizer(resolve("tiny"), lm.config.vocab_size)
+
+
+def problems(topic, level, count=8):
+    return [TASKS["tiny"].problem((topic, level), i) for i in range(count)]
+
+
+def test_the_frozen_model_called_again_goes_one_hop_further_each_time(frozen):
+    for level, calls in ((1, 1), (2, 2), (5, 5)):
+        found = untrained.called_again(*frozen, problems("chains", level))
+        assert found[calls] >= 7 / 8
+        assert all(share == 0 for call, share in found.items() if call < calls)
+
+
+def test_the_shortcut_is_one_of_the_ends_that_something_leads_to():
+    # b leads to the end a, c leads to the end d; nothing leads to the end e
+    text = "ba aa cd dd ee;b"
+    assert untrained.shortcut(Problem("chains", 1, "chains", text, "a")) == 1 / 2
+
+
+def test_the_frozen_model_knows_the_operations_by_name(frozen):
+    some = problems("strings", 1)
+    texts = untrained.answer(*frozen, [f"{p.label} {p.prompt[:-1]}: " for p in some])
+    assert sum(text.strip() == p.answer for text, p in zip(texts, some)) >= 7
+
+
+def test_the_command_prints_a_row_for_every_level(capsys):
+    untrained.main(["--problems=2"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("chains 1 ", "chains 12", "strings 2", "chains 1-8", "chains 9-12"):
+        assert sum(line.startswith(name) for line in lines) == 1
