@@ -23,7 +23,8 @@ def problems(topic, level, count=8):
 
 def test_the_frozen_model_called_again_goes_one_hop_further_each_time(frozen):
     for level, calls in ((1, 1), (2, 2), (5, 5)):
-        found = untrained.called_again(*frozen, problems("chains", level))
+        shares = untrained.repeated_calls(*frozen, problems("chains", level))
+        found = dict(zip(untrained.CALLS, shares, strict=True))
         assert found[calls] >= 7 / 8
         assert all(share == 0 for call, share in found.items() if call < calls)
 
