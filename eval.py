@@ -364,7 +364,7 @@ def choose_letters(bench: Bench, settings: Settings, questions: list, seeds: lis
 
 
 def score_rows(bench: Bench, columns: list) -> list:
-    """The table of what was asked for now, though there may be records of more."""
+    """The table of the columns and questions of this command; there may be records of more."""
     ids = {question.problem["id"] for question in bench.asked.questions}
     asked_for = {(one.name, one.settings.temperature): one for one in columns}
     asked = [record for (*where, id, sample), record in bench.records.found.items()

@@ -246,7 +246,7 @@ RANGES = {
 
 
 def check_request(model, prompts: list, settings: Settings, class_ids=None):
-    """Raise ValueError where `generate` cannot do what was asked, before any work."""
+    """Raise ValueError for a request that `generate` cannot fulfil, before any work."""
     lm = getattr(model, "lm", model)
     if settings.steps and lm is model:
         raise ValueError("this model has no diffusion path, so --steps must be 0; "
@@ -375,7 +375,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
     seconds = 0.0
     for at in range(0, len(prompts), args.batch_size):
         some = slice(at, at + args.batch_size)
-        # samples of one prompt have the seeds seed, seed + 1, ..., so each can be asked for again
+        # samples of one prompt have the seeds seed, seed + 1, ..., so each can be drawn again
         seeds = [args.seed + place % args.num_samples for place in range(len(prompts))[some]]
         labels = None if label is None else [label] * len(seeds)
         start = time.time()
@@ -384,7 +384,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
         seconds += time.time() - start
         frozen = [None] * len(new)
         if args.frozen:
-            # the frozen model's own best answers, whatever was asked of ours
+            # the frozen model's own best answers, with whatever settings the path answers
             greedy = Settings(steps=0, max_new_tokens=settings.max_new_tokens)
             frozen = generate(model, prompts[some], greedy, stop)
         if live:
@@ -393,7 +393,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
             if not live:
                 print(f"{text!r}\n   answer  {answer.text}")
             cost = f"   NFE {sum(answer.nfe)} for {len(answer.nfe)} tokens"
-            # a token whose ODE was cut short is another answer than was asked for: it must be seen
+            # an ODE that was cut short may have given another token: say so
             if answer.unfinished:
                 cost += f", {answer.unfinished} tokens stopped at max_nfe"
             print(cost)

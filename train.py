@@ -428,11 +428,11 @@ def plan(args, updates: int = 3):
     run = set_up(args)
     announce(run)
     run.model.train()
-    kept = []
+    sizes = []
 
     def objective(model, batch, backprop):
         size, losses = saved_bytes(lambda: token_losses(model, batch, backprop))
-        kept.append(size)
+        sizes.append(size)
         return losses
 
     one_update(run, objective)
@@ -440,7 +440,7 @@ def plan(args, updates: int = 3):
     frozen = sum(p.nbytes for p in run.model.parameters() if not p.requires_grad)
     # a weight, its gradient and two moments, of four bytes each
     print(f"memory: {frozen / 1e6:,.0f} MB frozen, {16 * trained / 1e6:,.0f} MB trained, "
-          f"{max(kept) / 1e6:,.0f} MB of activations of a batch for the backward pass")
+          f"{max(sizes) / 1e6:,.0f} MB of activations of a batch for the backward pass")
     start = time.perf_counter()
     tokens = 0
     for run.update in range(1, 1 + updates):
