@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import assert_same, generators, make_ids, make_l2d, path_logits
+from conftest import assert_same, make_ids, make_l2d, path_logits
 from data.parts.lora import LoRA
 from data.parts.modulation import MOST
 from diffusion import VelocityField
@@ -60,15 +60,6 @@ def test_velocity_is_the_way_to_the_estimate_over_the_time_left(family, estimate
         # the same with a time for every sequence, and alone
         close(together[i], expected[i])
         close(second(t, x[1:2])[0], expected[1:2])
-
-
-@torch.no_grad()
-def test_the_final_evaluation_is_at_the_end(family):
-    l2d = make_l2d(family)
-    ids = make_ids()
-    x = torch.randn(3, 1, 16)
-    field = VelocityField(l2d, l2d.lm.read(ids).last())
-    close(field.final_logits(x), whole_logits(l2d, ids, x, 1.0))
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -133,20 +124,6 @@ def test_some_sequences_of_a_guided_field_are_those_of_the_whole(t):
     close(field.rows(index)(some_t, x[index])[0], field(t, x)[0][index])
 
 
-@torch.no_grad()
-def test_every_sequence_keeps_its_own_generator_when_others_have_finished():
-    l2d = make_l2d()
-    states = l2d.lm.read(make_ids()).last()
-    x = torch.randn(3, 1, 16)
-
-    index = torch.tensor([2, 0])
-    together, again = (
-        VelocityField(l2d, states, "sample", 5.0, generators=generators(3)) for _ in range(2))
-    some = again.rows(index)
-    for t in (0.3, 0.6):
-        close(some(t, x[index])[0], together(t, x)[0][index])
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_copies_of_guidance_attend_to_the_same_keys_at_every_position(family, padded):
@@ -181,17 +158,6 @@ def test_vocabulary_has_norm_sqrt_z_and_is_made_once_while_sampling():
     projected = l2d.lm.embed.weight @ l2d.to_z.weight.T + l2d.to_z.bias
     torch.testing.assert_close(V, 4 * F.normalize(projected, dim=-1).detach())
     torch.testing.assert_close(l2d.vectors(ids).detach(), V[ids], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("changed", ["weight", "bias"])
-def test_vocabulary_is_made_again_after_an_update(changed):
-    l2d = make_l2d()
-    before = l2d.vocabulary()
-    with torch.no_grad():
-        getattr(l2d.to_z, changed).add_(0.3)
-    after = l2d.eval().vocabulary()
-    assert not torch.allclose(after, before)
-    assert torch.equal(after, l2d.vectors(torch.arange(258)).detach())
 
 
 def same_modulation(found, expected):
