@@ -1,4 +1,4 @@
-"""What each saving is worth, as ratios of medians within one run. Nothing here can pass or fail.
+"""The effect of each saving, as ratios of median times within one run. A benchmark, not a test.
 
     python tests/bench.py
     python tests/bench.py --init_from=out --batch_size 16 --context 128 512 --repeats 30
@@ -41,59 +41,81 @@ def median_ms(work, repeats: int, device) -> float:
     return statistics.median(times[2:])
 
 
+def print_time(name: str, ms: float, first: float, more: str = ""):
+    """A line of a table: milliseconds, and their ratio to the first line's."""
+    print(f"  {name:38} {ms:8.2f} ms  {ms / first:6.2f}{more}")
+
+
+def random_ids(model, *size):
+    """Token ids on the model's device."""
+    lm = getattr(model, "lm", model)
+    ids = torch.randint(lm.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    return ids.to(lm.embed.weight.device)
+
+
+class Newest:
+    """The state of sampling: a cache of `context` tokens and one more, a field, its inputs."""
+
+    def __init__(self, model: L2D, batch: int, context: int):
+        self.model = model
+        self.ids = random_ids(model, batch, context + 1)
+        self.cache = KVCache()
+        model.read(self.ids[:, :-1], cache=self.cache)
+        self.states = model.read(self.ids[:, -1:], cache=self.cache)
+        self.x = torch.randn(batch, 1, model.config.width).to(self.ids.device)
+        self.prediction = model.lm.logits(self.states.hidden).float()
+
+    def read(self, reader):
+        """Read the newest token again, in its place."""
+        self.cache.length = self.ids.shape[1] - 1
+        return reader.read(self.ids[:, -1:], cache=self.cache)
+
+    def evaluate(self, **options):
+        VelocityField(self.model, self.states, **options)(0.5, self.x, self.prediction)
+
+
 def evaluation_table(model, batch: int, context: int, timed):
-    """One evaluation of the path, and what it would take without each saving."""
-    lm, device = model.lm, next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.config.vocab_size, (batch, context + 1), generator=generator).to(device)
-    cache = KVCache()
-    model.read(ids[:, :-1], cache=cache)
-    states = model.read(ids[:, -1:], cache=cache)
-    x = torch.randn(batch, 1, model.config.width, generator=generator).to(device)
-    field = VelocityField(model, states)
-    prediction = lm.logits(states.hidden).float()
+    """One evaluation of the path, and its time without each saving."""
+    newest = Newest(model, batch, context)
 
     def decode():
-        cache.length = context      # the newest token is read again, in its place
-        lm.logits(lm.read(ids[:, -1:], cache=cache).hidden)
+        model.lm.logits(newest.read(model.lm).hidden)
 
     def fresh_vocabulary():
         model.cached_vocabulary = None
-        field(0.5, x, prediction)
+        newest.evaluate()
 
     def fresh_modulation():
         model.time_table.cached.clear()
-        field(0.5, x, prediction)
-
-    def guided():
-        VelocityField(model, states, class_ids=classes, guidance=2.0)(0.5, x, prediction)
+        newest.evaluate()
 
     def apart():
-        VelocityField(model, states, class_ids=classes)(0.5, x, prediction)
-        VelocityField(model, states)(0.5, x, prediction)
+        newest.evaluate(class_ids=classes)
+        newest.evaluate()
 
-    evaluation = timed(lambda: field(0.5, x, prediction))
-    print(f"batch {batch}, context {context}: one evaluation of the path {evaluation:.3f} ms; "
-          "below: what it takes instead, and the ratio")
-    works = [("the frozen model's own next token", decode), ("with V made again", fresh_vocabulary),
-             ("with the modulation made again", fresh_modulation)]
+    works = {
+        "the frozen model's own next token": decode,
+        "with V computed again": fresh_vocabulary,
+        "with the modulation computed again": fresh_modulation,
+    }
     if model.config.classes:
-        classes = torch.zeros(batch, dtype=torch.long, device=device)
-        works.append(("guided, two lines in one batch", guided))
-        works.append(("guided, one after the other", apart))
-    for name, work in works:
-        ms = timed(work)
-        print(f"  {name:38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
+        classes = torch.zeros(batch, dtype=torch.long, device=newest.ids.device)
+        works["guided, two copies in one batch"] = lambda: newest.evaluate(
+            class_ids=classes, guidance=2.0)
+        works["guided, one copy after the other"] = apart
+    first = timed(newest.evaluate)
+    print(f"batch {batch}, context {context}: one evaluation of the path {first:.3f} ms; "
+          "below: other times, and their ratio to it")
+    for name, work in works.items():
+        print_time(name, timed(work), first)
     model.merge_lora(False)
-    ms = timed(lambda: field(0.5, x, prediction))
+    print_time("with the LoRA not merged", timed(newest.evaluate), first)
     model.merge_lora(True)
-    print(f"  {'with the LoRA not merged':38} {ms:8.3f} ms  {ms / evaluation:6.2f}")
 
 
 def drawn(model, ids, targets, unroll=0, hops=None, documents=None):
     """A batch with all that is random in it, as train.py makes one."""
-    cpu = targets.cpu()
-    batch = Batch(ids.cpu(), documents, find_targets(cpu, None, hops))
+    batch = Batch(ids.cpu(), documents, find_targets(targets.cpu(), None, hops))
     generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
     draws = RowDraws.of(batch.targets.index[0], generators)
     return draw(model.config, batch, draws, unroll).to(ids.device)
@@ -105,47 +127,36 @@ def mean_loss(model, ids, targets):
 
 OPTIONS = {
     "the paper's path": {},
-    "reads its own guess": {"self_conditioning": True},
+    "self-conditioning": {"self_conditioning": True},
     "own keys and values": {"own_kv": True},
     "both": {"self_conditioning": True, "own_kv": True},
 }
 
 
 def options_table(lm, config, batch: int, context: int, timed):
-    """What our two departures cost beside the paper's path: to sample, to train."""
-    device = lm.embed.weight.device
-    generator = torch.Generator().manual_seed(0)
-    size = (batch, context + 1)
-    ids, targets = torch.randint(lm.config.vocab_size, (2, *size), generator=generator).to(device)
+    """The cost of our two departures beside the paper's path: in sampling and in training."""
+    ids, targets = random_ids(lm, 2, batch, context + 1)
     # as in a graded answer, the last tokens count
     targets[:, :-8] = IGNORE
     hops = torch.full((batch,), 6)
     first = None
-    print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, and times the first")
+    print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, ratio to the first")
     print(" " * 24 + "".join(f"{name:>20}" for name in
                              ("an evaluation", "a token read", "update, paper", "update, refined")))
     for name, options in OPTIONS.items():
         model = L2D(lm, dataclasses.replace(config, **options)).eval()
         model.merge_lora()
-        cache = KVCache()
-        model.read(ids[:, :-1], cache=cache)
-        states = model.read(ids[:, -1:], cache=cache)
-        x = torch.randn(batch, 1, config.width, generator=generator).to(device)
-        prediction = lm.logits(states.hidden).float()
-        field = VelocityField(model, states)
+        newest = Newest(model, batch, context)
 
-        def read():
-            cache.length = context      # the newest token is read again, in its place
-            model.read(ids[:, -1:], cache=cache)
-
+        @torch.enable_grad()
         def update(objective, unroll=0):
-            with torch.enable_grad():
-                objective(drawn(model, ids, targets, unroll, hops)).values.mean().backward()
+            batch = drawn(model, ids, targets, unroll, hops)
+            objective(model, batch).values.mean().backward()
 
-        found = [timed(lambda: field(0.5, x, prediction)), timed(read)]
+        found = [timed(newest.evaluate), timed(lambda: newest.read(model))]
         model.train()
-        found.append(timed(lambda: update(model.token_losses)))
-        found.append(timed(lambda: update(model.refined_losses, unroll=8)))
+        found.append(timed(lambda: update(paper_losses)))
+        found.append(timed(lambda: update(refined_losses, unroll=8)))
         first = first or found
         print(f"  {name:22}" + "".join(f"{ms:12.2f} {ms / base:6.2f}×"
                                        for ms, base in zip(found, first)))
@@ -153,14 +164,11 @@ def options_table(lm, config, batch: int, context: int, timed):
 
 @torch.enable_grad()
 def training_table(model, rows: int, length: int, timed):
-    """One update of the path, and what it would take without each saving."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    size = (rows, length)
-    vocab_size = model.lm.config.vocab_size
-    ids, targets = torch.randint(vocab_size, (2, *size), generator=generator).to(device)
+    """One update of the path, its time without each saving, its parts, its share of the peak."""
+    ids, targets = random_ids(model, 2, rows, length)
+    # as in chat data, where only the answers count
     half = targets.clone()
-    half[:, ::2] = IGNORE           # as in chat data, where only the answers count
+    half[:, ::2] = IGNORE
     trained = list(model.path_parameters().values())
     fused, plain = (torch.optim.AdamW(trained, lr=1e-9, fused=on) for on in (True, False))
 
@@ -173,66 +181,70 @@ def training_table(model, rows: int, length: int, timed):
         model.lm.log_p = lambda hidden, y: -F.cross_entropy(
             model.lm.logits(hidden).float(), y, reduction="none")
         update()
-        del model.lm.log_p          # what stood in the way of the class's own
+        # the method of the class again
+        del model.lm.log_p
 
     def frozen():
         with torch.no_grad():
             model.lm.log_p(model.lm.read(ids).hidden.flatten(0, 1), targets.flatten())
 
-    model.train()
-    whole = timed(update)
-    print(f"one update of the path on {rows} rows of {length} tokens: {whole:.1f} ms, "
-          f"{1000 * rows * length / whole:.0f} tokens/s; below: what it takes instead")
-    works = [("half of the tokens counted", lambda: update(half)),
-             ("AdamW not fused", lambda: update(optimizer=plain)),
-             ("logits kept by autograd", with_plain_head),
-             ("the frozen model's loss, no gradient", frozen)]
-    for name, work in works:
-        ms = timed(work)
-        print(f"  {name:38} {ms:8.1f} ms  {ms / whole:6.2f}")
-    print_parts(model, ids, targets, whole, update, timed)
-    # to train has dropped all that was kept to sample
-    model.eval()
-    model.merge_lora(True)
-
-
-def print_parts(model, ids, targets, whole: float, update, timed):
-    """Where the time of an update goes, and how close its arithmetic is to the machine's best."""
-
     def read():
         with torch.no_grad():
             model.read(ids)
 
-    def forward():
-        return mean_loss(model, ids, targets)
-
     def backward():
-        forward().backward()
+        mean_loss(model, ids, targets).backward()
         model.zero_grad(set_to_none=True)
 
-    # each holds the one before
-    states, objective, gradient = map(timed, (read, forward, backward))
-    parts = {"the frozen model reads": states, "the path and its loss": objective - states,
+    model.train()
+    whole = timed(update)
+    print(f"one update of the path on {rows} rows of {length} tokens: {whole:.1f} ms, "
+          f"{1000 * rows * length / whole:.0f} tokens/s; below: other times, and their ratio to it")
+    works = {
+        "half of the tokens counted": lambda: update(half),
+        "AdamW not fused": lambda: update(optimizer=plain),
+        "logits saved by autograd": with_plain_head,
+        "the frozen model's loss, no gradient": frozen,
+        "full finetuning of the same model": full_update(model.lm, ids, targets),
+    }
+    for name, work in works.items():
+        print_time(name, timed(work), whole)
+    # each of these contains the one before
+    states, objective, gradient = map(timed, (
+        read, lambda: mean_loss(model, ids, targets), backward))
+    parts = {"the frozen model's states": states, "the path and its loss": objective - states,
              "backward": gradient - objective, "the optimizer": whole - gradient}
     for name, ms in parts.items():
         print(f"    of it, {name:30} {ms:8.1f} ms  {100 * ms / whole:5.0f} %")
     with FlopCounterMode(display=False) as counter:
         update()
     rate = counter.get_total_flops() / whole / 1e6
-    best = peak(ids.device, timed)
+    a = torch.randn(1536, 1536, device=ids.device)
+    best = 2 * 1536 ** 3 / timed(lambda: a @ a) / 1e6
     print(f"    {rate:.1f} GFLOP/s, {100 * rate / best:.0f} % of the {best:.1f} of a large matrix "
           "product here")
-    ms = timed(full_update(model.lm, ids, targets))
-    print(f"  {'full finetuning of the same model':38} {ms:8.1f} ms  {ms / whole:6.2f}")
+    # training has dropped the caches of sampling
+    model.eval()
+    model.merge_lora(True)
+
+
+def full_update(lm, ids, targets):
+    """An update of a copy whose weights are all trained."""
+    copied = copy.deepcopy(lm).float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=1e-9, fused=True)
+
+    def update():
+        hidden = copied.read(ids).hidden.flatten(0, 1)
+        (-copied.log_p(hidden, targets.flatten())).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return update
 
 
 @torch.enable_grad()
 def savings_table(model, rows: int, length: int, timed):
-    """Packed rows, what is kept of the frozen model, recomputing, compiling; time and memory."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.lm.config.vocab_size
-    ids, targets = torch.randint(vocab_size, (2, rows, length), generator=generator).to(device)
+    """Packed rows, cached states, recomputing, compiling: time and memory."""
+    ids, targets = random_ids(model, 2, rows, length)
     # as in chat data, where only the answers count
     targets[:, ::2] = IGNORE
     model.train()
@@ -241,9 +253,8 @@ def savings_table(model, rows: int, length: int, timed):
     plain = drawn(model, ids, targets)
     states = model.lm.read(ids)
     cached = CachedStates(states.hidden, states.keys, states.values)
-    compiled = torch.compile(paper_losses, dynamic=True)
 
-    def again(_, batch):
+    def recomputed(_, batch):
         forwards = [block.forward for block in model.blocks]
         recompute(model.blocks)
         losses = paper_losses(model, batch)
@@ -257,10 +268,10 @@ def savings_table(model, rows: int, length: int, timed):
             paper_losses, drawn(model, ids, targets, documents=Packed.of(numbers))),
         "four documents by a mask": (
             paper_losses, drawn(model, ids, targets, documents=numbers)),
-        "what the frozen model makes is kept": (
+        "cached states of the frozen model": (
             paper_losses, dataclasses.replace(plain, cached=cached)),
-        "--checkpointing": (again, plain),
-        "--compile": (compiled, plain),
+        "--checkpointing": (recomputed, plain),
+        "--compile": (torch.compile(paper_losses, dynamic=True), plain),
     }
     print(f"forward and backward on {rows} rows of {length} tokens; memory for backward:")
     first = None
@@ -277,53 +288,26 @@ def savings_table(model, rows: int, length: int, timed):
             continue
         first = first or ms
         size, _ = saved_bytes(lambda: objective(model, batch.to(ids.device)))
-        print(f"  {name:38} {ms:8.1f} ms  {ms / first:6.2f}  {size / 1e6:8.1f} MB")
-    ms = timed(lambda: drawn(model, ids, targets))
-    print(f"  {'times and noise, made an update ahead':38} {ms:8.1f} ms  {ms / first:6.2f}")
+        print_time(name, ms, first, f"  {size / 1e6:8.1f} MB")
+    print_time("times and noise, drawn an update ahead",
+               timed(lambda: drawn(model, ids, targets)), first)
     model.eval()
     model.merge_lora(True)
 
 
-def peak(device, timed, size: int = 1536) -> float:
-    """GFLOP/s of a product of two square matrices."""
-    a = torch.randn(size, size, device=device)
-    return 2 * size ** 3 / timed(lambda: a @ a) / 1e6
-
-
-def full_update(lm, ids, targets):
-    """An update of a copy whose weights are all trained."""
-    copied = copy.deepcopy(lm).float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(copied.parameters(), lr=1e-9, fused=True)
-    index = (targets != IGNORE).nonzero(as_tuple=True)
-
-    def update():
-        hidden = copied.read(ids).hidden[index]
-        (-copied.log_p(hidden, targets[index])).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return update
-
-
 def texts_table(model, rows: int, timed):
     """Whole texts by several solvers, against the frozen model's."""
-    lm = model.lm
-    ids = torch.randint(lm.config.vocab_size, (rows, 8),
-                        generator=torch.Generator().manual_seed(0))
-    prompts = ids.tolist()
-    speed = {}
+    prompts = random_ids(model, rows, 8).tolist()
+    frozen = None
     for steps, solver in ((0, "euler"), (1, "euler"), (8, "euler"), (32, "euler"), (1, "dopri5")):
-        # on these random prompts a path that reads its guess may never settle
+        # on random prompts the predictions may change at every evaluation, and no step be accepted
         settings = Settings(steps=steps, solver=solver, max_new_tokens=16, max_nfe=100)
-        answers = generate(model, prompts, settings, seeds=range(len(prompts)))
+        answers = generate(model, prompts, settings)
         nfe = sum(sum(a.nfe) for a in answers) / sum(len(a.nfe) for a in answers)
-        seeds = range(len(prompts))
-        speed[steps, solver] = timed(lambda: generate(model, prompts, settings, seeds=seeds))
-        name = f"{solver} {steps}"
-        if not steps:
-            name = "frozen"
-        ms = speed[steps, solver]
-        print(f"generate 16 tokens, {name:9} NFE {nfe:6.1f}  {ms:9.1f} ms  "
-              f"{ms / speed[0, 'euler']:6.2f} times the frozen model")
+        ms = timed(lambda: generate(model, prompts, settings))
+        frozen = frozen or ms
+        name = f"{solver} {steps}" if steps else "frozen"
+        print_time(f"generate 16 tokens, {name}", ms, frozen, f"  NFE {nfe:6.1f}")
 
 
 PARTS = ("evaluations", "options", "updates", "savings", "texts")
@@ -333,17 +317,17 @@ PARTS = ("evaluations", "options", "updates", "savings", "texts")
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init_from", default="tiny")
+    parser.add_argument("--init_from", default="tiny", help="model name or directory")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[64, 1024, 2048],
-                        help="tokens before the one that is drawn")
+                        help="number of tokens before the newest one")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--train", type=int, nargs=2, default=[32, 64],
                         help="rows and tokens of an update (default: 32 64)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
-    model, tokenizer = load_model(args.init_from, device=args.device)
+    model, _ = load_model(args.init_from, device=args.device)
     lm, device = model.lm, next(model.parameters()).device
     print(f"{platform.platform()}, {device}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, medians of {args.repeats}")

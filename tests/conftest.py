@@ -1,4 +1,4 @@
-"""What several tests need: an environment of their own, and small random models of every family."""
+"""Shared by the tests: a clean environment, small random models of every family, comparisons."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# What a user's shell says of hubs, caches, proxies and languages is no matter of the tests.
+# The user's settings of hubs, caches, proxies and languages must not reach the tests.
 for name in list(os.environ):
     if name.startswith(("HF_", "NANOL2D_CACHE", "LC_", "LANG")) or name.lower().endswith("_proxy"):
         del os.environ[name]
-# of every process that a test starts; several small matrices: more threads only wait
+# also for every process that a test starts; on small matrices more threads only wait
 os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
 
 from data.checkpoints.families import ModelConfig  # noqa: E402
@@ -45,15 +45,17 @@ SCALING = {
 }
 LLAMA_SCALED = {**LLAMA, "head_dim": 16, "tie_word_embeddings": False, "rope_scaling": SCALING}
 FAMILIES = {"llama": LLAMA, "llama_scaled": LLAMA_SCALED, "qwen2": QWEN, "gpt2": GPT2}
+# token ids, of different lengths
+PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
 
 
 def make_lm(config=LLAMA, seed=0) -> LM:
     """Random weights so large that every part matters, biases and norms included."""
     lm = LM(ModelConfig.from_hf(config))
-    generator = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     with torch.no_grad():
         for name, p in lm.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
+            noise = torch.randn(p.shape, generator=g)
             is_norm = ("norm" in name or "ln_f" in name) and name.endswith("weight")
             if is_norm:
                 p.copy_(1 + 0.1 * noise)
@@ -67,16 +69,15 @@ def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
     torch.manual_seed(seed)
     options = {"width": 16, "cond_dim": 24, "rank": 4, **options}
     l2d = L2D(make_lm(config, seed), L2DConfig(**options))
-    generator = torch.Generator().manual_seed(seed + 1)
+    g = generator(seed + 1)
     with torch.no_grad():
         for p in l2d.path_parameters().values():
-            p += perturb * torch.randn(p.shape, generator=generator)
+            p += perturb * torch.randn(p.shape, generator=g)
     return l2d.eval()
 
 
 def make_ids(batch=3, length=10, seed=0, vocab=258):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab, (batch, length), generator=generator)
+    return torch.randint(vocab, (batch, length), generator=generator(seed))
 
 
 def make_batch(ids, next_ids, class_ids=None, documents=None, hops=None, t=None, noise=None):
@@ -100,12 +101,31 @@ def path_logits(l2d, ids, x_t, t, class_ids=None):
     return l2d.lm.logits(l2d.last_hidden(x_t, t, modulation, l2d.read(ids)))
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def generators(count, seed=0):
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    return [generator(seed + i) for i in range(count)]
+
+
+def p_value(counts, p) -> float:
+    """Of Pearson's χ² test that `counts` were drawn from the distribution p."""
+    expected = p.double() * counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    half_freedom = torch.tensor((len(p) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half_freedom, statistic / 2))
+
+
+def assert_same(found: dict, expected: dict):
+    """The same tensors under the same names, to the bit."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
 
 
 def exit_status(main, argv) -> int:
-    """What the shell would see of a command."""
+    """The exit status of a command."""
     try:
         main(argv)
     except SystemExit as stop:
@@ -118,19 +138,28 @@ def family(request):
     return FAMILIES[request.param]
 
 
+def save_base(directory: Path) -> Path:
+    """A small random model with the embedded tokenizer."""
+    make_lm().save_pretrained(directory)
+    for path in (ROOT / "data" / "tiny").glob("tokenizer*"):
+        shutil.copy(path, directory)
+    return directory
+
+
 @pytest.fixture
 def base(tmp_path):
-    """A small random model with the embedded tokenizer."""
-    make_lm().save_pretrained(tmp_path / "base")
-    for path in (ROOT / "data" / "tiny").glob("tokenizer*"):
-        shutil.copy(path, tmp_path / "base")
-    return tmp_path / "base"
+    return save_base(tmp_path / "base")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def own_ctrl_c():
-    """Training takes the signal over; the next test gets it back."""
-    # a shell that starts the tests in the background has it ignored, and they inherit that
+    """Training handles the signal itself; afterwards the default handler is back."""
+    # a shell that starts the tests in the background ignores it, and the tests inherit that
     handler = signal.default_int_handler
     signal.signal(signal.SIGINT, handler)
     yield

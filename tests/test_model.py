@@ -1,6 +1,6 @@
-"""model.py: the same logits however the text is cut, the textbook's formulas, log p in pieces.
+"""model.py: the same logits in any pieces of the text, the textbook's formulas, log p in pieces.
 
-What is read from files and written to them is in test_checkpoint.py.
+Files are in test_checkpoint.py.
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, make_ids, make_lm
+from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, generator, make_ids, make_lm
 from data.checkpoints.families import ModelConfig
 from data.parts import kv_cache
-from data.parts.kv_cache import MIN_ROOM, KVCache
+from data.parts.kv_cache import KVCache
+from data.parts.positions import rope_inv_freq
 from data.training.optimizer import init_weights
-from model import LM, positions_and_mask, rope_inv_freq
+from model import LM, positions_and_mask
 
 
 def close(ours, reference, bound=1e-5):
@@ -43,7 +44,7 @@ def decode(lm, ids, documents=None, pieces=(1,)):
     return torch.cat(logits, dim=1)
 
 
-# --- the same logits however the text is cut ------------------------------------------------------
+# --- the same logits in any pieces of the text ----------------------------------------------------
 
 @pytest.mark.parametrize("pieces", [(1,), (7, 1), (5, 3, 1, 4)])
 @torch.no_grad()
@@ -55,10 +56,7 @@ def test_cached_equals_uncached(family, pieces):
 
 @torch.no_grad()
 def test_a_left_padded_batch_equals_each_prompt_alone(family):
-    """Prefill and five cached tokens.
-
-    What stands on the padding does not matter, so it is random here.
-    """
+    """Prefill and five cached tokens; the tokens of the padding are random."""
     lm = make_lm(family)
     ids = make_ids(4, 17)
     padding = (0, 3, 7, 11)
@@ -74,7 +72,7 @@ def test_a_left_padded_batch_equals_each_prompt_alone(family):
 
 
 @torch.no_grad()
-def test_packed_examples_do_not_see_each_other(family):
+def test_packed_examples_do_not_attend_to_each_other(family):
     lm = make_lm(family)
     ids = make_ids(2, 16)
     documents = torch.tensor([[0] * 2 + [1] * 6 + [2] * 8] * 2)
@@ -83,7 +81,7 @@ def test_packed_examples_do_not_see_each_other(family):
     close(packed[:, 8:], lm(ids[:, 8:]))
     changed = torch.where(documents == 1, (ids + 1) % 258, ids)
     assert torch.equal(lm(changed, documents)[:, 8:], packed[:, 8:])
-    # without documents they see each other
+    # without documents they attend to each other
     assert float((lm(ids)[:, 8:] - packed[:, 8:]).abs().max()) > 0.1
 
 
@@ -93,16 +91,13 @@ def test_packed_examples_may_be_read_in_pieces(family, pieces):
     """Also where a piece ends inside a document, and with other borders in every row."""
     lm = make_lm(family)
     ids = make_ids(2, 16)
-    documents = torch.tensor([
-        [0] * 2 + [1] * 6 + [2] * 8,
-        [1] * 5 + [2] * 2 + [3] * 9,
-    ])
+    documents = torch.tensor([[0] * 2 + [1] * 6 + [2] * 8, [1] * 5 + [2] * 2 + [3] * 9])
     found = decode(lm, ids, documents, pieces)
     close(found[documents > 0], lm(ids, documents)[documents > 0])
 
 
 @torch.no_grad()
-def test_no_token_changes_what_comes_before_it(family):
+def test_a_token_changes_no_logits_before_it(family):
     lm = make_lm(family)
     ids = make_ids(2, 12)
     before = lm(ids)
@@ -120,7 +115,7 @@ def test_a_cache_goes_on_with_some_of_its_rows(family):
     ids = make_ids(3, 10)
     documents = torch.ones(3, 10, dtype=torch.long)
     documents[1, :4] = 0
-    rows = torch.tensor([1, 2])
+    rows = torch.tensor([2, 1])
     whole = lm(ids, documents)
     cache = KVCache()
     states = lm.read(ids[:, :8], documents[:, :8], cache).last()
@@ -133,44 +128,8 @@ def test_a_cache_goes_on_with_some_of_its_rows(family):
 
 # --- the cache ------------------------------------------------------------------------------------
 
-def random_pieces(lengths):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(3, 2, length, 4, generator=generator) for length in lengths]
-
-
-def test_a_cache_holds_what_torch_cat_would():
-    """Two hundred single tokens after a prompt, past the room at first and twice more."""
-    lengths = [30] + [1] * 200
-    keys = random_pieces(lengths)
-    values = [-k for k in keys]
-    cache = KVCache()
-    rooms = []
-    for i, (k, v) in enumerate(zip(keys, values)):
-        cache.extend(None, lengths[i])
-        all_k, all_v = cache.append(0, k, v)
-        rooms.append(cache.keys[0].shape[2])
-        assert torch.equal(all_k, torch.cat(keys[:i + 1], dim=2))
-        assert torch.equal(all_v, torch.cat(values[:i + 1], dim=2))
-    assert sorted(set(rooms)) == [2 * MIN_ROOM, 2 * (2 * MIN_ROOM + 1)]
-
-
-def test_a_cache_keeps_the_rows_it_is_told_to():
-    first, second = random_pieces([5, 1])
-    rows = torch.tensor([2, 0])
-    cache = KVCache()
-    cache.extend(torch.arange(15).view(3, 5), 5)
-    cache.append(0, first, -first)
-    cache.keep(rows)
-    documents = cache.extend(torch.tensor([[7], [8]]), 1)
-    k, v = cache.append(0, second[rows], -second[rows])
-    expected = torch.cat((first, second), dim=2)[rows]
-    assert torch.equal(k, expected)
-    assert torch.equal(v, -expected)
-    assert documents.tolist() == [[10, 11, 12, 13, 14, 7], [0, 1, 2, 3, 4, 8]]
-
-
 @torch.no_grad()
-def test_a_growing_cache_changes_nothing_that_is_read(monkeypatch):
+def test_a_growing_cache_changes_no_keys_and_values(monkeypatch):
     """Room for four tokens at first."""
     monkeypatch.setattr(kv_cache, "MIN_ROOM", 2)
     lm = make_lm()
@@ -188,21 +147,21 @@ def test_a_growing_cache_changes_nothing_that_is_read(monkeypatch):
             torch.testing.assert_close(ours[layer], theirs[layer], atol=1e-5, rtol=1e-4)
 
 
-# --- what was read --------------------------------------------------------------------------------
+# --- the frozen states ----------------------------------------------------------------------------
 
-def test_what_was_read_cannot_be_changed():
+def test_states_cannot_be_changed():
     states = make_lm().read(make_ids())
     for name in ("hidden", "keys", "values", "positions", "mask", "cos_sin"):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(states, name, None)
-    # nor can a layer be exchanged
+    # nor can one layer be replaced
     assert isinstance(states.keys, tuple)
     assert isinstance(states.values, tuple)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
-def test_the_last_token_and_some_rows_of_a_reading(family, packed):
+def test_the_last_token_and_some_rows_of_states(family, packed):
     lm = make_lm(family)
     ids = make_ids(3, 8)
     documents = torch.tensor([[1] * 5 + [2] * 3, [1] * 2 + [2] * 6, [0] * 3 + [1] * 5])
@@ -217,7 +176,7 @@ def test_the_last_token_and_some_rows_of_a_reading(family, packed):
         if packed:
             assert torch.equal(some.mask, states.mask[index, :, -1:])
         else:
-            # the same for all rows is kept once
+            # the same for all rows, so only one is stored
             assert some.mask is None
             assert len(some.positions) == 1
         if states.cos_sin is not None:
@@ -247,7 +206,7 @@ def test_positions_and_mask_are_those_of_the_worked_example():
     positions, mask = positions_and_mask(6, 0, documents, "cpu")
     assert positions.tolist() == [POSITIONS]
     assert mask[0, 0].tolist() == [[place == "x" for place in row.split()] for row in MASK]
-    # the newest two of them alone, as in decoding
+    # the newest two tokens alone, as in decoding
     some_positions, some_mask = positions_and_mask(2, 4, documents, "cpu")
     assert torch.equal(some_positions, positions[:, 4:])
     assert torch.equal(some_mask, mask[:, :, 4:])
@@ -285,7 +244,7 @@ def test_log_p_in_pieces_is_that_of_plain_autograd(family, logits, monkeypatch):
     lm = make_lm(family)
     ids = make_ids(2, 12)
     targets = make_ids(2, 12, seed=1).flatten()
-    weights = torch.rand(24, generator=torch.Generator().manual_seed(2))
+    weights = torch.rand(24, generator=generator(2))
     hidden = lm.read(ids).hidden.detach().flatten(0, 1).requires_grad_()
     inputs = [hidden, lm.head.weight, lm.ln_f.weight]
     expected = -F.cross_entropy(lm.logits(hidden), targets, reduction="none")
@@ -301,7 +260,7 @@ def test_log_p_in_pieces_is_that_of_plain_autograd(family, logits, monkeypatch):
 def test_log_p_where_only_one_of_the_two_is_trained(trained, monkeypatch):
     monkeypatch.setattr("data.parts.log_p.LOGITS", 5 * 258)
     lm = make_lm().requires_grad_(False)
-    hidden = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(24, 32, generator=generator())
     targets = make_ids(1, 24)[0]
     one = hidden if trained == "hidden" else lm.head.weight
     one.requires_grad_()
@@ -346,7 +305,7 @@ def inv_freq(**changes):
 def test_llama3_scaling_leaves_fast_frequencies_and_slows_the_others():
     plain = inv_freq(rope_scaling=None)
     scaled = inv_freq()
-    # full turns in the original 32 positions; the limits are 1 and 4
+    # periods in the original 32 positions; the limits are 1 and 4
     turns = 32 * plain / (2 * torch.pi)
     fast = turns > 4
     slow = turns < 1
@@ -354,13 +313,13 @@ def test_llama3_scaling_leaves_fast_frequencies_and_slows_the_others():
     assert fast.any() and slow.any() and between.any()
     assert torch.equal(scaled[fast], plain[fast])
     assert torch.allclose(scaled[slow], plain[slow] / 8)
-    # between them a part of the way, which is the part of the way between the limits
+    # linear in the number of periods between the limits
     part = (turns - 1) / 3
     expected = part * plain + (1 - part) * plain / 8
     assert torch.allclose(scaled[between], expected[between])
 
 
-def test_newer_files_call_the_scaling_otherwise():
+def test_newer_files_have_another_name_for_the_scaling():
     parameters = {**SCALING, "rope_theta": 10000.0}
     newer = inv_freq(rope_scaling=None, rope_theta=None, rope_parameters=parameters)
     assert torch.equal(newer, inv_freq())
@@ -368,12 +327,12 @@ def test_newer_files_call_the_scaling_otherwise():
 
 def fresh_lm(config, seed):
     lm = LM(ModelConfig.from_hf(config))
-    init_weights(lm, torch.Generator().manual_seed(seed))
+    init_weights(lm, generator(seed))
     return lm
 
 
 @torch.no_grad()
-def test_initialisation_repeats_and_starts_near_a_uniform_guess(family):
+def test_initialisation_repeats_and_starts_near_the_uniform_distribution(family):
     lm = fresh_lm(family, 0)
     assert lm.fingerprint() == fresh_lm(family, 0).fingerprint()
     assert lm.fingerprint() != fresh_lm(family, 1).fingerprint()
@@ -423,7 +382,7 @@ class Textbook:
         return self.w[f"{name}.weight"] * x / size + self.w.get(f"{name}.bias", 0)
 
     def rotated(self, x):
-        """(T, heads·D) -> complex (T, heads, D/2), turned unless positions are learned."""
+        """(T, heads·D) -> complex (T, heads, D/2), rotated unless positions are learned."""
         width = self.config.head_dim
         x = x.unflatten(-1, (-1, 2, width // 2))
         pairs = torch.complex(x[:, :, 0], x[:, :, 1])

@@ -9,22 +9,14 @@ import math
 
 import pytest
 import torch
-from conftest import generators
 
+from conftest import generator, generators, p_value
 from data.parts.draws import RowDraws, draw_times, draw_tokens
 from data.tiny.oracle import LINE as FOUR_TOKENS, Oracle
 from diffusion import VelocityField
 from solvers import odeint
 
 F64 = torch.float64
-
-
-def p_value(counts, p) -> float:
-    """Of Pearson's χ² test that `counts` were drawn from the distribution p."""
-    expected = p.double() * counts.sum()
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    half_freedom = torch.tensor((len(p) - 1) / 2, dtype=F64)
-    return float(torch.special.gammaincc(half_freedom, statistic / 2))
 
 
 LINE = Oracle(*FOUR_TOKENS, sigma=2.0)
@@ -36,22 +28,22 @@ PLANE = Oracle(
 
 
 def nearest(oracle, x):
-    """The token whose vector is closest, (...,)."""
+    """(...,) token with the closest vector."""
     distance = (x[..., None, :] - oracle.vectors).square().sum(-1)
     return distance.argmin(-1)
 
 
 def counted(oracle, x):
-    """How often every token is the nearest."""
+    """Of every token: the number of points to which it is the nearest."""
     return nearest(oracle, x).flatten().bincount(minlength=len(oracle.prior))
 
 
 # --- the oracle itself ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("t", [0.3, torch.tensor([0.3, 0.7])])
-def test_the_oracle_says_bayes_rule(t):
+def test_the_oracle_follows_bayes_rule(t):
     """By torch's own normal distribution, one token at a time."""
-    x = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 2, generator=generator())
     found = PLANE.predict(x, t, None, None)
     times = torch.as_tensor(t, dtype=F64).expand(2)
     for row, time in enumerate(times.tolist()):
@@ -68,7 +60,7 @@ def test_the_oracle_says_bayes_rule(t):
 def exact_state(oracle, x_0, t):
     """On a line trajectories cannot cross, so each keeps its quantile of the marginal of x_t.
 
-    That is solved by bisection, without any solver.
+    Found by bisection, without any solver.
     """
     def quantile(x, t):
         z = (x - t * oracle.vectors[:, 0]) / ((1 - t) * oracle.config.sigma)
@@ -92,9 +84,9 @@ def even_noise(batch=4, tokens=16):
 
 
 def line_problem(end=0.6):
-    """The oracle's field on a line, run to t = `end`: field, start, and where it must end.
+    """The oracle's field on a line up to t = `end`: field, start, exact end.
 
-    At t = 1 all has collapsed to tokens and no error is left to see.
+    At t = 1 every trajectory ends at a token, so there would be no error.
     """
     field = VelocityField(LINE, None, "average")
 
@@ -106,12 +98,7 @@ def line_problem(end=0.6):
     return scaled, x_0, exact_state(LINE, x_0, end)
 
 
-@pytest.mark.parametrize("solver, order", [
-    ("euler", 1),
-    ("midpoint", 2),
-    ("heun", 2),
-    ("rk4", 4),
-])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_solvers_converge_with_their_order_to_the_exact_trajectory(solver, order):
     f, x_0, exact = line_problem()
     errors = []
@@ -134,12 +121,7 @@ def test_adaptive_solver_keeps_its_tolerance_on_the_exact_trajectory():
 
 
 @pytest.mark.parametrize("solver, steps", [
-    ("euler", 64),
-    ("midpoint", 16),
-    ("heun", 16),
-    ("rk4", 8),
-    ("dopri5", 1),
-])
+    ("euler", 64), ("midpoint", 16), ("heun", 16), ("rk4", 8), ("dopri5", 1)])
 def test_every_noise_flows_to_the_token_of_its_quantile(solver, steps):
     x_0 = even_noise(tokens=50)
     x_1 = odeint(VelocityField(LINE, None, "average"), x_0, solver, steps).x
@@ -153,9 +135,8 @@ def test_every_noise_flows_to_the_token_of_its_quantile(solver, steps):
 
 def sampled(estimate, solver="euler", steps=4, temperature=1.0, batch=4, tokens=5000):
     """Counts of the final tokens of 20,000 draws of noise."""
-    field = VelocityField(
-        PLANE, None, estimate, temperature, generators=generators(batch, 10))
-    noise = torch.randn(batch, tokens, 2, generator=torch.Generator().manual_seed(1))
+    field = VelocityField(PLANE, None, estimate, temperature, generators=generators(batch, 10))
+    noise = torch.randn(batch, tokens, 2, generator=generator(1))
     x_1 = odeint(field, PLANE.config.sigma * noise, solver, steps).x
     return counted(PLANE, x_1)
 
@@ -164,7 +145,7 @@ def sampled(estimate, solver="euler", steps=4, temperature=1.0, batch=4, tokens=
 def test_sampled_estimate_draws_tokens_from_the_prior(steps):
     """With Euler's rule exactly, for any number of steps.
 
-    The way to a sample of p(y|x_t) is the line that x_t itself lies on.
+    A step towards a sample of p(y|x_t) stays on the straight line from some noise to that token.
     """
     assert p_value(sampled("sample", steps=steps), PLANE.prior) > 1e-3
 
@@ -179,26 +160,23 @@ def test_average_estimate_draws_tokens_from_the_prior_too():
     dict(estimate="sample", temperature="1-t"),
     dict(estimate="average", steps=1),
 ])
-def test_the_distribution_test_notices_a_wrong_sampler(options):
+def test_the_distribution_test_rejects_a_wrong_sampler(options):
     assert p_value(sampled(**options), PLANE.prior) < 1e-6
 
 
-def test_evidence_for_the_chosen_token_grows_with_t():
+def test_log_p_of_the_final_token_grows_with_t():
     seen = []
-
-    def watch(rows, t, x, log_p):
-        seen.append(log_p)
-
     field = VelocityField(PLANE, None, "sample", generators=generators(4))
-    noise = torch.randn(4, 2000, 2, generator=torch.Generator().manual_seed(2))
-    x_1 = odeint(field, PLANE.config.sigma * noise, "euler", 8, watch=watch).x
-    tokens = nearest(PLANE, x_1)
-    evidence = [float(log_p.gather(-1, tokens[..., None]).mean()) for log_p in seen]
-    assert len(evidence) == 8
-    assert evidence == sorted(evidence)
-    # at first there is the prior alone
+    noise = torch.randn(4, 2000, 2, generator=generator(2))
+    x_1 = odeint(field, PLANE.config.sigma * noise, "euler", 8,
+                 watch=lambda rows, t, x, log_p: seen.append(log_p)).x
+    tokens = nearest(PLANE, x_1)[..., None]
+    means = [float(log_p.gather(-1, tokens).mean()) for log_p in seen]
+    assert len(means) == 8
+    assert means == sorted(means)
+    # at first only the prior is known
     prior = float((PLANE.prior * PLANE.prior.log()).sum())
-    assert evidence[0] == pytest.approx(prior, abs=0.03)
+    assert means[0] == pytest.approx(prior, abs=0.03)
 
 
 # --- from logits to the clean point ---------------------------------------------------------------
@@ -228,7 +206,7 @@ def test_unknown_estimate_is_refused():
 # --- draws ----------------------------------------------------------------------------------------
 
 def test_draws_of_one_sequence_do_not_depend_on_the_others():
-    p = torch.rand(3, 50, 9, generator=torch.Generator().manual_seed(3))
+    p = torch.rand(3, 50, 9, generator=generator(3))
     together = draw_tokens(p, generators(3))
     for i in range(3):
         alone = draw_tokens(p[i:i + 1], generators(1, seed=i))
@@ -236,7 +214,7 @@ def test_draws_of_one_sequence_do_not_depend_on_the_others():
 
 
 def test_the_largest_number_still_draws_a_token(monkeypatch):
-    """Sums end near 1, not at 1; and weights need not be normalised."""
+    """The cumulative sums end near 1, not at 1; weights need not be normalised."""
     monkeypatch.setattr(torch, "rand", lambda size, **options: torch.full(size, 1.0))
     p = torch.full((1, 1, 7), 1 / 7)
     assert draw_tokens(p, generators(1)).tolist() == [[6]]
@@ -264,7 +242,10 @@ def test_uniform_times():
 
 
 def test_cosmap_times_follow_their_formula():
-    """t = 1 − 1/(tan(πu/2) + 1) means P(t ≤ s) = 2/π·atan(s/(1 − s)); Kolmogorov at 0.1 %."""
+    """t = 1 − 1/(tan(πu/2) + 1) means P(t ≤ s) = 2/π·atan(s/(1 − s)).
+
+    Kolmogorov's test at 0.1 %.
+    """
     t = draw_times(RowDraws([20000], generators(1)), "cosmap")
     t = t.double().sort().values
     assert 0 <= t.min() and t.max() < 1

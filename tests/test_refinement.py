@@ -1,21 +1,19 @@
 """Our two departures: self-conditioning with our own objective, and own keys and values.
 
-Where the path starts, its objective against a plain loop, the curriculum, sampling. All other tests
-are of a path without them, the paper's.
+The start of the path, its objective against a plain loop, the curriculum, sampling. Most other
+tests are of the paper's path, without them.
 """
-
-import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import drawn, generators, make_batch, make_ids, make_l2d, make_lm
-from test_oracle import p_value
 
+from conftest import (
+    PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
 from data.parts.draws import RowDraws, draw_schedule
-from data.training.optimizer import EMA
 from data.training.batches import IGNORE, Losses
 from data.training.curriculum import Curriculum, unroll_of
+from data.training.optimizer import EMA
 from diffusion import L2D, L2DConfig, VelocityField, refined_losses
 from sample import Settings, generate
 from solvers import odeint
@@ -23,30 +21,19 @@ from solvers import odeint
 PREDICTION = {"self_conditioning": True}
 OWN = {"own_kv": True}
 BOTH = {**PREDICTION, **OWN}
-PROMPTS = [[5, 17, 200, 3], [9], [42, 43, 44, 45, 46, 47, 48], [100, 9]]
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-# --- where it starts ------------------------------------------------------------------------------
+# --- the start ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH])
 @torch.no_grad()
 def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
-    """A path that is sure of the token it stands on finds what the frozen network found there."""
+    """With the token itself as its prediction the path computes the frozen model's hidden state."""
     l2d = make_l2d(family, perturb=0, **options)
     ids = make_ids()
     states = l2d.read(ids)
     frozen = l2d.lm.read(ids)
     t = torch.full(ids.shape, 0.4)
-    # all of the path enters
+    # w_d = 1: all of the path's output is added
     modulation = l2d.modulation(t)._replace(w_d=torch.ones(*ids.shape, 32))
     sure = 1000 * F.one_hot(ids, 258).float()
     x_t = torch.randn(*ids.shape, 16)
@@ -57,11 +44,11 @@ def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
             torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_the_paper_path_starts_with_closed_gates():
-    l2d = make_l2d(perturb=0)
-    assert not any(block.modulation[-1].bias.any() for block in l2d.blocks)
-    assert l2d.from_prediction is None and all(block.k is None for block in l2d.blocks)
+def test_a_path_without_the_options_is_the_papers():
+    l2d = make_l2d()
+    assert l2d.config == L2DConfig(width=16, cond_dim=24, rank=4)
+    assert l2d.from_prediction is None
+    assert all(block.k is None for block in l2d.blocks)
 
 
 @torch.no_grad()
@@ -70,14 +57,14 @@ def test_a_prediction_changes_the_next_one():
     states = l2d.read(make_ids()).last()
     x = torch.randn(3, 1, 16)
     first = l2d.predict(x, 0.5, None, states)
-    # before the first evaluation it is what the frozen model says
+    # before the first evaluation it is the frozen model's
     frozen = l2d.lm.logits(states.hidden)
     assert torch.equal(l2d.predict(x, 0.5, None, states, frozen), first)
     assert not torch.allclose(l2d.predict(x, 0.5, None, states, first), first, atol=1e-2)
 
 
 @torch.no_grad()
-def test_own_kv_leaves_the_frozen_one_alone(family):
+def test_own_kv_leaves_the_frozen_hidden_states_alone(family):
     l2d = make_l2d(family, **OWN)
     ids = make_ids()
     own, frozen = l2d.read(ids), l2d.lm.read(ids)
@@ -133,11 +120,11 @@ def test_refined_losses_are_those_of_a_plain_loop(family, options, hops):
 @pytest.mark.parametrize("backprop", [1, 3])
 def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypatch):
     l2d = make_l2d(**BOTH).train()
-    original, remembered = L2D.last_hidden, []
+    original, recorded = L2D.last_hidden, []
 
     def last_hidden(self, x, t, modulation, states, before, index):
         hidden = original(self, x, t, modulation, states, before, index)
-        remembered.append((before.requires_grad, hidden.requires_grad))
+        recorded.append((before.requires_grad, hidden.requires_grad))
         return hidden
 
     monkeypatch.setattr(L2D, "last_hidden", last_hidden)
@@ -146,17 +133,15 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
     batch = make_batch(ids, make_ids(seed=1), hops=hops)
     losses = refined_losses(l2d, drawn(l2d, batch, generators(3), unroll=6), backprop)
     losses.values.mean().backward()
-    count = len(remembered)
-    assert count == 6
-    assert [new for _, new in remembered] == [i >= count - backprop for i in range(count)]
-    # and what went before enters the first of them without a past
-    assert not remembered[count - backprop][0]
+    assert [new for _, new in recorded] == [False] * (6 - backprop) + [True] * backprop
+    # the prediction before the first of them has no gradient
+    assert not recorded[6 - backprop][0]
     reached = [name for name, p in l2d.path_parameters().items() if p.grad is not None]
     assert {"from_prediction.weight", "to_z.weight"} <= set(reached)
     assert not any(p.requires_grad for p in l2d.lm.parameters())
 
 
-def test_a_row_has_evaluations_as_it_needs_and_a_uniform_last_time():
+def test_a_row_has_evaluations_by_its_hops_and_a_uniform_last_time():
     hops = torch.tensor([0, 1, 5, 12]).repeat_interleave(20_000)
     times = draw_schedule(RowDraws([20_000] * 4, generators(4)), hops, 8).view(4, 20_000, 8)
     count = (times > 0).sum(-1)
@@ -172,7 +157,7 @@ def test_a_row_has_evaluations_as_it_needs_and_a_uniform_last_time():
     assert p_value(unknown.bincount()[1:], torch.full((4,), 0.25)) > 1e-3
 
 
-def test_nothing_to_learn_gives_no_refined_losses():
+def test_without_targets_there_are_no_refined_losses():
     l2d = make_l2d(**BOTH)
     ids = make_ids()
     batch = make_batch(ids, torch.full_like(ids, IGNORE))
@@ -180,7 +165,7 @@ def test_nothing_to_learn_gives_no_refined_losses():
     assert [len(values) for values in losses[:3]] == [0, 0, 0]
 
 
-# --- what a training asks for ---------------------------------------------------------------------
+# --- the curriculum and the EMA -------------------------------------------------------------------
 
 def test_the_hardest_level_grows_when_its_rows_are_right():
     curriculum = Curriculum(top=3)
@@ -197,7 +182,7 @@ def test_the_hardest_level_grows_when_its_rows_are_right():
         assert curriculum.hardest == 1
         note(1, 1, 0, 2)
     assert curriculum.state == [2, 0.0]
-    # an update without any of them says nothing; two batches count together
+    # an update without any of them changes nothing; two batches count together
     note(1, 3)
     assert curriculum.state == [2, 0.0]
     right, wrong = (Losses(None, torch.full((2,), loss), None, torch.tensor([2, 2]))
@@ -214,18 +199,19 @@ def test_the_hardest_level_grows_when_its_rows_are_right():
 
 def test_without_labels_the_evaluations_grow_over_the_first_half():
     grown = [unroll_of("refine", 8, False, update, 100) for update in range(100)]
-    assert grown[0] == 1 and grown == sorted(grown)
-    assert set(grown) == set(range(1, 9)) and grown[50] == 8
+    assert grown == sorted(grown)
+    assert set(grown) == set(range(1, 9))
+    assert grown[50] == 8
 
 
-def test_both_objectives_take_turns_and_validation_is_of_our_own():
+def test_both_objectives_alternate_and_validation_is_of_our_own():
     turns = [unroll_of("both", 6, True, update, 100) for update in range(4)]
     assert turns == [0, 6, 0, 6]
     assert unroll_of("both", 6, False, None, 100) == 6
     assert unroll_of("paper", 6, True, None, 100) == 0
 
 
-def test_the_average_follows_and_stands_in():
+def test_the_ema_follows_the_weights_and_takes_their_place():
     weights = {"w": torch.nn.Parameter(torch.zeros(2))}
     average = EMA(weights, 0.75)
     weights["w"].data += 4
@@ -240,35 +226,9 @@ def test_the_average_follows_and_stands_in():
 
 # --- while sampling -------------------------------------------------------------------------------
 
-LOOSE = dict(solver="dopri5", rtol=0.5, atol=0.5)
-WAYS = [
-    dict(steps=5),
-    dict(solver="midpoint", steps=3),
-    # the most likely token jumps, and a step across a jump is judged by its last bits, which the
-    # size of a batch may change: the adaptive solver is compared on the estimate without jumps
-    dict(LOOSE, estimate="average"),
-    dict(steps=8, stop_unchanged=1),
-    dict(LOOSE, estimate="average", stop_unchanged=2),
-    dict(steps=5, temperature=1.0, estimate="sample"),
-    dict(steps=6, stop_unchanged=2, guidance=2.0),
-]
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", [PREDICTION, BOTH])
-def test_a_sequence_alone_equals_the_same_in_a_batch(family, options, way):
-    l2d = make_l2d(family, classes=3, **options)
-    settings = Settings(max_new_tokens=3, **way)
-    classes = [0, 2, 1, 1]
-    batch = generate(l2d, PROMPTS, settings, class_ids=classes, seeds=[1, 2, 3, 4])
-    for i, prompt in enumerate(PROMPTS):
-        alone = generate(l2d, [prompt], settings, class_ids=classes[i:i + 1], seeds=[i + 1])
-        assert alone == batch[i:i + 1]
-
-
 @pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH])
 @torch.no_grad()
-def test_cached_text_equals_everything_read_again(family, options):
+def test_cached_and_batched_equals_everything_computed_again(family, options):
     l2d = make_l2d(family, **options)
     settings = Settings(steps=3, max_new_tokens=4)
     answers = generate(l2d, PROMPTS, settings, seeds=[3, 4, 5, 6])
@@ -282,8 +242,7 @@ def test_cached_text_equals_everything_read_again(family, options):
         assert answer.ids == ids[len(prompt):]
 
 
-def test_guidance_reads_the_tokens_once():
-    """Two copies, one with the class and one without, attend to the same keys."""
+def test_own_keys_are_computed_once_for_both_copies_of_guidance():
     l2d = make_l2d(classes=3, **BOTH)
     calls = []
     for block in l2d.blocks:
@@ -292,17 +251,3 @@ def test_guidance_reads_the_tokens_once():
     generate(l2d, PROMPTS[:1], settings, class_ids=[1])
     # the prompt and three tokens, two layers each
     assert len(calls) == 2 * 4
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-def test_the_options_are_saved_and_a_path_without_them_is_the_papers(tmp_path):
-    l2d = make_l2d(**BOTH)
-    l2d.save(tmp_path)
-    again = L2D.load(tmp_path, make_lm())
-    assert again.config == l2d.config and again.config.own_kv
-    for name, p in l2d.path_parameters().items():
-        assert torch.equal(again.path_parameters()[name], p), name
-    old = {name: value for name, value in dataclasses.asdict(l2d.config).items()
-           if name not in BOTH}
-    assert not L2DConfig(**old).self_conditioning and not L2DConfig(**old).own_kv

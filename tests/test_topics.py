@@ -10,21 +10,8 @@ import pytest
 from data.checkpoints.hub import resolve
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import (
-    CLASSES,
-    UNSEEN,
-    LEVELS,
-    OPERATIONS,
-    PLACES,
-    ROW,
-    Documents,
-    Problems,
-    final_answer,
-    make_document,
-    make_problem,
-    split_of,
-    step_fact,
-    steps_fact,
-)
+    CLASSES, LEVELS, OPERATIONS, PLACES, ROW, UNSEEN, Documents, Problems, final_answer,
+    make_document, make_problem, split_of, step_fact, steps_fact)
 
 PAIRS = [(topic, level) for topic in LEVELS for level in LEVELS[topic]]
 SPLITS = ("train", "val", "test")
@@ -45,7 +32,7 @@ def read_map(text):
 
 
 def key(problem):
-    """What identifies a question, in whatever order it is told."""
+    """The question, the same for any order of a chain's pairs."""
     if problem.topic == "chains":
         steps, start = read_map(problem.prompt)
         return tuple(sorted(steps.items())), start
@@ -57,7 +44,7 @@ def test_math_is_right_at_every_step(level):
     for i in range(200):
         problem = make_problem("train", i, topic="math", level=level)
         steps, answer = problem.response.split(" #### ")
-        # digits and signs only: made a line above by our own generator
+        # digits and signs only: made two lines above by our own generator
         values = [eval(term) for term in steps.split("=")]
         assert set(values) == {eval(problem.prompt.rstrip("?"))}
         assert str(values[0]) == answer
@@ -96,7 +83,7 @@ def test_a_chain_ends_after_as_many_hops_as_its_level_and_stays_there(level):
         assert sum(a == b for a, b in steps.items()) == 4
 
 
-def test_the_answer_of_a_chain_cannot_be_told_from_where_it_stands():
+def test_the_answer_of_a_chain_does_not_depend_on_its_place():
     """Each place is the answer about equally often, and so is each place in the text."""
     letters, places = Counter(), Counter()
     for i in range(1600):
@@ -108,7 +95,7 @@ def test_the_answer_of_a_chain_cannot_be_told_from_where_it_stands():
         assert max(counts.values()) < 150
 
 
-def test_no_chain_is_harder_than_asked_for(tokenizer):
+def test_no_chain_is_harder_than_the_hardest_level(tokenizer):
     data = Problems(tokenizer)
     for hardest in (1, 3):
         data.hardest = hardest
@@ -117,12 +104,13 @@ def test_no_chain_is_harder_than_asked_for(tokenizer):
 
 
 @pytest.mark.parametrize("fact", [step_fact, steps_fact])
-def test_the_base_reads_single_steps_only(fact):
+def test_facts_for_the_base_are_single_steps(fact):
     rng = random.Random(0)
     for _ in range(200):
-        pairs, *told = re.split("[;,]", fact(rng))
+        pairs, *facts = re.split("[;,]", fact(rng))
         steps, _ = read_map(pairs)
-        assert told and all(steps[a] == b for a, b in told)
+        assert facts
+        assert all(steps[a] == b for a, b in facts)
 
 
 def test_other_facts_are_true():
@@ -136,34 +124,29 @@ def test_other_facts_are_true():
 
 @pytest.mark.parametrize("topic, level", PAIRS)
 def test_splits_are_disjoint(topic, level):
-    questions = {split: set() for split in SPLITS}
-    for split in SPLITS:
-        for i in range(150):
-            for seed in (0, 1):
-                questions[split].add(key(make_problem(split, i, seed, topic, level)))
-    assert not questions["train"] & questions["val"]
-    assert not questions["train"] & questions["test"]
-    assert not questions["val"] & questions["test"]
-    assert min(map(len, questions.values())) > 10
+    train, val, test = (
+        {key(make_problem(split, i, seed, topic, level)) for i in range(150) for seed in (0, 1)}
+        for split in SPLITS)
+    assert not train & val
+    assert not train & test
+    assert not val & test
+    assert min(len(train), len(val), len(test)) > 10
 
 
-def words(split):
-    return {make_problem(split, i, topic="strings", level=1).prompt for i in range(300)}
-
-
-def test_a_word_is_in_one_split_whatever_is_done_to_it():
+def test_a_word_is_in_one_split_with_every_operation():
     assert {split_of(f"word{i}") for i in range(100)} == set(SPLITS)
-    assert not words("train") & words("test")
+    train, test = (
+        {make_problem(split, i, topic="strings", level=1).prompt for i in range(300)}
+        for split in ("train", "test"))
+    assert not train & test
 
 
 @pytest.mark.parametrize("kind", [Problems, Documents])
 def test_everything_repeats_from_its_seed(tokenizer, kind):
     assert make_problem("val", 3, 1) == make_problem("val", 3, 1) != make_problem("val", 3, 2)
-    first = kind(tokenizer)[5]
-    again = kind(tokenizer)[5]
-    other = kind(tokenizer, seed=1)[5]
-    assert np.array_equal(first[0], again[0])
-    assert not np.array_equal(first[0], other[0])
+    ids, again, other = (kind(tokenizer, seed=seed)[5][0] for seed in (0, 0, 1))
+    assert np.array_equal(ids, again)
+    assert not np.array_equal(ids, other)
 
 
 def test_problem_rows_mask_the_answer_and_its_end(tokenizer):
