@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch
+from conftest import make_batch, path_logits
 from safetensors.torch import load_file
 
 from data.checkpoints.families import ModelConfig, weight_map
 from data.training.batches import IGNORE
-from diffusion import L2D, L2DConfig, VelocityField
+from diffusion import L2D, L2DConfig, VelocityField, paper_losses
 from model import LM
 from solvers import odeint
 
@@ -92,7 +92,8 @@ def test_base_and_vocabulary(l2d, golden):
 @torch.no_grad()
 def test_forward(l2d, golden, case):
     x_t, t = golden[f"golden.fwd.{case}.x_t"], golden[f"golden.fwd.{case}.timesteps"]
-    close(l2d(golden["golden.input_ids"], x_t, t), golden[f"golden.fwd.{case}.logits"])
+    logits = path_logits(l2d, golden["golden.input_ids"], x_t, t)
+    close(logits, golden[f"golden.fwd.{case}.logits"])
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def test_left_padding(l2d, golden):
 def test_loss_and_every_gradient(l2d, golden):
     targets = golden["golden.labels_shifted"]
     l2d.zero_grad()
-    losses, *_ = l2d.token_losses(make_batch(
+    losses, *_ = paper_losses(l2d, make_batch(
         golden["golden.input_ids"], targets, t=golden["golden.train.timesteps"],
         noise=golden["golden.train.noise_unit"]))
     close(losses.detach(), golden["golden.train.per_token_loss"][targets != IGNORE])
