@@ -396,18 +396,16 @@ class VelocityField:
 
     @cached_property
     def guided_inputs(self):
-        """(copies of the tokens, their states, their class ids), the conditional copy first."""
+        """(copies of the tokens, their states, their class ids), the conditional copy first.
+
+        The number of copies is the number of network evaluations per call.
+        """
         if self.class_ids is None or self.guidance == 1:
             return 1, self.states, self.class_ids
         no_class = torch.full_like(self.class_ids, self.l2d.config.classes)
         if self.guidance == 0:
             return 1, self.states, no_class
         return 2, self.states.copies(2), torch.cat((self.class_ids, no_class))
-
-    @property
-    def cost(self) -> int:
-        """Network evaluations per call."""
-        return self.guided_inputs[0]
 
     def predict(self, t, x, before):
         """Logits (n, T, V) of every copy; all read the same prediction before, the guided one."""

@@ -161,7 +161,8 @@ def next_logits(batch: Decoding, settings: "Settings", watch=None) -> tuple:
         # x_0 ~ N(0, σ²I)
         x_0 = model.config.sigma * torch.stack(noise).to(states.hidden.device)  # (B, 1, Z) float32
         # the solver counts calls; a guided call evaluates the network twice
-        budget = settings.max_nfe and max(1, settings.max_nfe // velocity.cost)
+        cost, *_ = velocity.guided_inputs
+        budget = settings.max_nfe and max(1, settings.max_nfe // cost)
         seen = None
         if watch:
             def seen(rows, t, x, prediction):
@@ -169,7 +170,7 @@ def next_logits(batch: Decoding, settings: "Settings", watch=None) -> tuple:
         solution = odeint(velocity, x_0, settings.solver, settings.steps,
                           settings.rtol, settings.atol, budget, settings.stop_unchanged, seen)
         logits = velocity.final_logits(solution.x, solution.prediction)
-        nfe = ((solution.nfe + 1) * velocity.cost).tolist()
+        nfe = ((solution.nfe + 1) * cost).tolist()
     if not logits.isfinite().all():
         raise ValueError(f"the logits of token {len(batch.answers[0].nfe)} are not finite: are the "
                          "weights damaged, or --guidance too large?")
