@@ -288,15 +288,10 @@ def test_only_the_last_lines_go(text, kept):
 # --- references and records -----------------------------------------------------------------------
 
 def test_references_pass_or_are_named(humaneval, mbpp):
-    assert HumanEval().check_references(humaneval) == []
+    HumanEval().check_references(humaneval)
     broken = {**mbpp[1], "code": "def add(a, b): return 7"}
-    assert MBPP().check_references([mbpp[0], broken, mbpp[2]]) == ["mbpp/2"]
-
-
-def test_a_record_alone_cannot_be_graded(humaneval):
-    record = HumanEval().short(humaneval[0])
-    with pytest.raises(ValueError, match="--data_dir"):
-        HumanEval().restore(record)
+    with pytest.raises(ValueError, match="1 reference solutions of mbpp fail .*, first mbpp/2"):
+        MBPP().check_references([mbpp[0], broken, mbpp[2]])
 
 
 def test_only_a_program_is_plausible(humaneval):
