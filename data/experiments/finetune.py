@@ -7,13 +7,12 @@ that a reader would type. The accuracy of the base at the task should be neither
 100 %: for a small instruction-tuned model that is sums (data/tasks/sums.py).
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
 
 from data.experiments.headline import run, train_once
-from data.system.command import command
+from data.system.command import command, flag_parser
 from data.system.disk import appearing, read_json
 from data.tasks import TASKS
 from data.tasks.files import find_folder
@@ -38,31 +37,6 @@ def write_conversations(task, folder: Path, path: Path):
             messages = task.prompt(problem, [], "chat")
             messages.append({"role": "assistant", "content": problem["answer"]})
             file.write(json.dumps({"messages": messages}) + "\n")
-
-
-def prepare(task, data_dir: Path | None, init_from: Path, out_dir: Path) -> Path:
-    """The folder of the training data, written unless it exists."""
-    rows = out_dir / "train.jsonl"
-    if not rows.exists():
-        write_conversations(task, find_folder(task.folder, data_dir), rows)
-    data = out_dir / "data"
-    if not (data / "meta.json").exists():
-        # a row holds several questions
-        run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
-            "--block_size=256", "--val_fraction=0.1")
-    return data
-
-
-def measure(method: str, out_dir: Path, task: str, limit: int, steps: list, data_dir: Path | None):
-    """Accuracy, greedy and at temperature 1; with a path that of the frozen model too."""
-    words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={limit}"]
-    if data_dir:
-        words.append(f"--data_dir={data_dir}")
-    if "--method=l2d" in METHODS[method]:
-        words += ["--steps", *steps]
-    # if records exist, eval.py continues them
-    run("eval.py", f"--task={task}", f"--init_from={out_dir / method}",
-        f"--out={out_dir / f'eval-{method}'}", *words)
 
 
 def show_losses(out_dir: Path, methods: list):
@@ -91,8 +65,7 @@ def show_accuracies(out_dir: Path):
 
 @command("data.experiments.finetune")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("python -m data.experiments.finetune", __doc__)
     add = parser.add_argument
     add("--init_from", required=True, help="directory of an instruction-tuned model")
     add("--data_dir", help="folder of the benchmark's files; sums has none")
@@ -110,17 +83,31 @@ def main(argv=None):
     out_dir = Path(args.out_dir).absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
     init_from = Path(args.init_from).absolute()
-    data_dir = Path(args.data_dir).absolute() if args.data_dir else None
     weights = init_from / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
-    data = prepare(TASKS[args.task], data_dir, init_from, out_dir)
+    rows, data = out_dir / "train.jsonl", out_dir / "data"
+    if not rows.exists():
+        task = TASKS[args.task]
+        write_conversations(task, find_folder(task.folder, args.data_dir), rows)
+    if not (data / "meta.json").exists():
+        # a row holds several questions
+        run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
+            "--block_size=256", "--val_fraction=0.1")
     for method in args.methods:
         train_once(out_dir / method, *METHODS[method], f"--init_from={init_from}", f"--data={data}",
                    f"--seed={args.seed}", f"--updates={args.updates}", "--batch_size=4",
                    "--accumulate=1", "--warmup=20", f"--eval_every={args.eval_every}",
                    "--val_rows=48")
     for method in args.methods:
-        measure(method, out_dir, args.task, args.limit, args.steps, data_dir)
+        words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={args.limit}"]
+        if args.data_dir:
+            words.append(f"--data_dir={Path(args.data_dir).absolute()}")
+        # with a path the frozen model is measured too
+        if "--method=l2d" in METHODS[method]:
+            words += ["--steps", *args.steps]
+        # if records exist, eval.py continues them
+        run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
+            f"--out={out_dir / f'eval-{method}'}", *words)
     show_losses(out_dir, args.methods)
     show_accuracies(out_dir)
     after = hashlib.sha256(weights.read_bytes()).hexdigest()

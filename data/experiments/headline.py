@@ -7,13 +7,13 @@ Trains with train.py and measures with eval.py, a process each, by the commands 
 type, and prints the mean over seeds with its range. Further flags go to train.py.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 from data.flags.train import PRESETS
 from data.results.statistics import mean, unique
+from data.system.command import flag_parser
 from data.system.disk import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,8 +94,7 @@ def show(out_dir: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("python -m data.experiments.headline", __doc__)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="default: 42 43 44")
     add("--methods", "--ways", nargs="+", default=list(METHODS), choices=list(METHODS),
