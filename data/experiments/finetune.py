@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.experiments.headline import run, train_once
 from data.system.command import command, flag_parser
-from data.system.disk import appearing, read_json
+from data.system.disk import appearing
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
@@ -49,18 +49,6 @@ def show_losses(out_dir: Path, methods: list):
         seconds = [entry["seconds"] for entry in entries if "seconds" in entry]
         print(f"{method:8} held-out loss {first['val_loss']:.3f} -> {last['val_loss']:.3f}, "
               f"{seconds[-1]:.0f} s; by tenth of t {last.get('by_tenth', '-')}")
-
-
-def show_accuracies(out_dir: Path):
-    """Flexible accuracy in % [95 % interval], strict beside it."""
-    for path in sorted(out_dir.glob("eval-*/summary.json")):
-        method = path.parent.name.removeprefix("eval-")
-        for row in read_json(path)["rows"]:
-            low, high = row["flexible_interval"]
-            print(f"{method:8} {row['column']:10} T={row['temperature']:g}  "
-                  f"{100 * row['flexible']:5.1f} [{100 * low:.0f}, {100 * high:.0f}]  "
-                  f"strict {100 * row['strict']:5.1f}  {row['nfe_per_token']:5.1f} NFE a token  "
-                  f"{row['seconds'] / row['n']:.3f} s a question")
 
 
 @command("data.experiments.finetune")
@@ -109,7 +97,6 @@ def main(argv=None):
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
             f"--out={out_dir / f'eval-{method}'}", *words)
     show_losses(out_dir, args.methods)
-    show_accuracies(out_dir)
     after = hashlib.sha256(weights.read_bytes()).hexdigest()
     print("the base's file is the same before and after:", before == after, before)
 
