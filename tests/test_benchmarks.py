@@ -268,7 +268,8 @@ def test_a_letter_that_is_not_one_token_is_refused():
 
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("B.", "B"), ("(c) it is\nB", "B"), ("**D**", "D"), ("C) because A is not", "C"),
-    ("The answer is (B).", "B"), ("the answer is b", "B"), ("answer is A. No, the answer is C", "C"),
+    ("The answer is (B).", "B"), ("the answer is b", "B"),
+    ("answer is A. No, the answer is C", "C"),
     ("A dog barks, so the answer is a matter of taste", None), ("DNA is long", None),
     ("I think it is D", "D"), ("not (A), hence (B)", "B"), ("B or C", None), ("", None),
     (r"so $\boxed{C}$", "C"), (r"\boxed{\text{A}}", "A"), ("Answer: D", "D"), ("E", None),

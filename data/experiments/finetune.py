@@ -1,6 +1,6 @@
 """Finetuning of a real model: a path beside a LoRA of as many parameters and the frozen model.
 
-    python -m data.experiments.finetune --init_from=DIR     hours on a CPU; finished parts stay
+    python -m data.experiments.finetune --init_from=DIR     hours on a CPU; repeats no finished part
 
 Every training question is a turn, its answer the reply. Runs train.py and eval.py, by the commands
 that a reader would type. The accuracy of the base at the task should be neither that of chance nor
@@ -22,8 +22,7 @@ from data.tasks.task import of_split
 METHODS = {
     "l2d": ["--method=l2d", "--objective=paper", "--lr=1e-3", "--cache_frozen"],
     "lora": ["--method=lora", "--rank=123", "--lr=1e-4"],
-    # our own two departures, one by one, outside the comparison at equal size: a path with own keys
-    # and values has more parameters
+    # not of equal size: a path with its own keys and values has more parameters
     "own": ["--method=l2d", "--objective=paper", "--own_kv", "--lr=1e-3", "--cache_frozen"],
     "refine": ["--method=l2d", "--objective=refine", "--own_kv", "--unroll=8", "--lr=1e-3",
                "--ema=0.98", "--cache_frozen"],
@@ -59,13 +58,16 @@ def main(argv=None):
     add("--data_dir", help="folder of the benchmark's files; sums has none")
     add("--task", default="sums", choices=["sums", "arc_easy", "arc_challenge", "gsm8k"])
     add("--methods", "--ways", nargs="+", default=["l2d", "lora"], choices=list(METHODS),
-        help="default: l2d lora")
-    add("--updates", type=int, default=150, help="of 4 rows (default: 150, one epoch of sums)")
+        help="training methods (default: l2d lora)")
+    add("--updates", type=int, default=150,
+        help="updates of 4 rows each (default: 150, one epoch of sums)")
     add("--eval_every", type=int, default=50, help="updates between validations (default: 50)")
-    add("--limit", type=int, default=300, help="test questions (default: 300)")
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
-    add("--seed", type=int, default=42, help="default: 42")
-    add("--out_dir", default="out-finetune", help="default: out-finetune")
+    add("--limit", type=int, default=300, help="number of test questions (default: 300)")
+    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
+        help="Euler steps of a path (default: 1 2 4 8 16)")
+    add("--seed", type=int, default=42, help="seed of the training (default: 42)")
+    add("--out_dir", default="out-finetune",
+        help="folder of all results (default: out-finetune)")
     args = parser.parse_args(argv)
 
     out_dir = Path(args.out_dir).absolute()

@@ -55,7 +55,8 @@ def show(name: str, shares):
 
 def main(argv=None):
     parser = flag_parser("python -m data.experiments.untrained", __doc__)
-    parser.add_argument("--problems", type=int, default=200, help="of each level (default: 200)")
+    parser.add_argument("--problems", type=int, default=200,
+                        help="problems of each level (default: 200)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)        # small matrices: a second thread only waits
     lm = LM.from_pretrained("tiny", torch.float32, "cpu")

@@ -75,7 +75,7 @@ def read(source: int, size: int) -> bytes:
     while len(content) < size:
         part = os.read(source, size - len(content))
         if not part:
-            # the parent is dead
+            # the parent has ended
             os._exit(1)
         content += part
     return content
@@ -85,7 +85,7 @@ def limit_resources(seconds: float):
     """Limit time, memory and files by the system, where it can."""
     if resource is None:
         return
-    # both a little later than the parent acts: they matter if it has died
+    # both a little later than the parent acts: they matter if it has ended
     last = math.ceil(seconds) + 2
     signal.alarm(last)
     for kind, most in ((resource.RLIMIT_CPU, last), (resource.RLIMIT_AS, MEMORY),

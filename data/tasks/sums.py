@@ -50,7 +50,7 @@ class Sums(GSM8K):
 
 
 def of_all_kinds(split: str) -> list:
-    """The problems of "test" or "train", the kinds mixed, so that the first of them are of all."""
+    """The problems of "test" or "train", mixed, so that the first of them are of all kinds."""
     problems = []
     for kind in KINDS:
         some = sorted(of_kind(kind, split), key=lambda problem: checksum(problem["id"]))
@@ -64,7 +64,7 @@ def of_kind(kind: str, split: str) -> list:
     sign, smaller, larger = KINDS[kind]
     problems = []
     for a, b in product(smaller, larger):
-        # two numbers have one split, in any order and under any sign: a third of the pairs is "test"
+        # two numbers have one split under every sign: a third of the pairs is "test"
         its_split = "test" if checksum(f"{a} {b}") % 3 == 0 else "train"
         # each pair once, as a <= b
         if a > b or its_split != split:
