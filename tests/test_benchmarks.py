@@ -203,18 +203,13 @@ def test_records_of_something_else_are_refused(change, models, data_dir, tmp_pat
     out = tmp_path / "out"
     run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1")
     before = (out / "records.jsonl").read_bytes()
+    assert run_eval(models[0], data_dir, out, "gsm8k", *GENERATE[:2], "--limit=1") == 2
+    assert "holds records of another model" in capsys.readouterr().err
     assert run_eval(models[1], data_dir, out, "gsm8k", *GENERATE, "--limit=1", change) == 2
     err = capsys.readouterr().err
     assert "holds records of another" in err and "--overwrite" in err
     assert (out / "records.jsonl").read_bytes() == before
     run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1", change, "--overwrite")
-
-
-def test_records_of_another_model_are_refused(models, data_dir, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1")
-    assert run_eval(models[0], data_dir, out, "gsm8k", *GENERATE[:2], "--limit=1") == 2
-    assert "holds records of another model" in capsys.readouterr().err
 
 
 def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(

@@ -15,7 +15,6 @@ from data.results import records
 from data.tasks import TASKS
 from data.tasks.sums import KINDS, MOST, of_all_kinds, of_kind
 from data.tasks.task import of_split
-from data.text.formats import render_qwen
 from test_benchmarks import build_models
 from test_formats import SMOLLM
 
@@ -89,19 +88,13 @@ def test_the_first_questions_are_of_all_kinds(split):
     assert max(counts.values()) == MOST[split] and min(counts.values()) >= 20
     first = [parts(one)[0] for one in of_split(PROBLEMS, split)[:60]]
     assert set(first) == set(KINDS)
-    # their shares among the first are those among all
-    share = counts["large_sums"] / sum(counts.values())
-    assert abs(first.count("large_sums") / 60 - share) < 0.15
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
-def test_the_rendered_chat_prompt():
-    messages = TASK.prompt(PROBLEMS[0], [], "chat")
-    text = "".join(piece.text for piece in render_qwen(messages, True, system="You are kind."))
-    assert text == (
-        "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\n"
-        "Reply with one number and nothing else. 1 + 17 = ?<|im_end|>\n<|im_start|>assistant\n")
+def test_the_chat_prompt():
+    assert TASK.prompt(PROBLEMS[0], [], "chat") == [
+        {"role": "user", "content": "Reply with one number and nothing else. 1 + 17 = ?"}]
 
 
 def test_the_plain_prompt_and_its_shots():
@@ -124,15 +117,6 @@ def test_the_plain_prompt_and_its_shots():
 ])
 def test_which_answers_are_right(text, strict, flexible):
     assert TASK.grade({"answer": "1018"}, text) == {"strict": strict, "flexible": flexible}
-
-
-def test_every_exact_answer_is_right_and_every_other_number_wrong():
-    for problem in PROBLEMS:
-        assert TASK.grade(problem, problem["answer"]) == {"strict": True, "flexible": True}
-        for off in (-1, 1, 10):
-            wrong = str(int(problem["answer"]) + off)
-            assert TASK.grade(problem, wrong) == {"strict": False, "flexible": False}
-        assert TASK.extract(problem, f"It is {problem['answer']}.") == problem["answer"]
 
 
 # --- eval.py --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The numbers of the README's first table: every training method on the embedded topics, 3 seeds.
 
-    python -m data.experiments.headline --seeds 42 43 44      hours on a CPU; repeats no finished part
-    python -m data.experiments.headline --print               the table of the results so far
+    python -m data.experiments.headline --seeds 42 43 44    hours on a CPU; repeats no finished part
+    python -m data.experiments.headline --print             the table of the results so far
 
 Trains with train.py and measures with eval.py, a process each, by the commands that a reader would
 type, and prints the mean over seeds with its range. Further flags go to train.py.
