@@ -38,7 +38,7 @@ from data.results.tables import (
 from data.system.disk import check_absent, check_writable, claimed, write_json
 from data.tasks import TASKS
 from data.tasks.grading import Grader
-from data.tasks.prompting import Asked, ask_all, letter_tokens
+from data.tasks.prompting import Prompts, letter_tokens, write_prompts
 from data.tasks.sandbox import NOTICE
 from data.text.answer import Score, Stop
 from data.training.batches import Batch, collate
@@ -324,7 +324,7 @@ class Bench:
     model: L2D
     tokenizer: object
     task: object
-    asked: Asked
+    asked: Prompts
     records: Records
     grader: Grader
     searches: list       # (how, k), see parse_search
@@ -381,14 +381,17 @@ def score_rows(bench: Bench, columns: list) -> list:
 
 def benchmark(model, tokenizer, task, args, columns: list):
     """Every problem in every column, a line each as they come; then the table."""
-    asked = ask_all(task, tokenizer, args, getattr(model, "lm", model).config.max_positions)
+    asked = write_prompts(
+        task, tokenizer, getattr(model, "lm", model).config.max_positions, args.data_dir,
+        args.style, args.shots, args.max_new_tokens, args.limit, args.show_prompts)
     about = {**asked.about, "model": fingerprint(model), "tokenizer": tokenizer.fingerprint,
              "draws": args.draws, "choices": args.choices, "seed": args.seed,
              "estimate": args.estimate, "rtol": args.rtol}
     grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
     grader.problems[task.name] = {one["id"]: one for one in asked.problems}
     if task.kind == "code":
-        grader.check_references(task, [question.problem for question in asked.questions])
+        task.check_references([question.problem for question in asked.questions],
+                              args.code_seconds)
     out = Path(args.out)
     with claimed(out):
         start = time.time()

@@ -90,14 +90,9 @@ def test_a_packed_file_is_read_too(tmp_path):
     assert ids(HumanEval().load(tmp_path)) == ["HumanEval/7"]
 
 
-@pytest.mark.parametrize("task, name", [(HumanEval(), "HumanEval.jsonl"), (MBPP(), "mbpp.jsonl")])
-def test_a_missing_or_wrong_file_is_named_in_one_line(task, name, tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        task.load(tmp_path)
-    assert name in str(error.value) and "\n" not in str(error.value)
-    (tmp_path / name).write_text('{"task_id": 1}\n')
-    with pytest.raises(ValueError, match=name):
-        task.load(tmp_path)
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mbpp.jsonl does not exist, packed .* or not"):
+        MBPP().load(tmp_path)
 
 
 def test_which_problems_are_shots_and_which_are_scored(humaneval, mbpp):
@@ -288,15 +283,10 @@ def test_only_the_last_lines_go(text, kept):
 # --- references and records -----------------------------------------------------------------------
 
 def test_references_pass_or_are_named(humaneval, mbpp):
-    assert HumanEval().check_references(humaneval) == []
+    HumanEval().check_references(humaneval)
     broken = {**mbpp[1], "code": "def add(a, b): return 7"}
-    assert MBPP().check_references([mbpp[0], broken, mbpp[2]]) == ["mbpp/2"]
-
-
-def test_a_record_alone_cannot_be_graded(humaneval):
-    record = HumanEval().short(humaneval[0])
-    with pytest.raises(ValueError, match="--data_dir"):
-        HumanEval().restore(record)
+    with pytest.raises(ValueError, match="1 reference solutions of mbpp fail .*, first mbpp/2"):
+        MBPP().check_references([mbpp[0], broken, mbpp[2]])
 
 
 def test_only_a_program_is_plausible(humaneval):
@@ -314,9 +304,7 @@ def test_pass_at_k_counts_the_draws_that_hold_a_right_one():
                 # the right ones are the first c
                 right = sum(min(draw) < c for draw in draws)
                 assert pass_at_k(n, c, k) == float(Fraction(right, len(draws)))
-
-
-def test_pass_at_k_has_no_value_for_too_few_samples():
+    # too few samples
     assert pass_at_k(5, 5, 6) is None
     assert pass_at_k(200, 3, 100) == pytest.approx(
         1 - Fraction(100 * 99 * 98, 200 * 199 * 198), rel=1e-15)

@@ -11,13 +11,10 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT, exit_status
-from data.experiments import finetune
 from data.results import records
 from data.tasks import TASKS
-from data.tasks.files import find_folder
-from data.tasks.sums import KINDS, MOST, of_all_kinds, of_kind, split_of
+from data.tasks.sums import KINDS, MOST, of_all_kinds, of_kind
 from data.tasks.task import of_split
-from data.text.formats import render_qwen
 from test_benchmarks import build_models
 from test_formats import SMOLLM
 
@@ -57,9 +54,6 @@ def test_the_same_problems_every_time():
 def test_no_two_numbers_of_a_test_question_are_trained_on():
     test, train = (pairs(of_split(PROBLEMS, split)) for split in ("test", "train"))
     assert len(test) > 100 and not test & train
-    for a in range(1, 100):
-        for b in range(1, 100):
-            assert split_of(a, b) == split_of(b, a)
     # by construction: also of those that the limit leaves out
     for kind in KINDS:
         assert not pairs(of_kind(kind, "test")) & pairs(of_kind(kind, "train"))
@@ -94,19 +88,13 @@ def test_the_first_questions_are_of_all_kinds(split):
     assert max(counts.values()) == MOST[split] and min(counts.values()) >= 20
     first = [parts(one)[0] for one in of_split(PROBLEMS, split)[:60]]
     assert set(first) == set(KINDS)
-    # their shares among the first are those among all
-    share = counts["large_sums"] / sum(counts.values())
-    assert abs(first.count("large_sums") / 60 - share) < 0.15
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
-def test_the_rendered_chat_prompt():
-    messages = TASK.prompt(PROBLEMS[0], [], "chat")
-    text = "".join(piece.text for piece in render_qwen(messages, True, system="You are kind."))
-    assert text == (
-        "<|im_start|>system\nYou are kind.<|im_end|>\n<|im_start|>user\n"
-        "Reply with one number and nothing else. 1 + 17 = ?<|im_end|>\n<|im_start|>assistant\n")
+def test_the_chat_prompt():
+    assert TASK.prompt(PROBLEMS[0], [], "chat") == [
+        {"role": "user", "content": "Reply with one number and nothing else. 1 + 17 = ?"}]
 
 
 def test_the_plain_prompt_and_its_shots():
@@ -131,15 +119,6 @@ def test_which_answers_are_right(text, strict, flexible):
     assert TASK.grade({"answer": "1018"}, text) == {"strict": strict, "flexible": flexible}
 
 
-def test_every_exact_answer_is_right_and_every_other_number_wrong():
-    for problem in PROBLEMS:
-        assert TASK.grade(problem, problem["answer"]) == {"strict": True, "flexible": True}
-        for off in (-1, 1, 10):
-            wrong = str(int(problem["answer"]) + off)
-            assert TASK.grade(problem, wrong) == {"strict": False, "flexible": False}
-        assert TASK.extract(problem, f"It is {problem['answer']}.") == problem["answer"]
-
-
 # --- eval.py --------------------------------------------------------------------------------------
 
 def test_eval_needs_no_file(tmp_path, capsys):
@@ -151,22 +130,4 @@ def test_eval_needs_no_file(tmp_path, capsys):
     expected = sorted(one["id"] for one in PROBLEMS[:5])
     for column in ("frozen", "euler 2"):
         assert sorted(line["id"] for line in lines if line["column"] == column) == expected
-    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
-    assert [row["column"] for row in rows] == ["frozen", "euler 2"]
-    assert all({"strict_interval", "flexible_interval"} <= set(row) for row in rows)
     assert "sums, 5 problems, chat prompts, 0 shots" in capsys.readouterr().out
-    # graded again, from nothing but the records
-    again = tmp_path / "again.jsonl"
-    words = [f"--regrade={tmp_path / 'out' / 'records.jsonl'}", f"--out={again}"]
-    assert exit_status(evaluation.main, words) == 0
-    assert again.read_bytes() == (tmp_path / "out" / "records.jsonl").read_bytes()
-
-
-def test_a_finetune_gets_its_questions(tmp_path):
-    folder = find_folder(TASK.folder, None)
-    finetune.write_conversations(TASK, folder, tmp_path / "train.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert len(rows) == len(of_split(PROBLEMS, "train"))
-    first = of_split(PROBLEMS, "train")[0]
-    assert rows[0] == {"messages": [{"role": "user", "content": first["question"]},
-                                    {"role": "assistant", "content": first["answer"]}]}

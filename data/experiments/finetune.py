@@ -1,20 +1,19 @@
 """Finetuning of a real model: a path beside a LoRA of as many parameters and the frozen model.
 
-    python -m data.experiments.finetune --init_from=DIR     hours on a CPU; finished parts stay
+    python -m data.experiments.finetune --init_from=DIR     hours on a CPU; repeats no finished part
 
 Every training question is a turn, its answer the reply. Runs train.py and eval.py, by the commands
 that a reader would type. The accuracy of the base at the task should be neither that of chance nor
 100 %: for a small instruction-tuned model that is sums (data/tasks/sums.py).
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
 
 from data.experiments.headline import run, train_once
-from data.system.command import command
-from data.system.disk import appearing, read_json
+from data.system.command import command, flag_parser
+from data.system.disk import appearing
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
@@ -23,8 +22,7 @@ from data.tasks.task import of_split
 METHODS = {
     "l2d": ["--method=l2d", "--objective=paper", "--lr=1e-3", "--cache_frozen"],
     "lora": ["--method=lora", "--rank=123", "--lr=1e-4"],
-    # our own two departures, one by one, outside the comparison at equal size: a path with own keys
-    # and values has more parameters
+    # not of equal size: a path with its own keys and values has more parameters
     "own": ["--method=l2d", "--objective=paper", "--own_kv", "--lr=1e-3", "--cache_frozen"],
     "refine": ["--method=l2d", "--objective=refine", "--own_kv", "--unroll=8", "--lr=1e-3",
                "--ema=0.98", "--cache_frozen"],
@@ -40,31 +38,6 @@ def write_conversations(task, folder: Path, path: Path):
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def prepare(task, data_dir: Path | None, init_from: Path, out_dir: Path) -> Path:
-    """The folder of the training data, written unless it exists."""
-    rows = out_dir / "train.jsonl"
-    if not rows.exists():
-        write_conversations(task, find_folder(task.folder, data_dir), rows)
-    data = out_dir / "data"
-    if not (data / "meta.json").exists():
-        # a row holds several questions
-        run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
-            "--block_size=256", "--val_fraction=0.1")
-    return data
-
-
-def measure(method: str, out_dir: Path, task: str, limit: int, steps: list, data_dir: Path | None):
-    """Accuracy, greedy and at temperature 1; with a path that of the frozen model too."""
-    words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={limit}"]
-    if data_dir:
-        words.append(f"--data_dir={data_dir}")
-    if "--method=l2d" in METHODS[method]:
-        words += ["--steps", *steps]
-    # if records exist, eval.py continues them
-    run("eval.py", f"--task={task}", f"--init_from={out_dir / method}",
-        f"--out={out_dir / f'eval-{method}'}", *words)
-
-
 def show_losses(out_dir: Path, methods: list):
     """Held-out loss at the start, at the end, and in each tenth of t."""
     for method in methods:
@@ -77,52 +50,55 @@ def show_losses(out_dir: Path, methods: list):
               f"{seconds[-1]:.0f} s; by tenth of t {last.get('by_tenth', '-')}")
 
 
-def show_accuracies(out_dir: Path):
-    """Flexible accuracy in % [95 % interval], strict beside it."""
-    for path in sorted(out_dir.glob("eval-*/summary.json")):
-        method = path.parent.name.removeprefix("eval-")
-        for row in read_json(path)["rows"]:
-            low, high = row["flexible_interval"]
-            print(f"{method:8} {row['column']:10} T={row['temperature']:g}  "
-                  f"{100 * row['flexible']:5.1f} [{100 * low:.0f}, {100 * high:.0f}]  "
-                  f"strict {100 * row['strict']:5.1f}  {row['nfe_per_token']:5.1f} NFE a token  "
-                  f"{row['seconds'] / row['n']:.3f} s a question")
-
-
 @command("data.experiments.finetune")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("python -m data.experiments.finetune", __doc__)
     add = parser.add_argument
     add("--init_from", required=True, help="directory of an instruction-tuned model")
     add("--data_dir", help="folder of the benchmark's files; sums has none")
     add("--task", default="sums", choices=["sums", "arc_easy", "arc_challenge", "gsm8k"])
     add("--methods", "--ways", nargs="+", default=["l2d", "lora"], choices=list(METHODS),
-        help="default: l2d lora")
-    add("--updates", type=int, default=150, help="of 4 rows (default: 150, one epoch of sums)")
+        help="training methods (default: l2d lora)")
+    add("--updates", type=int, default=150,
+        help="updates of 4 rows each (default: 150, one epoch of sums)")
     add("--eval_every", type=int, default=50, help="updates between validations (default: 50)")
-    add("--limit", type=int, default=300, help="test questions (default: 300)")
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
-    add("--seed", type=int, default=42, help="default: 42")
-    add("--out_dir", default="out-finetune", help="default: out-finetune")
+    add("--limit", type=int, default=300, help="number of test questions (default: 300)")
+    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
+        help="Euler steps of a path (default: 1 2 4 8 16)")
+    add("--seed", type=int, default=42, help="seed of the training (default: 42)")
+    add("--out_dir", default="out-finetune",
+        help="folder of all results (default: out-finetune)")
     args = parser.parse_args(argv)
 
     out_dir = Path(args.out_dir).absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
     init_from = Path(args.init_from).absolute()
-    data_dir = Path(args.data_dir).absolute() if args.data_dir else None
     weights = init_from / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
-    data = prepare(TASKS[args.task], data_dir, init_from, out_dir)
+    rows, data = out_dir / "train.jsonl", out_dir / "data"
+    if not rows.exists():
+        task = TASKS[args.task]
+        write_conversations(task, find_folder(task.folder, args.data_dir), rows)
+    if not (data / "meta.json").exists():
+        # a row holds several questions
+        run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
+            "--block_size=256", "--val_fraction=0.1")
     for method in args.methods:
         train_once(out_dir / method, *METHODS[method], f"--init_from={init_from}", f"--data={data}",
                    f"--seed={args.seed}", f"--updates={args.updates}", "--batch_size=4",
                    "--accumulate=1", "--warmup=20", f"--eval_every={args.eval_every}",
                    "--val_rows=48")
     for method in args.methods:
-        measure(method, out_dir, args.task, args.limit, args.steps, data_dir)
+        words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={args.limit}"]
+        if args.data_dir:
+            words.append(f"--data_dir={Path(args.data_dir).absolute()}")
+        # with a path the frozen model is measured too
+        if "--method=l2d" in METHODS[method]:
+            words += ["--steps", *args.steps]
+        # if records exist, eval.py continues them
+        run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
+            f"--out={out_dir / f'eval-{method}'}", *words)
     show_losses(out_dir, args.methods)
-    show_accuracies(out_dir)
     after = hashlib.sha256(weights.read_bytes()).hexdigest()
     print("the base's file is the same before and after:", before == after, before)
 

@@ -8,12 +8,11 @@ and the probability of a text behind another (`loglikelihood`); with a path that
 over draws of the noise, token by token. No other file of this project imports the harness.
 """
 
-import argparse
 import json
 import zlib
 from dataclasses import replace
 
-from data.system.command import command
+from data.system.command import command, flag_parser
 
 import torch
 from tqdm import tqdm
@@ -63,24 +62,20 @@ class Adapter(HarnessLM):
                    for at in range(0, len(places), self.size)]
         texts = [""] * len(requests)
         for options, places in tqdm(batches, disable=disable_tqdm or None, desc="texts"):
+            stops = options.get("until") or []
+            stop = Stop.of(self.tokens, [stops] if isinstance(stops, str) else stops)
+            length = options.get("max_gen_toks", 256)
+            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+            settings = replace(self.settings, max_new_tokens=length, temperature=temperature,
+                               top_p=options.get("top_p"), top_k=options.get("top_k"))
             contexts = [requests[place].args[0] for place in places]
-            for place, text in zip(places, self.generate(contexts, options)):
-                texts[place] = text
+            # a prompt that is too long loses its beginning
+            prompts = [self.encode(context)[-(self.room - length):] for context in contexts]
+            seeds = [zlib.crc32(context.encode()) for context in contexts]
+            answers = generate(self.model, prompts, settings, stop, seeds=seeds)
+            for place, answer in zip(places, answers):
+                texts[place] = answer.text
         return texts
-
-    def generate(self, contexts: list, options: dict) -> list:
-        """The texts of one batch."""
-        stops = options.get("until") or []
-        stop = Stop.of(self.tokens, [stops] if isinstance(stops, str) else stops)
-        length = options.get("max_gen_toks", 256)
-        temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
-        settings = replace(self.settings, max_new_tokens=length, temperature=temperature,
-                           top_p=options.get("top_p"), top_k=options.get("top_k"))
-        # a prompt that is too long loses its beginning
-        prompts = [self.encode(context)[-(self.room - length):] for context in contexts]
-        seeds = [zlib.crc32(context.encode()) for context in contexts]
-        answers = generate(self.model, prompts, settings, stop, seeds=seeds)
-        return [answer.text for answer in answers]
 
     # --- probabilities ----------------------------------------------------------------------------
 
@@ -176,23 +171,22 @@ class Adapter(HarnessLM):
 
 @command("data.experiments.harness")
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m data.experiments.harness", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("python -m data.experiments.harness", __doc__)
     add = parser.add_argument
     add("--init_from", required=True, help="name or directory of a model or of a trained path")
     add("--tasks", nargs="+", required=True, help="names of the harness, such as gsm8k")
     add("--include_path", help="folder of further tasks in the harness's form")
-    add("--steps", type=int, default=0, help="0: the frozen model (default)")
+    add("--steps", type=int, default=0, help="steps of the solver (default: 0, the frozen model)")
     add("--solver", default="euler", choices=list(SOLVERS), help="default: euler")
     add("--draws", type=int, default=8, help="noises averaged for a probability (default: 8)")
     add("--num_fewshot", type=int, help="worked examples (default: the task's)")
     add("--limit", type=int, help="number of problems, the first ones (default: all)")
     add("--apply_chat_template", action="store_true", help="prompts in the model's chat format")
     add("--batch_size", type=int, default=8, help="requests at a time (default: 8)")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--cache_dir", help="folder of downloaded models")
-    add("--out", default="out-harness.json", help="default: out-harness.json")
+    add("--out", default="out-harness.json",
+        help="file of the results (default: out-harness.json)")
     add("--overwrite", action="store_true", help="replacement of an earlier --out")
     args = parser.parse_args(argv)
     if simple_evaluate is None:

@@ -1,19 +1,19 @@
 """The numbers of the README's first table: every training method on the embedded topics, 3 seeds.
 
-    python -m data.experiments.headline --seeds 42 43 44        hours on a CPU; finished parts stay
-    python -m data.experiments.headline --print                 the table of the results so far
+    python -m data.experiments.headline --seeds 42 43 44    hours on a CPU; repeats no finished part
+    python -m data.experiments.headline --print             the table of the results so far
 
 Trains with train.py and measures with eval.py, a process each, by the commands that a reader would
 type, and prints the mean over seeds with its range. Further flags go to train.py.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 from data.flags.train import PRESETS
 from data.results.statistics import mean, unique
+from data.system.command import flag_parser
 from data.system.disk import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,14 +94,14 @@ def show(out_dir: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("python -m data.experiments.headline", __doc__)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="default: 42 43 44")
+    add("--seeds", type=int, nargs="+", default=[42, 43, 44],
+        help="seeds of the training (default: 42 43 44)")
     add("--methods", "--ways", nargs="+", default=list(METHODS), choices=list(METHODS),
-        help="default: all")
-    add("--out_dir", default="headline", help="default: headline")
-    add("--print", action="store_true", help="only the table of the results so far")
+        help="training methods (default: all)")
+    add("--out_dir", default="headline", help="folder of all results (default: headline)")
+    add("--print", action="store_true", help="the table of the results so far, nothing else")
     args, more = parser.parse_known_args(argv)
     out_dir = Path(args.out_dir).absolute()
     if not args.print:

@@ -8,12 +8,11 @@ chain shows in its map, as a doubled letter: to choose one of the reachable ends
 more often than never.
 """
 
-import argparse
-
 import torch
 
 from data.checkpoints.hub import resolve
 from data.results.statistics import mean
+from data.system.command import flag_parser
 from data.tasks import TASKS
 from data.text.answer import Stop
 from data.text.tokenizer import load_tokenizer
@@ -55,9 +54,9 @@ def show(name: str, shares):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=200, help="of each level (default: 200)")
+    parser = flag_parser("python -m data.experiments.untrained", __doc__)
+    parser.add_argument("--problems", type=int, default=200,
+                        help="problems of each level (default: 200)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)        # small matrices: a second thread only waits
     lm = LM.from_pretrained("tiny", torch.float32, "cpu")

@@ -1,9 +1,6 @@
 """HumanEval and MBPP: programs that a model writes, graded by running their tests.
 
-    task = HumanEval()
-    problems = task.load(folder)
-    task.prompt(problems[7], problems[:5], "chat")
-    task.grade(problems[7], text)       {"strict": False, "flexible": True, "result": "passed"}
+    HumanEval().grade(problem, text)    # {"strict": False, "flexible": True, "result": "passed"}
 
 Two styles: "chat" has the prompts of the L2D evaluation, "plain" those of lm-evaluation-harness, so
 that numbers can be compared with either. Two rules: strict runs the model's text behind the prompt,
@@ -22,7 +19,7 @@ from pathlib import Path
 
 from data.tasks.files import read_jsonl
 from data.tasks.sandbox import run, run_all
-from data.tasks.task import Task, turns
+from data.tasks.task import Task
 from data.text.answer import cut
 
 FENCE = re.compile(r"^[ \t]*```.*$", re.M)
@@ -99,6 +96,7 @@ class Code(Task):
     """A task that is graded by running programs; the two below add their own parts."""
     kind = "code"
     max_new_tokens = 512
+    between = ""
 
     def programs(self, problem, text: str) -> tuple:
         """(the strict program, others that a fair reader could mean, the likeliest first)."""
@@ -116,8 +114,13 @@ class Code(Task):
         return self.program(problem, text), others
 
     def fair_program(self, problem, text: str) -> str:
-        """The program with all that the tests need, even if the published rule omits it."""
-        return self.program(problem, text)
+        """The program with all that its tests need.
+
+        Two tests of MBPP need a tree, which is made here. The published graders omit it, so by the
+        strict rule no answer passes, not even the references.
+        """
+        setup = problem.get("test_setup_code")
+        return self.program(problem, f"{text}\n{setup}" if setup else text)
 
     def grade(self, problem, text: str, seconds: float = 3.0) -> dict:
         """Does the text pass unchanged (strict), or as at least one fair reading (flexible)?
@@ -138,29 +141,28 @@ class Code(Task):
             "result": "passed" if flexible else result,
         }
 
-    def check_references(self, problems, seconds: float = 3.0) -> list:
-        """The ids of the problems whose reference solution does not pass: there should be none.
+    def check_references(self, problems, seconds: float = 3.0):
+        """Raise ValueError if a reference solution does not pass its tests.
 
-        Otherwise this machine is too slow, or too busy, for the limit, and every accuracy measured
-        on it is too low. mbpp/123 fails first: its reference finds amicable numbers by trying all,
+        Then this machine is too slow, or too busy, for the limit, and every accuracy measured on it
+        would be too low. mbpp/123 fails first: its reference finds amicable numbers by trying all,
         3 to 4 s on a core of a small server, while 3 s are usual.
         """
         programs = [self.fair_program(problem, self.reference(problem)) for problem in problems]
-        verdicts = run_all(programs, seconds)
-        return [problem["id"] for problem, verdict in zip(problems, verdicts)
-                if verdict != "passed"]
+        failed = [problem["id"] for problem, verdict in zip(problems, run_all(programs, seconds))
+                  if verdict != "passed"]
+        if failed:
+            raise ValueError(f"{len(failed)} reference solutions of {self.name} fail on this "
+                             f"machine, first {failed[0]}; try --code_seconds of more than "
+                             f"{seconds:g}")
 
     def plausible(self, problem, text: str) -> bool:
         """Is it a program at all? Nothing is run."""
         return not broken_line(self.program(problem, text))
 
     def short(self, problem) -> dict:
-        # the tests of a problem are too long for every record: grading needs the data
+        # the tests of a problem are too long for every record: grading reads the files
         return {}
-
-    def restore(self, record: dict) -> dict:
-        raise ValueError(f"{self.name} is graded by its tests, which no record holds; "
-                         "give --data_dir")
 
 
 # --- HumanEval ------------------------------------------------------------------------------------
@@ -188,15 +190,21 @@ class HumanEval(Code):
         """The problems that are no shots."""
         return problems[shots:]
 
+    def question(self, problem) -> str:
+        return problem["prompt"]
+
+    def chat_question(self, problem) -> str:
+        return instruction(problem)[0]
+
+    def chat_answer(self, shot) -> str:
+        return f"{instruction(shot)[1]}\n{shot['canonical_solution']}".strip()
+
     def prompt(self, problem, shots, style: str):
         """A text to continue, or messages whose last is a turn of the assistant to continue."""
-        if style == "plain":
-            solved = [shot["prompt"] + shot["canonical_solution"] + "\n\n" for shot in shots]
-            return "".join(solved) + problem["prompt"]
-        messages = turns(
-            problem, shots, lambda one: instruction(one)[0],
-            lambda shot: f"{instruction(shot)[1]}\n{shot['canonical_solution']}".strip())
-        return [*messages, {"role": "assistant", "content": instruction(problem)[1]}]
+        prompt = super().prompt(problem, shots, style)
+        if style == "chat":
+            prompt.append({"role": "assistant", "content": instruction(problem)[1]})
+        return prompt
 
     def names(self, problem) -> list:
         """The names that a right program defines."""
@@ -229,14 +237,12 @@ def instruction(problem) -> tuple:
 # --- MBPP -----------------------------------------------------------------------------------------
 
 class MBPP(Code):
-    """974 small tasks, of which 500 are the test (Austin et al. 2021)."""
+    """974 small tasks: 1 to 10 are shots, 11 to 510 the test (Austin et al. 2021)."""
     name = "mbpp"
     folder = "mbpp"
     solution = "code"
     shots = {"chat": 5, "plain": 3}
     stops = {"plain": ("[DONE]",), "chat": ()}
-    first_scored = 11
-    last_scored = 510
 
     def load(self, folder: Path) -> list:
         """All parts, as published. Raises FileNotFoundError or ValueError."""
@@ -246,28 +252,25 @@ class MBPP(Code):
 
     def examples(self, problems, problem, count: int, style: str) -> list:
         """The shots: tasks from 1 on in chat style, from 2 on in plain, as published."""
-        first = 2 if style == "plain" else 1
-        numbers = range(first, self.first_scored)[:count]
+        numbers = range(2 if style == "plain" else 1, 11)[:count]
         return [shot for shot in problems if shot["task_id"] in numbers]
 
     def scored(self, problems, shots: int, style: str) -> list:
-        """The test part; the shots belong to another."""
-        return [problem for problem in problems
-                if self.first_scored <= problem["task_id"] <= self.last_scored]
+        return [problem for problem in problems if 11 <= problem["task_id"] <= 510]
 
-    def prompt(self, problem, shots, style: str):
-        """A text to continue, or messages whose last is the question."""
-        if style == "plain":
-            solved = [f"{self.question(shot)}{shot['code']}\n[DONE]\n\n" for shot in shots]
-            return "".join(solved) + self.question(problem)
-        return turns(
-            problem, shots, lambda one: f'"""\n{one["text"]}\n{one["test_list"][0]}\n"""',
-            lambda shot: shot["code"].strip())
+    def chat_question(self, problem) -> str:
+        return f'"""\n{problem["text"]}\n{problem["test_list"][0]}\n"""'
+
+    def chat_answer(self, shot) -> str:
+        return shot["code"].strip()
 
     def question(self, problem) -> str:
         tests = "\n".join(problem["test_list"])
         return (f"You are an expert Python programmer, and here is your task: {problem['text']} "
                 f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n")
+
+    def worked(self, shot) -> str:
+        return f"{shot['code']}\n[DONE]"
 
     def names(self, problem) -> list:
         """The names that a right program defines: those the tests call, unless Python has them."""
@@ -276,11 +279,4 @@ class MBPP(Code):
         return [name for name in dict.fromkeys(called) if defines(problem["code"], [name])]
 
     def program(self, problem, text: str) -> str:
-        tests = "\n".join(problem["test_list"])
-        return f"{text}\n{tests}"
-
-    def fair_program(self, problem, text: str) -> str:
-        # Two tasks need a tree in their tests, which is made here. The published graders omit it,
-        # so by the strict rule no answer passes, not even the references.
-        setup = problem.get("test_setup_code") or ""
-        return self.program(problem, f"{text}\n{setup}" if setup else text)
+        return "\n".join([text, *problem["test_list"]])

@@ -56,18 +56,16 @@ def find_folder(name: str, data_dir: str | None) -> Path:
     # the folder of the benchmark itself
     if data_dir and root.is_dir() and root.name == name:
         return root
-    if name in PUBLISHED:
-        how = f"get it with: python -m data.tasks get {name}, or"
-    else:
-        how = f"{BY_HAND[name]}, and"
-    raise ValueError(f"no data of {name} in {root}; {how} give --data_dir=DIR")
+    how = BY_HAND.get(name, f"get it with: python -m data.tasks get {name}")
+    raise ValueError(f"no data of {name} in {root}; {how}; "
+                     "--data_dir=DIR names the folder that holds it")
 
 
 def fetch(name: str) -> Path:
     """Download a benchmark into the cache. Raises ValueError for one of BY_HAND."""
-    if name not in PUBLISHED:
-        raise ValueError(f"{name} cannot be fetched as it was published; by hand: "
-                         f"{BY_HAND[name]}, and give --data_dir=DIR")
+    if name in BY_HAND:
+        raise ValueError(f"{name} cannot be fetched; by hand: {BY_HAND[name]}; --data_dir=DIR "
+                         "names the folder that holds it")
     files = [RemoteFile(url.rpartition("/")[2], url, "published", size, digest)
              for url, size, digest in PUBLISHED[name]]
     folder = cache_root() / "datasets" / name
@@ -106,10 +104,8 @@ def read_jsonl(path: Path, needed: dict) -> list:
         row = parse_json(line, f"line {number} of {path}")
         for key, kind in needed.items():
             value = row.get(key) if isinstance(row, dict) else None
-            right = isinstance(value, kind)
-            if kind is list and right:
-                right = all(isinstance(text, str) for text in value)
-            if not right:
+            texts = value if kind is list and isinstance(value, list) else []
+            if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"line {number} of {path} has no {key} of the right type; "
                                  "use the file as published")
         rows.append(row)

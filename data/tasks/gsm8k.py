@@ -8,11 +8,10 @@ problem. `strict` and `flexible` are exactly the two rules of the harness.
 """
 
 import re
-from operator import itemgetter
 from pathlib import Path
 
 from data.tasks.files import read_jsonl
-from data.tasks.task import Task, one_text, turns
+from data.tasks.task import Task
 from data.text.answer import cut
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -38,11 +37,8 @@ class GSM8K(Task):
                          for number, row in enumerate(rows)]
         return problems
 
-    def prompt(self, problem: dict, shots: list, style: str):
-        """Messages for "chat", a text for "plain"."""
-        if style == "chat":
-            return turns(problem, shots, itemgetter("question"), itemgetter("answer"))
-        return one_text(problem, shots, self.question, itemgetter("answer"))
+    def chat_question(self, problem: dict) -> str:
+        return problem["question"]
 
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\nAnswer:"

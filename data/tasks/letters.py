@@ -8,7 +8,7 @@ which `find_letter` finds the letter.
 import re
 import string
 
-from data.tasks.task import Task, one_text, turns
+from data.tasks.task import Task
 from data.text.answer import cut
 
 ALPHABET = "ABCDEFGHIJ"
@@ -64,16 +64,6 @@ class Letters(Task):
         """The options, a line each."""
         return "\n".join(f"{letter}. {option}"
                          for letter, option in zip(ALPHABET, problem["options"]))
-
-    def prompt(self, problem: dict, shots: list, style: str):
-        """Messages for "chat", a text for "plain"; in both a letter is the answer."""
-        if style == "chat":
-            return turns(problem, shots, self.chat_question, self.reference)
-        return self.head(problem) + one_text(problem, shots, self.question, self.reference)
-
-    def head(self, problem: dict) -> str:
-        """The beginning of a plain prompt."""
-        return ""
 
     def chat_question(self, problem: dict) -> str:
         return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}\n\nAnswer:"

@@ -7,12 +7,11 @@ for "chat", in the text of lm-evaluation-harness (`minerva_math500`, version 3.1
 data/tasks/math/equal.py decides when two answers are equal.
 """
 
-from operator import itemgetter
 from pathlib import Path
 
 from data.tasks.files import read_jsonl
 from data.tasks.math.equal import equal, extract, grade
-from data.tasks.task import Task, one_text, turns
+from data.tasks.task import Task
 from data.text.answer import cut
 
 SHOTS = Path(__file__).with_name("minerva_shots.jsonl")
@@ -41,11 +40,8 @@ class Math500(Task):
         """The same four for every problem."""
         return read_jsonl(SHOTS, ROW)[:count]
 
-    def prompt(self, problem: dict, shots: list, style: str):
-        """Messages for "chat", a text for "plain"."""
-        if style == "chat":
-            return turns(problem, shots, itemgetter("problem"), itemgetter("solution"))
-        return one_text(problem, shots, self.question, self.worked)
+    def chat_question(self, problem: dict) -> str:
+        return problem["problem"]
 
     def question(self, problem: dict) -> str:
         return f"Problem:\n{problem['problem']}\n\nSolution:"

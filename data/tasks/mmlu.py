@@ -13,10 +13,15 @@ from pathlib import Path
 from data.system.disk import present
 from data.tasks.files import read_csv, read_jsonl
 from data.tasks.letters import Letters
-from data.tasks.task import of_split, one_text, turns
+from data.tasks.task import of_split
 from data.text.answer import cut
 
+HEAD = "The following are multiple choice questions (with answers) about"
 PRO_STRICT = re.compile(r"answer is \(?([A-J])\)?")
+
+
+def same_subject(problems: list, problem: dict) -> list:
+    return [one for one in problems if one["subject"] == problem["subject"]]
 
 
 class MMLU(Letters):
@@ -39,19 +44,16 @@ class MMLU(Letters):
         return problems
 
     def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
-        """The first shots of the same subject."""
-        prefix = f"mmlu/dev/{problem['subject']}/"
-        return [one for one in problems if one["id"].startswith(prefix)][:count]
+        return same_subject(of_split(problems, "dev"), problem)[:count]
 
     def head(self, problem: dict) -> str:
-        subject = problem["subject"].replace("_", " ")
-        return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        return f"{HEAD} {problem['subject'].replace('_', ' ')}.\n\n"
 
     def question(self, problem: dict) -> str:
         return f"{problem['question']}\n{self.lines(problem)}\nAnswer:"
 
 
-class MMLUPro(Letters):
+class MMLUPro(MMLU):
     """Shots are the validation rows of the same category, or the category's last test rows."""
     name = "mmlu_pro"
     folder = "mmlu_pro"
@@ -68,14 +70,10 @@ class MMLUPro(Letters):
                 break
             # options without blanks, as the harness writes them
             problems += [{"id": f"mmlu_pro/{split}/{row['question_id']}", **row,
+                          "subject": row["category"],
                           "options": [option.strip() for option in row["options"]]}
                          for row in read_jsonl(path, needed)]
         return problems
-
-    def validation(self, problems: list, category: str) -> list:
-        """The rows from which the shots of a category are taken."""
-        same = [one for one in problems if one["category"] == category]
-        return of_split(same, "validation") or same[-5:]
 
     def note(self, problems: list) -> str | None:
         """A warning where the shots are not the published ones."""
@@ -84,21 +82,17 @@ class MMLUPro(Letters):
         return ("note: the validation rows are missing, so the shots are the last five test rows "
                 "of each category, which are not scored: not comparable with published numbers")
 
+    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
+        same = same_subject(problems, problem)
+        return (of_split(same, "validation") or same[-5:])[:count]
+
     def scored(self, problems: list, shots: int, style: str) -> list:
         test = of_split(problems, "test")
         if self.note(problems) is None:
             return test
-        categories = {one["category"] for one in test}
-        taken = {one["id"] for category in categories
-                 for one in self.validation(problems, category)}
+        categories = {one["subject"]: one for one in test}
+        taken = {shot["id"] for one in categories.values() for shot in same_subject(test, one)[-5:]}
         return [one for one in test if one["id"] not in taken]
-
-    def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
-        return self.validation(problems, problem["category"])[:count]
-
-    def head(self, problem: dict) -> str:
-        return ("The following are multiple choice questions (with answers) about "
-                f"{problem['category']}.\n\n")
 
     def chat_question(self, problem: dict) -> str:
         return f"Question:\n{problem['question']}\nChoices:\n{self.lines(problem)}"
@@ -120,16 +114,14 @@ class MMLUProSteps(MMLUPro):
     stops = {"chat": ("Question:",), "plain": ("Question:",)}
 
     def prompt(self, problem: dict, shots: list, style: str):
-        """The same words in both styles: turns for "chat", a text for "plain"."""
-        head = self.head(problem)
-        if style == "plain":
-            return head + one_text(problem, shots, self.question, self.worked)
-        messages = turns(problem, shots, self.question, self.worked)
-        return [{"role": "system", "content": head.strip()}, *messages]
+        """The same words in both styles; in turns the system says the first of them."""
+        prompt = super().prompt(problem, shots, style)
+        if style == "chat":
+            prompt.insert(0, {"role": "system", "content": self.head(problem).strip()})
+        return prompt
 
     def head(self, problem: dict) -> str:
-        return ("The following are multiple choice questions (with answers) about "
-                f"{problem['category']}. Think step by step and then finish your answer with "
+        return (f"{HEAD} {problem['subject']}. Think step by step and then finish your answer with "
                 '"the answer is (X)" where X is the correct letter choice.\n')
 
     def question(self, problem: dict) -> str:
@@ -139,3 +131,5 @@ class MMLUProSteps(MMLUPro):
         """The published reasoning without its first words, which end the question."""
         text = shot.get("cot_content") or f"The answer is ({shot['answer']})."
         return text.removeprefix("A: Let's think step by step.").strip()
+
+    chat_question, chat_answer = question, worked

@@ -24,7 +24,7 @@ class Question:
 
 
 @dataclass
-class Asked:
+class Prompts:
     """All questions of a benchmark; `about` is the common part of its records."""
     problems: list         # all that were loaded, shots among them
     questions: list
@@ -33,32 +33,46 @@ class Asked:
     about: dict
 
 
-def ask_all(task, tokenizer, args, max_positions: int) -> Asked:
-    """Read a benchmark's files and write its prompts. Raises ValueError where there are none."""
-    folder = find_folder(task.folder, args.data_dir)
+def write_prompts(task, tokenizer, max_positions: int, data_dir: str | None, style: str | None,
+                  shots: int | None, max_new_tokens: int | None, limit: int | None,
+                  show: int) -> Prompts:
+    """Read a benchmark's files and write its prompts; None: the default of the task.
+
+    limit, show     number of problems, and of prompts to print, the first ones
+    Raises ValueError where there is no problem, or no room for a prompt.
+    """
+    folder = find_folder(task.folder, data_dir)
     problems = task.load(folder)
-    style = choose_style(args.style, tokenizer)
-    shots = task.shots[style] if args.shots is None else args.shots
-    tokens = args.max_new_tokens or task.max_new_tokens
+    style = choose_style(style, tokenizer)
+    shots = task.shots[style] if shots is None else shots
+    tokens = max_new_tokens or task.max_new_tokens
     # the last token of an answer is not read
     room = max_positions - tokens + 1
     if room < 1:
         raise ValueError(f"--max_new_tokens {tokens} leaves no room for a prompt; this model has "
                          f"{max_positions} positions")
-    scored = task.scored(problems, shots, style)[:args.limit]
+    scored = task.scored(problems, shots, style)[:limit]
     if not scored:
         raise ValueError(f"{folder} has no problem to score; use the files as published")
     questions = []
     for problem in tqdm(scored, disable=None, desc="prompts"):
         examples = task.examples(problems, problem, shots, style)
-        questions.append(write_prompt(task, problem, examples, tokenizer, style, room))
-    for question in questions[:args.show_prompts]:
+        for count in range(len(examples), -1, -1):
+            ids, text = encode(task.prompt(problem, examples[:count], style), tokenizer)
+            if len(ids) <= room:
+                break
+        # equal in two records if their prompts are
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        facts = {"id": problem["id"], **task.short(problem), "prompt": digest,
+                 "prompt_tokens": len(ids), "fewer_shots": count < len(examples),
+                 "shortened": len(ids) > room}
+        questions.append(Question(problem, ids[-room:], text, facts))
+    for question in questions[:show]:
         print(f"--- {question.problem['id']}\n{question.text}\n---")
-    note = task.note(problems)
-    if note:
+    if note := task.note(problems):
         print(note, file=sys.stderr)
     about = {"benchmark": task.name, "style": style, "shots": shots, "max_new_tokens": tokens}
-    return Asked(problems, questions, style, tokens, about)
+    return Prompts(problems, questions, style, tokens, about)
 
 
 def choose_style(style: str | None, tokenizer) -> str:
@@ -80,31 +94,16 @@ def choose_style(style: str | None, tokenizer) -> str:
     return "plain" if name == "plain" else "chat"
 
 
-def write_prompt(task, problem: dict, shots: list, tokenizer, style: str, room: int) -> Question:
-    """The prompt of a problem with as many of the shots as fit into `room` tokens."""
-    for count in range(len(shots), -1, -1):
-        ids, text = encode(task.prompt(problem, shots[:count], style), tokenizer)
-        if len(ids) <= room:
-            break
-    # equal in two records if their prompts are
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    facts = {"id": problem["id"], **task.short(problem), "prompt": digest,
-             "prompt_tokens": len(ids), "fewer_shots": count < len(shots),
-             "shortened": len(ids) > room}
-    return Question(problem, ids[-room:], text, facts)
-
-
 def encode(prompt, tokenizer) -> tuple:
     """(ids, text) of a plain text, or of messages in the model's own format."""
     if isinstance(prompt, str):
         return tokenizer.encode_start(prompt), prompt
     _, render = resolve_style("auto", tokenizer)
-    if prompt[-1]["role"] == "assistant":
-        # the model continues this turn
-        begun = Piece(prompt[-1]["content"], response=True)
-        pieces = [*render(check_messages(prompt[:-1]), True), begun]
-    else:
-        pieces = render(check_messages(prompt), True)
+    # the model continues a last turn of the assistant
+    begun = [Piece(turn["content"], response=True)
+             for turn in prompt[-1:] if turn["role"] == "assistant"]
+    turns = prompt[:-1] if begun else prompt
+    pieces = [*render(check_messages(turns), True), *begun]
     ids, _ = encode_pieces(pieces, tokenizer)
     return ids, "".join(piece.text for piece in pieces)
 

@@ -34,7 +34,7 @@ def run(program: str, seconds: float = 3.0) -> str:
     nonce = secrets.token_hex(16).encode()
     source = program.encode("utf-8", "surrogatepass")
 
-    # a program may leave files that cannot be deleted: that is no error of ours
+    # a program may leave files that cannot be deleted, which is not its error
     with tempfile.TemporaryDirectory(prefix="nanol2d-run-", ignore_cleanup_errors=True) as folder:
         deadline = time.monotonic() + seconds + START
         child = start(folder, seconds)
@@ -42,10 +42,10 @@ def run(program: str, seconds: float = 3.0) -> str:
         killer.daemon = True
         killer.start()
         try:
-            # it may be dead before it has read all
+            # the child may end before it has read everything
             with contextlib.suppress(OSError), child.stdin:
                 child.stdin.write(len(source).to_bytes(8, "big") + source + nonce)
-            # until it replies, dies or is killed
+            # until it replies, ends or is killed
             reply = child.stdout.read1(LONGEST_REPLY)
         finally:
             # Also after Ctrl-C. The order matters: after `wait` the number of the process may
@@ -78,8 +78,8 @@ def run_all(programs: list, seconds: float = 3.0) -> list:
 
 def start(folder: str, seconds: float):
     """The child, in a process group of its own, which can be killed as one."""
-    # None of our variables, which may hold passwords. Numerical libraries would reserve memory for
-    # a thread on each processor, more than the limit.
+    # No other variables: they may hold passwords. Numerical libraries would reserve memory for a
+    # thread on each processor, more than the limit.
     variables = {"TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if os.name == "nt":
         # without it Windows finds no random numbers, and Python does not start

@@ -11,6 +11,7 @@ either sign.
 """
 
 import hashlib
+from itertools import product
 from pathlib import Path
 
 from data.tasks.gsm8k import GSM8K, last_number, same
@@ -49,7 +50,7 @@ class Sums(GSM8K):
 
 
 def of_all_kinds(split: str) -> list:
-    """The problems of "test" or "train", the kinds mixed, so that the first of them are of all."""
+    """The problems of "test" or "train", mixed, so that the first of them are of all kinds."""
     problems = []
     for kind in KINDS:
         some = sorted(of_kind(kind, split), key=lambda problem: checksum(problem["id"]))
@@ -62,23 +63,19 @@ def of_kind(kind: str, split: str) -> list:
     """Every problem of a kind in a split, both orders of two numbers."""
     sign, smaller, larger = KINDS[kind]
     problems = []
-    for a in smaller:
-        for b in larger:
-            # each pair once, as a <= b
-            if a > b or split_of(a, b) != split:
-                continue
-            # both orders, or one if the numbers are equal
-            for x, y in {(a, b), (b, a)}:
-                problems.append({
-                    "id": f"sums/{split}/{kind}/{x}{sign}{y}",
-                    "question": WORDS.format(x, sign, y),
-                    "answer": str(x + y if sign == "+" else x * y)})
+    for a, b in product(smaller, larger):
+        # two numbers have one split under every sign: a third of the pairs is "test"
+        its_split = "test" if checksum(f"{a} {b}") % 3 == 0 else "train"
+        # each pair once, as a <= b
+        if a > b or its_split != split:
+            continue
+        # both orders, or one if the numbers are equal
+        for x, y in {(a, b), (b, a)}:
+            problems.append({
+                "id": f"sums/{split}/{kind}/{x}{sign}{y}",
+                "question": WORDS.format(x, sign, y),
+                "answer": str(x + y if sign == "+" else x * y)})
     return problems
-
-
-def split_of(a: int, b: int) -> str:
-    """The split of two numbers, in any order and under any sign: a third of the pairs is "test"."""
-    return "test" if checksum(f"{min(a, b)} {max(a, b)}") % 3 == 0 else "train"
 
 
 def checksum(text: str) -> int:

@@ -7,10 +7,9 @@
     stops              style -> texts that end an answer
     load               the rows of its files as problems, each with an id
     scored, examples   the problems to score, and the shots of one
-    prompt             messages for "chat", a text for "plain"
-    solution           the key of a problem's reference solution
+    question           a problem's question in a plain prompt; chat_question: as a turn
     grade              {"strict": bool, "flexible": bool, ...} of an answer
-    extract, equal     the answer in a text, and whether two are equal, for a vote
+    extract            the answer in a text, for a vote; None without any
 """
 
 
@@ -19,30 +18,10 @@ def of_split(problems: list, split: str) -> list:
     return [problem for problem in problems if f"/{split}/" in problem["id"]]
 
 
-def turns(problem: dict, shots: list, question, answer) -> list:
-    """Messages: every shot a question and its answer, then the problem's question.
-
-    question, answer   functions of a problem or shot that return a text
-    """
-    messages = []
-    for shot in shots:
-        messages += [{"role": "user", "content": question(shot)},
-                     {"role": "assistant", "content": answer(shot)}]
-    return [*messages, {"role": "user", "content": question(problem)}]
-
-
-def one_text(problem: dict, shots: list, question, answer) -> str:
-    """The same as one text, a blank line between the shots."""
-    solved = [f"{question(shot)} {answer(shot)}\n\n" for shot in shots]
-    return "".join(solved) + question(problem)
-
-
 class Task:
-    """The common part of most benchmarks."""
-    solution = "answer"
-
-    def reference(self, problem: dict) -> str:
-        return problem[self.solution]
+    """The common part of the benchmarks."""
+    solution = "answer"     # key of a problem's reference solution
+    between = " "           # the text between a question and its answer in a plain prompt
 
     def scored(self, problems: list, shots: int, style: str) -> list:
         return of_split(problems, "test")
@@ -54,6 +33,32 @@ class Task:
     def note(self, problems: list) -> str | None:
         """A warning that belongs to every result; mostly none."""
         return None
+
+    # --- prompts: every shot a question and its answer, then the problem's question ---------------
+
+    def prompt(self, problem: dict, shots: list, style: str):
+        """Messages for "chat", a text for "plain", with a blank line between the shots."""
+        if style == "plain":
+            solved = [f"{self.question(shot)}{self.between}{self.worked(shot)}\n\n"
+                      for shot in shots]
+            return self.head(problem) + "".join(solved) + self.question(problem)
+        messages = []
+        for shot in shots:
+            messages += [{"role": "user", "content": self.chat_question(shot)},
+                         {"role": "assistant", "content": self.chat_answer(shot)}]
+        return [*messages, {"role": "user", "content": self.chat_question(problem)}]
+
+    def head(self, problem: dict) -> str:
+        """The beginning of a plain prompt."""
+        return ""
+
+    def reference(self, problem: dict) -> str:
+        return problem[self.solution]
+
+    # the answer of a shot in either style; most tasks give the reference solution
+    worked = chat_answer = reference
+
+    # --- grading ----------------------------------------------------------------------------------
 
     def short(self, problem: dict) -> dict:
         """The part of a problem that its records keep, so that they can be graded without files."""
@@ -68,4 +73,5 @@ class Task:
         return True
 
     def equal(self, a: str, b: str) -> bool:
+        """Are two extracted answers equal, for a vote?"""
         return a == b
