@@ -216,6 +216,8 @@ def same(a: str, b: str) -> bool:
         return same_equation(parts, others)
     if kind == "value":
         return same_number(parts[0], others[0])
+    if kind == "base":
+        return parts == others
     return all(map(same, parts, others))
 
 

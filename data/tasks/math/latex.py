@@ -19,41 +19,47 @@ ENDS = " \t\n.,;:"      # without meaning at the end of an answer
 SYMBOLS = str.maketrans({
     "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^\circ ",
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/",
-    "±": r"\pm ", "∈": r"\in ", "≈": r"\approx ",
+    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "≈": r"\approx ",
     "²": "^2", "³": "^3", "½": r"\frac12", "’": "'", "¢": "", "\u00a0": " ", "\u2009": " ",
 })
-# Commands that have a shorter form, or none: they change only how a formula looks.
-SHORT = {
-    "≤": "leqslant leq le", "≥": "geqslant geq ge", "<": "lt", ">": "gt", "∪": "cup",
-    "|": "lvert rvert", "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace",
-    r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", " ": "quad qquad",
-    "": "boxed fbox displaystyle textstyle limits bf rm it mathbf mathit mathsf mathbb boldsymbol "
-        "underline",
-}
-COMMANDS = {name: short for short, names in SHORT.items() for name in names.split()}
-COMMAND = re.compile(r"\\([A-Za-z]+)")
-# Regular expression -> replacement, in this order.
+# Regular expression -> replacement, in this order. \b after a command would let \leq pass for \le.
 REPLACEMENTS = [
     # spaces and brackets
+    (r"\s+", " "),
+    # from here on a line break ends the row of a matrix, so that "\\ -1" is no space before -1
+    (r"\\\\(?:\[[^\]]*\])?", "\n"),
     (r"\*\*(?=[^\d(]|$)|^\*\*", ""),
+    (r"\\(?:boxed|fbox|displaystyle|textstyle|limits|bf|rm|it)(?![A-Za-z])", ""),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
     # thousands: 20,\!160 and 20{,}160 and 20\,160; a bare comma has its own rule
     (r"(?<=\d)(?:,? ?\\[!,] ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
+    (r"\{\.\}", "."),
     # text is kept between quotes, since units and words must not be read as products
     (r"\\(?:mathrm|operatorname)\*?\s*\{\s*([ei]|[a-z]*(?:sin|cos|tan|log|ln))\s*\}", r"\\\1 "),
     (r"\\(?:text|textbf|textit|textrm|textsf|mbox|hbox|emph|mathrm)\s*\{([^{}]*)\}", r'"\1"'),
-    (r"\\operatorname\s*(?=\{)", ""),
-    (r"\\[,;:! ]|~", " "),
+    (r"\\(?:mathbf|mathit|mathsf|mathbb|boldsymbol|underline|operatorname)\s*(?=\{)", ""),
+    (r"\\[,;:! ]|~|\\q?quad(?![A-Za-z])", " "),
     # a unit such as m/s, the name of a base or of a variable
-    (r'\\frac\s*\{\s*"[^"]*"\s*\}\s*\{\s*"[^"]*"\s*\}', '""'),
+    (r'\\[dt]?frac\s*\{\s*"[^"]*"\s*\}\s*\{\s*"[^"]*"\s*\}', '""'),
     (r'_\s*\{?\s*"(\w+)"\s*\}?', r"_{\1}"),
     (r'\\%| percent(?![a-z])|"\s*percent\s*"', "%"),
     (r"\\?\$", ""),
     (r'"\s*(?:and|or)\s*"|(?<![A-Za-z])(?:and|or)(?![A-Za-z])', ","),
-    # one sign for each thing
-    ("<=", "≤"),
-    (">=", "≥"),
-    (r"(?<=[)\]]) U (?=[(\[])", "∪"),
+    (r",(?:\s*,)+", ","),
+    # one command for each sign
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\[dt]binom", r"\\binom"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\(?:leqslant|leq|le)(?![A-Za-z])|<=", "≤"),
+    (r"\\(?:geqslant|geq|ge)(?![A-Za-z])|>=", "≥"),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\cup(?![A-Za-z])|(?<=[)\]]) U (?=[(\[])", "∪"),
+    (r"\\[lr]vert(?![A-Za-z])", "|"),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+    (r"\\lbrace(?![A-Za-z])", r"\\{"),
+    (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
     # the exact answer precedes the approximate one
     (r"\(? ?\\approx(?![A-Za-z]).*", ""),
@@ -76,10 +82,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:[, ]\d{3})+(?!,?\d)")
 @lru_cache(maxsize=4000)
 def clean(text: str) -> str:
     """An answer in one notation for each thing; text and units are between quotes."""
-    text = " ".join(text.translate(SYMBOLS).split())
-    # from here on a line break ends the row of a matrix, so that "\\ -1" is no space before -1
-    text = re.sub(r"\\\\(?:\[[^\]]*\])?", "\n", text)
-    text = COMMAND.sub(lambda found: COMMANDS.get(found[1], found[0]), text)
+    text = text.translate(SYMBOLS)
     for old, new in CLEAN:
         text = old.sub(new, text)
     # a degree sign is a unit, but inside of a function it is a number
@@ -155,7 +158,7 @@ MATRIX = re.compile(
 MEMBER = re.compile(r"[^\s\\{}]{1,10}\s*\\in(?![A-Za-z])")
 BUILDER = re.compile(r"[A-Za-z]\s*(?:\\mid(?![A-Za-z])|\||:)(.*)", re.DOTALL)
 BASE = re.compile(r"\(?([\dA-F]+)\)?\s*_\s*\{?\s*(\w+)\s*\}?")
-PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])|\\mp(?![A-Za-z])")
 # a list of only such parts is a union: x < 2 or x > 3; (-∞, 2) or (3, ∞)
 UNITED = re.compile(r"[<>≤≥]|\\infty|^\[|\]$")
 COMPARED = re.compile(r"([<>≤≥])")
@@ -193,9 +196,14 @@ def inside(text: str, opening: str, ending: str) -> str | None:
 
 
 def written_out(text: str) -> list:
-    """1 ± x as two texts, 1 ± x ± y as four."""
-    if not 0 < len(PLUS_MINUS.findall(text)) <= MOST_SIGNS:
+    """1 ± x as two texts; with ∓ all signs change together, else each on its own."""
+    signs = PLUS_MINUS.findall(text)
+    if not signs or len(signs) > MOST_SIGNS:
         return [text]
+    if len(set(signs)) == 2:
+        upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
+        lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
+        return [upper, lower]
     texts = []
     for sign in "+-":
         texts += written_out(PLUS_MINUS.sub(sign, text, count=1))
@@ -240,6 +248,8 @@ def shape(text: str) -> tuple:
         parts = split(content, ",;")
         if len(parts) > 1:
             return text[0] + text[-1], parts
+        if not is_words(text):
+            return shape(content)
 
     # neither a matrix nor in brackets
     sides = COMPARED.split(text)

@@ -23,7 +23,8 @@ ZERO = 1e-14            # absolute: in floating point sin π is not quite 0
 LONGEST = 2000          # characters
 DEEPEST = 40            # brackets inside brackets
 BITS = 8000             # of a numerator or denominator
-LARGEST = 300           # factorial, binomial coefficient, index of a root
+LARGEST_FACTORIAL = 300
+LARGEST_ROOT = 64
 # Errors while parsing. Callers need no details: the text has no value.
 UNREADABLE = (ValueError, ArithmeticError, RecursionError)
 
@@ -66,10 +67,10 @@ def bounded(value):
     return value
 
 
-def whole(value) -> int:
-    """An integer in [0, LARGEST]; ValueError for any other value."""
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= LARGEST:
-        raise ValueError(f"{value} is no integer in [0, {LARGEST}]")
+def whole(value, most: int) -> int:
+    """An integer in [0, most]; ValueError for any other value."""
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= most:
+        raise ValueError(f"{value} is no integer in [0, {most}]")
     return int(value)
 
 
@@ -80,8 +81,12 @@ def whole_root(number: int, index: int) -> int | None:
     return nearest if nearest ** index == number else None
 
 
-def root(value: Fraction, index: int):
+def root(value, index: int):
     """The real root where there is one, else the principal one; exact where that is rational."""
+    if not 1 <= index <= LARGEST_ROOT:
+        raise ValueError(f"root {index}; allowed: 1 to {LARGEST_ROOT}")
+    if not isinstance(value, Fraction):
+        return value ** (1 / index)
     # the usual cube root of -8 is -2, the principal one is complex
     if value < 0 and index % 2:
         return -root(-value, index)
@@ -94,7 +99,7 @@ def root(value: Fraction, index: int):
 
 
 def power(base, exponent):
-    """base^exponent, exact where the result is rational; ValueError beyond BITS bits."""
+    """base^exponent: exact for rational numbers if the result is one and has at most BITS bits."""
     if not isinstance(exponent, Fraction) or not isinstance(base, Fraction):
         return complex(base) ** complex(exponent)
     if exponent.denominator > 1:
@@ -190,11 +195,11 @@ class Parser:
         value = self.primary()
         while mark := self.take(r"[!%]"):
             if mark == "!":
-                value = Fraction(math.factorial(whole(value)))
+                value = Fraction(math.factorial(whole(value, LARGEST_FACTORIAL)))
             else:
                 value = value / 100
         if self.take(r"\^"):
-            return power(value, self.argument())
+            return bounded(power(value, self.argument()))
         return value
 
     def primary(self):
@@ -210,12 +215,16 @@ class Parser:
             value = abs(self.expression())
             self.bars -= 1
             self.need(r"\|")
-            return value
+            return value if isinstance(value, Fraction) else complex(value)
         return self.named()
 
     def group(self, ending: str):
         """An expression and the bracket behind it."""
+        # inside the brackets a bar opens again
+        bars = self.bars
+        self.bars = 0
         value = self.expression()
+        self.bars = bars
         self.need(ending)
         return value
 
@@ -257,11 +266,11 @@ class Parser:
             # without braces \frac12 is one half
             return bounded(self.argument(r"\d") / self.argument(r"\d"))
         if name == "binom":
-            n, k = (whole(self.argument(r"\d")) for _ in range(2))
+            n, k = (whole(self.argument(r"\d"), LARGEST_FACTORIAL) for _ in range(2))
             return Fraction(math.comb(n, k))
         if name == "sqrt":
-            index = whole(self.group(r"\]")) if self.take(r"\[") else 2
-            return power(self.argument(), Fraction(1, index))
+            index = whole(self.group(r"\]"), LARGEST_ROOT) if self.take(r"\[") else 2
+            return root(self.argument(), index)
         if name in FUNCTIONS:
             return self.function(name)
         subscript = self.take(SUBSCRIPT)
