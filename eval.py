@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.checkpoints.weights import fingerprint
 from data.flags.eval import check_flags, eval_flags, fill_defaults
 from data.parts.draws import RowDraws
-from data.results.figures import import_pyplot, plot_accuracy
+from data.results.figures import new_figure, plot_accuracy
 from data.results.flops import flops_per_token
 from data.results.records import Records, provenance, regrade
 from data.results.scores import parse_search, print_scores, read_letters, rows
@@ -428,7 +428,7 @@ def check(args, task, given: dict):
     # hours of work must not end with a missing package, or at a disk that takes nothing
     outputs = [Path(args.out)]
     if args.plot:
-        import_pyplot()
+        new_figure()
         outputs.append(outputs[0].with_suffix(".png"))
     for path in outputs:
         check_absent(path, args.overwrite)
