@@ -445,7 +445,7 @@ def main(argv=None):
         return regrade(Path(args.regrade), Path(args.out), grader, args.overwrite)
     task = TASKS[args.task]
     given = given_flags(build_parser(), argv)
-    fill_defaults(args, given)
+    fill_defaults(args)
     check(args, task, given)
 
     def columns_of(solvers: list) -> list:

@@ -41,16 +41,15 @@ class LoRA(nn.Module):
         correction = self.scale * (self.A @ self.B).T
         return weight + correction.to(weight.dtype)
 
-    def merge(self, on: bool = True):
-        """One product instead of three, for a copy of W; the frozen matrix stays as it is."""
-        self.merged = self.sum() if on else None
-
 
 def merge_lora(module: nn.Module, on: bool):
-    """Merge every LoRA in a module into a copy of its matrix, or undo that."""
+    """Merge every LoRA in a module into a copy of its matrix, or undo that.
+
+    One product instead of three, for the memory of the copy.
+    """
     for inside in module.modules():
         if isinstance(inside, LoRA):
-            inside.merge(on)
+            inside.merged = inside.sum() if on else None
 
 
 def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
