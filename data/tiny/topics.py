@@ -209,43 +209,33 @@ def arithmetic_fact(rng) -> str:
 def word_fact(rng) -> str:
     """A word before and after an operation: sort kqp: kpq."""
     name = rng.choice(list(OPERATIONS))
-    # other lengths too, not only the 4 and 6 of the problems: the operation is to be learned
-    length = rng.randint(3, 6)
-    word = "".join(rng.sample(LETTERS, length))
-    result = "".join(OPERATIONS[name](word))
-    return f"{name} {word}: {result}"
+    # not only the lengths of the problems, 4 and 6: the operation is to be learned
+    word = "".join(rng.sample(LETTERS, rng.randint(3, 6)))
+    return f"{name} {word}: {''.join(OPERATIONS[name](word))}"
 
 
 def step_fact(rng) -> str:
     """One step on a map, the question of all chains of one hop: ab ch bc hh;c h."""
     chains, pairs = small_map(rng)
     place = rng.choice(rng.choice(chains))
-    return f"{pairs};{place}{following(chains, place)}"
+    return f"{pairs};{place}{dict(pairs.split())[place]}"
 
 
 def steps_fact(rng) -> str:
     """Several single steps on one map, from anywhere to anywhere: ab ch bc hh,ch,hh,ab."""
     chains, pairs = small_map(rng)
-    text = pairs
-    for place in rng.sample(sum(chains, []), 4):
-        text += f",{place}{following(chains, place)}"
-    return text
+    # "ab" leads from a to b
+    following = dict(pairs.split())
+    steps = [place + following[place] for place in rng.sample(sum(chains, []), 4)]
+    return ",".join([pairs, *steps])
 
 
 def small_map(rng) -> tuple:
     """(chains, text) of a map that need not have all places: few are easier to learn from."""
     count = rng.randint(4, len(PLACES))
     places = rng.sample(PLACES, count)
-    cuts = sorted(rng.sample(range(1, count), CHAINS - 1))
-    chains = cut_chains(places, cuts)
+    chains = cut_chains(places, sorted(rng.sample(range(1, count), CHAINS - 1)))
     return chains, draw_map(rng, chains)
-
-
-def following(chains: list, place: str) -> str:
-    """Where one step leads; from an end to itself."""
-    for chain in chains:
-        if place in chain:
-            return (chain + chain[-1:])[chain.index(place) + 1]
 
 
 # A map is five times as long as a sum: about half of the tokens tell of maps.
@@ -319,8 +309,7 @@ def main():
         for level in levels:
             for index in range(2):
                 problem = make_problem("train", index, topic=topic, level=level)
-                start = f"{topic:9} {level}  {problem.label:9}"
-                print(f"{start} {problem.prompt:46} {problem.response}")
+                print(f"{topic:9} {level}  {problem.label:9} {problem.prompt:46} {problem.response}")
     rng = random.Random(0)
     for _ in range(12):
         print(make_document(rng))
