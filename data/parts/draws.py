@@ -1,7 +1,7 @@
 """Random times, noise, tokens and class ids, from explicit generators on the CPU, one a row.
 
-So a seed means the same everywhere: what is drawn for a row depends neither on its batch, nor on
-the process that reads it, nor on earlier draws. diffusion.py trains with the times and the noise;
+So a seed means the same everywhere: the numbers of a row depend neither on its batch, nor on the
+process that reads it, nor on earlier draws. diffusion.py trains with the times and the noise;
 sample.py chooses with the tokens.
 """
 

@@ -1,7 +1,7 @@
 """Arithmetic per token, counted from shapes: a multiply-add is two operations. eval.py prints it.
 
-Table look-ups and values computed once are not counted; each docstring says what is. `lm` is an LM
-of model.py, `model` an LM or an L2D of diffusion.py, `settings` the Settings of sample.py.
+Table look-ups and values computed once are not counted. `lm` is an LM of model.py, `model` an LM or
+an L2D of diffusion.py, `settings` the Settings of sample.py.
 """
 
 

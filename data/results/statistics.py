@@ -31,14 +31,10 @@ def wilson(right: int, n: int) -> tuple:
     return (middle - half) / whole, (middle + half) / whole
 
 
-def ranks(values) -> list:
+def ranks(values: list) -> list:
     """Ranks from 1, the smallest; equal values share the mean of their ranks."""
-    found = []
-    for value in values:
-        below = sum(other < value for other in values)
-        equal = sum(other == value for other in values)
-        found.append(below + (equal + 1) / 2)
-    return found
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2
+            for value in values]
 
 
 def rank_correlation(x, y) -> float | None:

@@ -1,8 +1,8 @@
 """The embedded data: three topics with exact answers, all text, made from a seed.
 
-The *base* model reads `Documents`: single facts (products, sums, words turned around, one step on a
-map) and very few composed problems. The *diffusion path* is finetuned on `Problems`, which ask to
-put the pieces together:
+The *base* model reads `Documents`: single facts (products, sums, one operation on a word, one step
+on a map) and very few composed problems. The *diffusion path* is finetuned on `Problems`, which ask
+to put the pieces together:
 
     chains     ab ch bc hh;a     h                   from a to b, to c, to h, which ends: 3 hops
     math       (7*8)+15?         56+15=71 #### 71
@@ -98,7 +98,7 @@ def draw_map(rng, chains: list) -> str:
 # split, so it leaves out what may differ between two askings of one question.
 
 def chains_problem(rng, level: int):
-    """Where does one end who starts here? `level` hops away."""
+    """The end of the chain that a place is on, `level` hops away."""
     chains = make_map(rng, level + 1)
     place = chains[0][-1 - level]
     text = draw_map(rng, chains)
@@ -107,13 +107,10 @@ def chains_problem(rng, level: int):
     return key, "chains", f"{text};{place}", chains[0][-1]
 
 
-PRODUCTS = {1: 1, 2: 2, 3: 2}    # products in a problem of math, by level
-
-
 def math_problem(rng, level: int):
     """level 1: (a*b)±c, 2: (a*b)±(c*d), 3: (a*b)±(c*d)±e; no step falls below zero."""
     terms = []
-    for _ in range(PRODUCTS[level]):
+    for _ in range(1 if level == 1 else 2):
         a = rng.randint(2, 9)
         b = rng.randint(2, 9)
         terms.append((f"({a}*{b})", a * b))
@@ -138,12 +135,8 @@ def math_problem(rng, level: int):
     return prompt, "math", prompt, f"{'='.join(steps)} #### {total}"
 
 
-def rotated(word: str) -> str:
-    """abcd -> bcda"""
-    return word[1:] + word[:1]
-
-
-OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": rotated}
+# rotate: abcd -> bcda
+OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": lambda word: word[1:] + word[:1]}
 
 
 def strings_problem(rng, level: int):
@@ -238,7 +231,7 @@ def small_map(rng) -> tuple:
     return chains, draw_map(rng, chains)
 
 
-# A map is five times as long as a sum: about half of the tokens tell of maps.
+# a map is five times as long as a sum: about half of the tokens are of maps
 FACTS = (*[arithmetic_fact] * 6, *[word_fact] * 2, *[step_fact] * 2, *[steps_fact] * 2)
 
 

@@ -20,7 +20,7 @@ IGNORE = -100              # target of a position that does not count in the los
 
 @dataclass(frozen=True)
 class Targets:
-    """The N positions of a batch that count in the loss, and what is drawn for them."""
+    """The N positions of a batch that count in the loss, and the random numbers of each."""
     index: tuple                       # rows and columns, two tensors (N,)
     y: torch.Tensor                    # (N,) the right tokens
     class_ids: torch.Tensor | None     # (N,)
