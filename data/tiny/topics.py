@@ -301,8 +301,8 @@ def main():
     for topic, levels in LEVELS.items():
         for level in levels:
             for index in range(2):
-                problem = make_problem("train", index, topic=topic, level=level)
-                print(f"{topic:9} {level}  {problem.label:9} {problem.prompt:46} {problem.response}")
+                one = make_problem("train", index, topic=topic, level=level)
+                print(f"{topic:9} {level}  {one.label:9} {one.prompt:46} {one.response}")
     rng = random.Random(0)
     for _ in range(12):
         print(make_document(rng))
