@@ -18,7 +18,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     parser = flag_parser("eval.py", description)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    # what is measured
+    # the measurement
     add("--init_from", default="tiny",
         help="directory of a trained path or of a model, or tiny (default)")
     add("--base", help="directory of the path's frozen model, if it has moved since training")

@@ -17,7 +17,7 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
-# the path of the paper, and nothing beside it
+# the path of the paper
 PAPER = {"objective": "paper", "own_kv": False, "ema": 0.0, **REFINEMENT}
 
 # the embedded model is small and learns with large steps
@@ -34,7 +34,7 @@ PRESETS = {
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
-    # a base of our own from nothing
+    # a base of our own, from random weights
     "scratch": {
         "width": 64, "cond_dim": 128, "updates": 3600, "batch_size": 32, "accumulate": 1,
         "lr": 3e-3, "min_lr": 0.0, "warmup": 100, "weight_decay": 0.1,
@@ -98,7 +98,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="full copies of the matrices in the path, instead of LoRA")
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="distribution of the training times (default: uniform)")
-    add("--own_kv", "--own_reading", action=switch, help="keys and values of the path's own")
+    add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
     # objective
     add("--objective", choices=("paper", "refine", "both"),
         help="paper: random times; refine: the path's own steps; both: by turns")
@@ -217,7 +217,7 @@ def check(args, given: dict):
         raise ValueError(f"--method {args.method} needs a pretrained model; "
                          "allowed with --init_from=scratch: pretrain")
     l2d = args.method == "l2d"
-    # --report 0 is allowed everywhere: it switches nothing on
+    # --report 0 is allowed everywhere: it asks for no report
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
         (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "objective",
