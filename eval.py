@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.checkpoints.weights import fingerprint
 from data.flags.eval import check_flags, eval_flags, fill_defaults
 from data.parts.draws import RowDraws
-from data.results.figures import import_pyplot, plot_accuracy
+from data.results.figures import new_figure, plot_accuracy
 from data.results.flops import flops_per_token
 from data.results.records import Records, provenance, regrade
 from data.results.scores import parse_search, print_scores, read_letters, rows
@@ -431,7 +431,7 @@ def check(args, task, given: dict):
     # hours of work must not end with a missing package, or at a disk that takes nothing
     outputs = [Path(args.out)]
     if args.plot:
-        import_pyplot()
+        new_figure()
         outputs.append(outputs[0].with_suffix(".png"))
     for path in outputs:
         check_absent(path, args.overwrite)
@@ -448,7 +448,7 @@ def main(argv=None):
         return regrade(Path(args.regrade), Path(args.out), grader, args.overwrite)
     task = TASKS[args.task]
     given = given_flags(build_parser(), argv)
-    fill_defaults(args, given)
+    fill_defaults(args)
     check(args, task, given)
 
     def columns_of(solvers: list) -> list:

@@ -1,4 +1,4 @@
-"""The small files of data/: batches, answers and where they end, the log, tasks.
+"""The small files of data/: where answers end, the log, the embedded topics as a task.
 
 python -m pytest tests/test_data.py
 """
@@ -7,16 +7,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from data.checkpoints.hub import resolve
 from data.tasks import TASKS
-from data.text.answer import Answer, Stop
+from data.text.answer import Stop
 from data.text.tokenizer import load_tokenizer
 from data.training.log import Log
 
+TINY = TASKS["tiny"]
 
-# --- answers --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -27,8 +26,6 @@ def test_an_empty_stop_string_is_refused(tokenizer):
     with pytest.raises(ValueError, match="--stop is empty"):
         Stop.of(tokenizer, [""])
 
-
-# --- the log --------------------------------------------------------------------------------------
 
 def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys, monkeypatch):
     clock = SimpleNamespace(time=lambda: 0.0)
@@ -50,27 +47,22 @@ def test_the_log_tells_the_time_left_from_the_pace_of_this_run(tmp_path, capsys,
     assert "val  2.000" in capsys.readouterr().out
 
 
-# --- tasks ----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["tiny"])
-def test_a_task_grades_its_own_reference_as_right(name, tokenizer):
-    task = TASKS[name]
-    for group in task.groups:
-        problem = task.problem(group, 0)
-        ids, mask, *_ = task.reference(problem, tokenizer)
+def test_a_task_grades_its_own_reference_as_right(tokenizer):
+    for group in TINY.groups:
+        problem = TINY.problem(group, 0)
+        ids, mask, *_ = TINY.reference(problem, tokenizer)
         answer = [i for i, counted in zip(ids, mask) if counted]
         text = tokenizer.decode([i for i in answer if i not in tokenizer.stop_ids])
-        assert task.grade(problem, text, ended=True)
-        assert not task.grade(problem, text, ended=False)
-        assert not task.grade(problem, text + "x", ended=True)
-        prompt = task.prompt(problem, tokenizer)
+        assert TINY.grade(problem, text, ended=True)
+        assert not TINY.grade(problem, text, ended=False)
+        assert not TINY.grade(problem, text + "x", ended=True)
+        prompt = TINY.prompt(problem, tokenizer)
         assert list(ids[:len(prompt)]) == prompt
 
 
 def test_problems_of_different_splits_and_seeds_differ():
-    task = TASKS["tiny"]
-    group = task.groups[0]
-    keys = {task.key(task.problem(group, 0, seed, split))
+    group = TINY.groups[0]
+    keys = {TINY.key(TINY.problem(group, 0, seed, split))
             for seed in (0, 1) for split in ("val", "test")}
     assert len(keys) == 4
-    assert torch.tensor(task.class_id(task.problem(group, 0))) == 0
+    assert TINY.class_id(TINY.problem(group, 0)) == 0

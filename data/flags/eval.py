@@ -3,9 +3,10 @@
 import argparse
 
 from data.parts.draws import check_seed
-from data.system.command import add_model_flags, check_range, flag_parser, refuse_idle
+from data.system.command import (
+    add_model_flags, check_range, choices, flag_parser, refuse_idle)
 
-# Only the tables of the embedded topics know these, and only benchmarks those.
+# flags of the embedded topics alone, and of benchmarks alone
 TINY = ("topics", "problems", "guidance", "plot")
 BENCHMARK = ("data_dir", "limit", "shots", "style", "choices", "samples", "search",
              "max_new_tokens", "batch_size", "show_prompts", "allow_code_execution",
@@ -17,17 +18,17 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     parser = flag_parser("eval.py", description)
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    # what is measured
+    # the measurement
     add("--init_from", default="tiny",
         help="directory of a trained path or of a model, or tiny (default)")
     add("--base", help="directory of the path's frozen model, if it has moved since training")
     add("--task", default="tiny", choices=list(tasks), help="default: tiny")
     add("--regrade", metavar="IN.jsonl", help="records to grade again, without a model")
     # how tokens are found
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
+    add("--steps", type=int, nargs="+",
         help="intervals of the fixed solvers; 0, the frozen model, is always shown "
              "(default: 1 2 4 8 16, for benchmarks 8)")
-    add("--solvers", "--solver", nargs="+", default=["euler", "dopri5"], choices=list(solvers),
+    add("--solvers", "--solver", nargs="+", choices=list(solvers),
         help="ODE solvers (default: euler dopri5, for benchmarks euler)")
     add("--rtol", type=float, default=default.rtol,
         help="rtol and atol of dopri5 (default: %(default)s)")
@@ -39,7 +40,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     add("--draws", type=int,
         help="noises whose probabilities are averaged: for the calibration (default: 4), "
              "or for the letters of multiple choice (default: 8)")
-    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0],
+    add("--temperatures", type=float, nargs="+",
         help="temperatures for choosing the token; 0: greedy (default: 0 1, for benchmarks 0)")
     add("--seed", type=int, default=0, help="seed of problems and noise (default: 0)")
     # the embedded topics
@@ -81,19 +82,18 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     return parser
 
 
-def fill_defaults(args, given: dict):
+def fill_defaults(args):
     """Set the defaults that depend on the task."""
-    tiny = args.task == "tiny"
-    # benchmarks take hours: one column by default
-    for name, value in (("temperatures", [0.0]), ("steps", [8]), ("solvers", ["euler"])):
-        if not tiny and name not in given:
+    if args.task == "tiny":
+        defaults = {"steps": [1, 2, 4, 8, 16], "solvers": ["euler", "dopri5"],
+                    "temperatures": [0.0, 1.0], "stop_unchanged": 2, "draws": 4, "out": "eval.json"}
+    else:
+        # benchmarks take hours: one column
+        defaults = {"steps": [8], "solvers": ["euler"], "temperatures": [0.0],
+                    "stop_unchanged": 0, "draws": 8, "out": f"out-{args.task}"}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.stop_unchanged is None:
-        args.stop_unchanged = 2 if tiny else 0
-    if args.draws is None:
-        args.draws = 4 if tiny else 8
-    if args.out is None:
-        args.out = "eval.json" if tiny else f"out-{args.task}"
 
 
 def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
@@ -111,10 +111,9 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     # the frozen model is always shown
     check_range("--steps", min(args.steps), 1 if tiny else 0)
     check_seed(args.seed)
-    known = list(dict.fromkeys(group[0] for group in task.groups)) if tiny else []
-    for topic in args.topics or []:
-        if tiny and topic not in known:
-            raise ValueError(f"--topics {topic!r} is unknown; allowed: {', '.join(known)}")
+    if tiny:
+        for topic in args.topics or []:
+            choices(topic, dict(task.groups), "--topics")
     generated = task.kind != "letters" or args.choices == "generate"
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),

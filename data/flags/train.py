@@ -15,11 +15,9 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 
 # --- presets: a flag always wins over them --------------------------------------------------------
 
-OBJECTIVES = ("paper", "refine", "both")
-
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
-# the path of the paper, and nothing beside it
+# the path of the paper
 PAPER = {"objective": "paper", "own_kv": False, "ema": 0.0, **REFINEMENT}
 
 # the embedded model is small and learns with large steps
@@ -36,7 +34,7 @@ PRESETS = {
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
-    # a base of our own from nothing
+    # a base of our own, from random weights
     "scratch": {
         "width": 64, "cond_dim": 128, "updates": 3600, "batch_size": 32, "accumulate": 1,
         "lr": 3e-3, "min_lr": 0.0, "warmup": 100, "weight_decay": 0.1,
@@ -69,8 +67,7 @@ def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
 
 # --- flags ----------------------------------------------------------------------------------------
 
-METHODS = ("l2d", "pretrain", "lora", "full")
-# Flags that a resumed run cannot change.
+# flags that a resumed run cannot change
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
             "own_kv", "objective", "seed")
 
@@ -80,7 +77,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     # what
-    add("--method", default="l2d", choices=METHODS, help="weights to train (default: l2d)")
+    add("--method", default="l2d", choices=("l2d", "pretrain", "lora", "full"),
+        help="weights to train (default: l2d)")
     add("--init_from", default="tiny",
         help="model name, directory, `scratch` or `resume` (default: tiny)")
     add("--data", default="tiny",
@@ -100,9 +98,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="full copies of the matrices in the path, instead of LoRA")
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="distribution of the training times (default: uniform)")
-    add("--own_kv", "--own_reading", action=switch, help="keys and values of the path's own")
+    add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
     # objective
-    add("--objective", choices=OBJECTIVES,
+    add("--objective", choices=("paper", "refine", "both"),
         help="paper: random times; refine: the path's own steps; both: by turns")
     add("--unroll", type=int, help="most evaluations in a refined update")
     add("--backprop", type=int, help="number of evaluations, the last ones, with a gradient")
@@ -157,7 +155,10 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
     if resume:
         saved = read_state_meta(args.out_dir)["args"]
         check_saved(saved, args.out_dir)
-        check_unchanged(saved, given)
+        for name in OF_A_RUN:
+            if name in given and given[name] != saved.get(name):
+                raise ValueError(f"--{name} {given[name]} cannot be changed in a run that goes on "
+                                 f"(it has {saved.get(name)}); start anew with another --out_dir")
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
@@ -167,8 +168,7 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
         # None: not chosen; 0 is a choice
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check(args)
-    check_idle(args, given)
+    check(args, given)
     return args
 
 
@@ -195,16 +195,8 @@ def check_saved(saved: dict, out_dir):
                          f"({wrong[0]}); start anew with another --out_dir")
 
 
-def check_unchanged(saved: dict, given: dict):
-    """Raise ValueError for a flag that cannot change in a resumed run."""
-    for name in OF_A_RUN:
-        if name in given and given[name] != saved.get(name):
-            raise ValueError(f"--{name} {given[name]} cannot be changed in a run that goes on "
-                             f"(it has {saved.get(name)}); start anew with another --out_dir")
-
-
-def check(args):
-    """Refuse numbers out of range and methods that cannot work. Raises ValueError with one line."""
+def check(args, given: dict):
+    """Refuse what cannot work or would be ignored. Raises ValueError with one line."""
     at_least = {
         1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows",
             "unroll", "backprop"),
@@ -224,12 +216,8 @@ def check(args):
     if args.init_from == "scratch" and args.method != "pretrain":
         raise ValueError(f"--method {args.method} needs a pretrained model; "
                          "allowed with --init_from=scratch: pretrain")
-
-
-def check_idle(args, given: dict):
-    """Refuse what would otherwise be ignored. Raises ValueError with one line."""
     l2d = args.method == "l2d"
-    # --report 0 is allowed everywhere: it switches nothing on
+    # --report 0 is allowed everywhere: it asks for no report
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
         (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "objective",

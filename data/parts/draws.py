@@ -1,7 +1,7 @@
 """Random times, noise, tokens and class ids, from explicit generators on the CPU, one a row.
 
-So a seed means the same everywhere: what is drawn for a row depends neither on its batch, nor on
-the process that reads it, nor on earlier draws. diffusion.py trains with the times and the noise;
+So a seed means the same everywhere: the numbers of a row depend neither on its batch, nor on the
+process that reads it, nor on earlier draws. diffusion.py trains with the times and the noise;
 sample.py chooses with the tokens.
 """
 
@@ -54,9 +54,8 @@ def draw_times(draws: RowDraws, distribution: str) -> torch.Tensor:
     u = draws.uniform()
     if distribution == "uniform":
         return u
-    slope = torch.tan(math.pi / 2 * u)
     # t = 1 − 1/(tan(πu/2) + 1)
-    return 1 - 1 / (slope + 1)
+    return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
 
 def draw_schedule(draws: RowDraws, hops, most: int) -> torch.Tensor:
@@ -66,10 +65,7 @@ def draw_schedule(draws: RowDraws, hops, most: int) -> torch.Tensor:
     hops  (N,) labels: a position gets one evaluation fewer to three more; None: 1 to most
     """
     u = draws.uniform()
-    if hops is None:
-        count = 1 + (most * u).long()
-    else:
-        count = hops - 1 + (5 * u).long()
+    count = 1 + (most * u).long() if hops is None else hops - 1 + (5 * u).long()
     count = count.clamp(1, most)[:, None]
     # 1 − u: in (0, 1]
     last = 1 - draws.uniform(1)
@@ -88,8 +84,7 @@ def draw_tokens(p, generators):
     u = u.clamp_min(2 ** -25)
     cdf = p.cumsum(-1)                                                  # (n, T, V)
     # the sums end near 1, not at 1
-    whole = cdf[..., -1:]
-    tokens = torch.searchsorted(cdf, u * whole)
+    tokens = torch.searchsorted(cdf, u * cdf[..., -1:])
     return tokens.squeeze(-1).clamp_max(p.shape[-1] - 1)
 
 

@@ -18,12 +18,10 @@ class LoRA(nn.Module):
     def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
         super().__init__()
         device = frozen.weight.device
-        a = torch.randn(frozen.in_features, rank, device=device) / rank
-        b = torch.zeros(rank, frozen.out_features, device=device)
         self.frozen = frozen
         self.scale = alpha / rank
-        self.A = nn.Parameter(a)
-        self.B = nn.Parameter(b)
+        self.A = nn.Parameter(torch.randn(frozen.in_features, rank, device=device) / rank)
+        self.B = nn.Parameter(torch.zeros(rank, frozen.out_features, device=device))
         self.merged = None             # W + (α/r)·BA, while sampling
 
     def forward(self, x):
@@ -37,32 +35,29 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def sum(self):
         """W + (α/r)·BA, in the frozen matrix's own type."""
-        weight = self.frozen.weight
         correction = self.scale * (self.A @ self.B).T
-        return weight + correction.to(weight.dtype)
-
-    def merge(self, on: bool = True):
-        """One product instead of three, for a copy of W; the frozen matrix stays as it is."""
-        self.merged = self.sum() if on else None
+        return self.frozen.weight + correction.to(self.frozen.weight.dtype)
 
 
 def merge_lora(module: nn.Module, on: bool):
-    """Merge every LoRA in a module into a copy of its matrix, or undo that."""
+    """Merge every LoRA in a module into a copy of its matrix, or undo that.
+
+    One product instead of three, for the memory of the copy.
+    """
     for inside in module.modules():
         if isinstance(inside, LoRA):
-            inside.merge(on)
+            inside.merged = inside.sum() if on else None
 
 
 def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):
-    """A trainable stand-in for a frozen matrix: the matrix plus LoRA, or a full copy."""
+    """A trainable matrix in place of a frozen one: that one plus LoRA, or a full copy."""
     # GPT-2 has no gate
     if frozen is None:
         return None
     if rank is not None:
         return LoRA(frozen, rank, alpha)
-    bias = frozen.bias is not None
-    device = frozen.weight.device
-    copy = nn.Linear(frozen.in_features, frozen.out_features, bias=bias, device=device)
+    copy = nn.Linear(frozen.in_features, frozen.out_features, bias=frozen.bias is not None,
+                     device=frozen.weight.device)
     # the path starts as the frozen layer
     copy.load_state_dict(frozen.state_dict())
     return copy

@@ -46,7 +46,7 @@ class TimeTable:
             times = torch.full_like(classes, time, dtype=torch.float32)
             made = self.l2d.modulation(times, classes)
             if len(self.cached) >= MOST:
-                oldest = next(iter(self.cached))
-                del self.cached[oldest]
+                # the oldest
+                del self.cached[next(iter(self.cached))]
             self.cached[time] = torch.stack(made.blocks, dim=1), made.w_d
         return self.cached[time]

@@ -40,20 +40,13 @@ def rope_inv_freq(config: ModelConfig) -> torch.Tensor:
     # ω_i = θ^(−2i/D)
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     inv_freq = rope["rope_theta"] ** -exponents
-    if rope["rope_type"] == "llama3":
-        return slow_down(inv_freq, rope)
-    return inv_freq
-
-
-def slow_down(inv_freq, rope: dict):
-    """Llama 3 was first trained on short texts; pairs without a full turn there are slowed down."""
-    short = rope["original_max_position_embeddings"]
-    low = rope["low_freq_factor"]
-    high = rope["high_freq_factor"]
-    turns = short * inv_freq / (2 * math.pi)
-    keep = (turns - low) / (high - low)
+    if rope["rope_type"] != "llama3":
+        return inv_freq
+    # Llama 3 was first trained on short texts; pairs without a full turn there are slowed down
+    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     # 1: unchanged, 0: slowed down, between them a mixture
-    keep = keep.clamp(0, 1)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
     slow = inv_freq / rope["factor"]
     return keep * inv_freq + (1 - keep) * slow
 
@@ -125,19 +118,13 @@ def positions_and_mask(tokens: int, past: int, documents, device):
         return positions, mask[None, None]
     if isinstance(documents, Packed):
         return document_positions(documents.numbers, index), documents.borders
-    positions = document_positions(documents, index)
     same = documents[:, past:, None] == documents[:, None, :]           # (B, T, S)
-    mask = mask & same
-    return positions[:, past:], mask[:, None]
+    return document_positions(documents, index)[:, past:], (mask & same)[:, None]
 
 
 def document_positions(documents, index):
     """(B, S) of tokens at `index` (S,), counted from 0 in every document."""
-    # a token counts from the last place where the document changed
     starts = torch.zeros_like(documents)
-    after = documents[:, 1:]
-    before = documents[:, :-1]
-    starts[:, 1:] = after != before
-    places = index * starts
-    last_start = places.cummax(dim=1).values
-    return index - last_start
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    # a token counts from the last place where the document changed
+    return index - (index * starts).cummax(dim=1).values

@@ -16,10 +16,12 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
+from data.results.records import read_lines
 from data.results.statistics import mean, only, unique
-from data.system.command import command
+from data.system.command import choices, command
 from data.system.disk import appearing, check_absent, check_writable, decode, parse_json, read_json
 
 WIDTH = 81      # columns of a text picture
@@ -31,27 +33,21 @@ SHADES = (27, 33, 39, 49, 82, 190, 220, 208, 196)      # of a 256-colour termina
 def draw_points(points, low: float, high: float) -> str:
     """Numbers as one line of text: o for one in a column, 2 to 9 for several, + for more."""
     last = WIDTH - 1
-    counts = [0] * WIDTH
-    for point in points:
-        place = round((point - low) / (high - low) * last)
-        # a point outside is drawn at the border
-        place = min(last, max(0, place))
-        counts[place] += 1
+    places = (round((point - low) / (high - low) * last) for point in points)
+    # a point outside is drawn at the border
+    counts = Counter(min(last, max(0, place)) for place in places)
     marks = " o23456789+"
-    line = "".join(marks[min(count, 10)] for count in counts)
-    return line.rstrip()
+    return "".join(marks[min(counts[place], 10)] for place in range(WIDTH)).rstrip()
 
 
 def coloured(pieces, costs) -> str:
     """Tokens on a background from blue (low NFE) to red (high NFE), or followed by their NFE."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return " ".join(f"{piece!r}:{cost}" for piece, cost in zip(pieces, costs))
-    low = min(costs)
-    high = max(costs)
-    spread = max(1, high - low)
+    low, high = min(costs), max(costs)
     text = ""
     for piece, cost in zip(pieces, costs):
-        shade = SHADES[(len(SHADES) - 1) * (cost - low) // spread]
+        shade = SHADES[(len(SHADES) - 1) * (cost - low) // max(1, high - low)]
         text += f"\033[48;5;{shade}m\033[38;5;16m{piece}\033[0m"
     return f"{text}   NFE from {low} (blue) to {high} (red)"
 
@@ -78,22 +74,15 @@ def trace_text(answer, tokenizer, token: int) -> str:
 
 # --- matplotlib -----------------------------------------------------------------------------------
 
-def import_pyplot():
-    """matplotlib, which only pictures need. Raises ValueError where it is not installed."""
+def new_figure(width: float = 8, height: float = 4.5):
+    """An empty figure, in inches. Raises ValueError where matplotlib is not installed."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         raise ValueError("--plot needs matplotlib, which is not installed; "
                          "pip install matplotlib") from None
-    matplotlib.use("Agg")       # files only: neither a window nor a screen is needed
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def new_figure(width: float, height: float):
-    """An empty figure; width and height in inches."""
-    # not by plt.figure, which would hold it until it is closed
-    return import_pyplot().Figure(figsize=(width, height), layout="constrained")
+    # without pyplot: no window or screen is needed, and no figure stays in memory
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path: Path):
@@ -233,8 +222,7 @@ def draw_trace(figure, predictions: list):
 
 def read_log(path: Path) -> list:
     """The updates and validations in a log.jsonl. Raises ValueError where there is no update."""
-    lines = enumerate(decode(path.read_bytes(), path).split("\n"), 1)
-    entries = [parse_json(line, f"line {n} of {path}") for n, line in lines if line.strip()]
+    entries = read_lines(path)
     if not any("update" in entry and "loss" in entry for entry in entries):
         raise ValueError(f"{path} holds no update; make it with: python train.py")
     return entries
@@ -265,12 +253,13 @@ def draw_tenths(figure, entries: list):
     validations = [entry for entry in entries if "by_tenth" in entry]
     if not validations:
         raise ValueError("this log holds no loss by tenth of t; allowed: the log.jsonl of a path")
+    from matplotlib import colormaps
     axis = figure.subplots()
     middles = [(tenth + 0.5) / 10 for tenth in range(10)]
     for place, entry in enumerate(validations):
         # a tenth may be empty
         losses = [math.nan if loss is None else loss for loss in entry["by_tenth"]]
-        colour = import_pyplot().cm.viridis(place / len(validations))
+        colour = colormaps["viridis"](place / len(validations))
         axis.plot(middles, losses, "o-", color=colour, label=f"update {entry['update']}")
     axis.set(xlabel="t (0: noise, 1: token)", ylabel="validation loss", xlim=(0, 1))
     axis.legend(fontsize=8)
@@ -278,8 +267,9 @@ def draw_tenths(figure, entries: list):
 
 # --- the method -----------------------------------------------------------------------------------
 
-def draw_mask(figure, tokens=("the", "cat", "sat", "on", "the", "mat", ".")):
+def draw_mask(figure):
     """The keys that each noisy token attends to in training: frozen ones, before its position."""
+    tokens = ("the", "cat", "sat", "on", "the", "mat", ".")
     count = len(tokens) - 1
     axis = figure.subplots()
     attended = [[int(key <= query) for key in range(count)] + [0] * count
@@ -300,33 +290,20 @@ def draw_mask(figure, tokens=("the", "cat", "sat", "on", "the", "mat", ".")):
 
 # --- the command line -----------------------------------------------------------------------------
 
-# the file that a picture shows, and the command that makes the file
-FILES = {
-    "levels": ("eval.json", "python eval.py"),
-    "nfe": ("eval.json", "python eval.py"),
-    "trace": ("trace.html", "python sample.py --trace --html trace.html --prompt ..."),
-    "log": ("log.jsonl", "python train.py"),
-    "tenths": ("log.jsonl", "python train.py"),
-    "mask": (None, None),
+MAKERS = {
+    "eval.json": "python eval.py",
+    "trace.html": "python sample.py --trace --html trace.html --prompt ...",
+    "log.jsonl": "python train.py",
 }
-
-
-def draw(kind: str, file: Path | None, topic: str):
-    """The figure of one kind from its file; topic: for levels and nfe."""
-    figure = new_figure(8, 4.5)
-    if kind == "levels":
-        draw_levels(figure.subplots(), read_cells(file, topic))
-    elif kind == "nfe":
-        draw_nfe(figure.subplots(), read_cells(file, topic))
-    elif kind == "trace":
-        draw_trace(figure, read_trace(file))
-    elif kind == "log":
-        draw_log(figure, read_log(file))
-    elif kind == "tenths":
-        draw_tenths(figure, read_log(file))
-    else:
-        draw_mask(figure)
-    return figure
+# the file that a picture shows, if any, and the function that draws it
+PICTURES = {
+    "levels": ("eval.json", draw_levels),
+    "nfe": ("eval.json", draw_nfe),
+    "trace": ("trace.html", draw_trace),
+    "log": ("log.jsonl", draw_log),
+    "tenths": ("log.jsonl", draw_tenths),
+    "mask": (None, draw_mask),
+}
 
 
 @command("data.results.figures")
@@ -340,23 +317,28 @@ def main(argv=None):
     parser.add_argument("--out", help="name of the picture's file (default: KIND.png beside FILE)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
     args = parser.parse_args(argv)
-    if args.kind not in FILES:
-        kinds = ", ".join(f"{kind} {name} (from {maker})" if name else kind
-                          for kind, (name, maker) in FILES.items())
-        raise ValueError(f"picture {args.kind!r} is unknown; allowed: {kinds}")
-    name, maker = FILES[args.kind]
+    name, draw = PICTURES[choices(args.kind, PICTURES, "picture")]
     if len(args.files) != (1 if name else 0):
-        wanted = f"one file, {name} (from {maker})" if name else "no file"
+        wanted = f"one file, {name} (from {MAKERS[name]})" if name else "no file"
         raise ValueError(f"{args.kind} takes {wanted}, not {len(args.files)}")
     file = Path(args.files[0]) if name else None
     out = Path(args.out or (file.parent if name else Path()) / f"{args.kind}.png")
     check_absent(out, args.overwrite)
     check_writable(out)
+    figure = new_figure()
     try:
-        save(draw(args.kind, file, args.topic), out)
-    # the content of the file is not known to be ours
+        if name == "eval.json":
+            draw(figure.subplots(), read_cells(file, args.topic))
+        elif name == "trace.html":
+            draw(figure, read_trace(file))
+        elif name == "log.jsonl":
+            draw(figure, read_log(file))
+        else:
+            draw(figure)
+        save(figure, out)
+    # the file may be of another program
     except (TypeError, KeyError, IndexError, AttributeError, OverflowError):
-        raise ValueError(f"{file} has an unexpected form; make it with: {maker}") from None
+        raise ValueError(f"{file} has an unexpected form; make it with: {MAKERS[name]}") from None
     print(out)
 
 

@@ -1,7 +1,7 @@
 """Arithmetic per token, counted from shapes: a multiply-add is two operations. eval.py prints it.
 
-Table look-ups and values computed once are not counted; each docstring says what is. `lm` is an LM
-of model.py, `model` an LM or an L2D of diffusion.py, `settings` the Settings of sample.py.
+Table look-ups and values computed once are not counted. `lm` is an LM of model.py, `model` an LM or
+an L2D of diffusion.py, `settings` the Settings of sample.py.
 """
 
 
@@ -53,9 +53,9 @@ def own_kv_flops(model, length: int) -> int:
     """One token through the path's layers for its own keys and values; 0 without own_kv."""
     if not model.config.own_kv:
         return 0
-    products = sum(path_flops(*block.children()) for block in model.blocks)
-    # the modulation is a table look-up
-    products -= sum(matrix_flops(block.modulation) for block in model.blocks)
+    # without the modulation, a table look-up
+    products = sum(path_flops(block.q, block.k, block.v, block.o, block.mlp)
+                   for block in model.blocks)
     return products + attention_flops(model.lm.config, length)
 
 

@@ -23,20 +23,18 @@ PATHS = ("init_from", "base")
 
 
 def write_page(args, given: dict, prompt: str, answer, tokenizer):
-    """Write the page of one answer to args.html, whole or not at all.
-
-    args, given  the flags of sample.py: all of them, and those given on the command line
-    answer       an Answer with the Trace of every token
-
-    Raises OSError where the file cannot be written.
-    """
+    """Write the page of one answer to args.html, whole or not at all; arguments of build_page."""
     page = build_page(args, given, prompt, answer, tokenizer)
     with appearing(args.html) as part:
         part.write_text(page, encoding="utf-8", newline="\n")
 
 
 def build_page(args, given: dict, prompt: str, answer, tokenizer) -> str:
-    """The page as text: the same bytes for the same answer."""
+    """The page as text: the same bytes for the same answer.
+
+    args, given  the flags of sample.py: all of them, and those given on the command line
+    answer       an Answer with the Trace of every token
+    """
     form = FORM.read_text(encoding="utf-8")
     # the page's policy names its own script by checksum, so that no other script runs
     script = form.split("<script>")[1].split("</script>")[0]
@@ -117,13 +115,12 @@ def word(content: bytes) -> str:
 
 def buttons(tokens: list) -> str:
     """A button for every token: its word and its cost, which also chooses the colour."""
-    low = min(token["nfe"] for token in tokens)
-    span = max(token["nfe"] for token in tokens) - low
+    costs = [token["nfe"] for token in tokens]
+    low, high = min(costs), max(costs)
     lines = []
-    for place, token in enumerate(tokens):
+    for place, (token, nfe) in enumerate(zip(tokens, costs)):
         text = html.escape(token["word"])
-        nfe = token["nfe"]
-        share = 100 * (nfe - low) // max(1, span)
+        share = 100 * (nfe - low) // max(1, high - low)
         lines.append(
             f'<button role="tab" id="token-{place}" aria-controls="panel" style="--cost: {share}%" '
             f'aria-label="token {place}: {text}, {nfe} NFE">'
@@ -139,16 +136,15 @@ def settings(args, answer) -> str:
     solver = f"{args.solver}, {args.steps} steps"
     if args.solver == "dopri5":
         solver = f"dopri5, adaptive steps, rtol {args.rtol:g}, atol {args.atol:g}"
-    total = sum(answer.nfe)
-    count = len(answer.nfe)
+    total, count = sum(answer.nfe), len(answer.nfe)
     rows = {
         "model": short(args.init_from),
         "solver": solver,
         "temperature": f"{args.temperature:g}" if args.temperature else "0 (greedy)",
-        "seed": args.seed,
+        "seed": str(args.seed),
         "cost": f"{total} NFE for {count} tokens, {total / count:.1f} per token",
     }
-    return "\n".join(f"<dt>{name}</dt><dd>{html.escape(escaped(str(value), JOINERS))}</dd>"
+    return "\n".join(f"<dt>{name}</dt><dd>{html.escape(escaped(value, JOINERS))}</dd>"
                      for name, value in rows.items())
 
 

@@ -21,22 +21,21 @@ from data.system.disk import appearing, check_absent, check_writable, decode, pa
 ROOT = Path(__file__).resolve().parents[2]
 # the fields of every record, and those of multiple choice by probability
 FORM = {
-    "benchmark": (str,), "column": (str,), "id": (str,), "output": (str,), "prompt": (str,),
-    "temperature": (int, float), "score": (int, float), "seconds": (int, float),
-    "sample": (int,), "tokens": (int,), "nfe": (int,), "prompt_tokens": (int,),
-    "cut": (bool,), "strict": (bool,), "flexible": (bool,), "fewer_shots": (bool,),
-    "shortened": (bool,),
+    **dict.fromkeys(("benchmark", "column", "id", "output", "prompt"), str),
+    **dict.fromkeys(("temperature", "score", "seconds"), float),
+    **dict.fromkeys(("sample", "tokens", "nfe", "prompt_tokens"), int),
+    **dict.fromkeys(("cut", "strict", "flexible", "fewer_shots", "shortened"), bool),
 }
-LETTERS = {"first_letter": (str,), "mass": (int, float), "agreement": (int, float)}
+LETTERS = {"first_letter": str, "mass": float, "agreement": float}
 
 
 def check_record(record: dict, where: str):
     """Raise ValueError for a line that eval.py has not written."""
     form = {**FORM, **LETTERS} if record.get("choices") == "letters" else FORM
-    for name, kinds in form.items():
+    for name, kind in form.items():
         value = record.get(name)
-        # not isinstance: in Python a bool is an int too
-        good = type(value) in kinds
+        # by type, since in Python a bool is an int too; an int may stand for a float
+        good = type(value) is kind or (type(value) is int and kind is float)
         if not good or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{where} has {name} = {str(value)[:40]!r}, which eval.py does not "
                              "write; remove the line, or choose another --out")
@@ -53,30 +52,26 @@ class Records:
     def __init__(self, path: Path, about: dict, overwrite: bool):
         """Raises ValueError for records of another description, or for damaged lines."""
         self.path = path
-        self.found = {}
+        self.found = {}         # key_of -> record
         if overwrite:
             path.unlink(missing_ok=True)
-        if path.exists():
-            self.read(about)
-        else:
+        if not path.exists():
             self.write({"about": about})
-
-    def read(self, about: dict):
-        lines = read_lines(self.path)
+            return
+        lines = read_lines(path)
         stated = lines[0].get("about") if lines else None
-        if stated is None:
-            raise ValueError(f"{self.path} does not begin with a description of its records; "
+        if not isinstance(stated, dict):
+            raise ValueError(f"{path} does not begin with a description of its records; "
                              "choose another --out, or add --overwrite")
         for name, value in about.items():
             if stated.get(name) != value:
-                raise ValueError(
-                    f"{self.path} holds records of another {name} ({stated.get(name)}, "
-                    f"not {value}); choose another --out, or add --overwrite")
+                raise ValueError(f"{path} holds records of another {name} ({stated.get(name)}, "
+                                 f"not {value}); choose another --out, or add --overwrite")
         for number, line in enumerate(lines[1:], 2):
-            check_record(line, f"record {number} of {self.path}")
+            check_record(line, f"record {number} of {path}")
             self.found[key_of(line)] = line
         # without the incomplete line of a killed run
-        with appearing(self.path) as part:
+        with appearing(path) as part:
             part.write_text("".join(map(line_of, lines)), encoding="utf-8")
 
     def write(self, record: dict):
@@ -134,27 +129,23 @@ def regrade(source: Path, out: Path, grade, overwrite: bool):
     if not lines:
         raise ValueError(f"{source} has no line; allowed: records of eval.py, or lines with "
                          "benchmark, id and output")
+    # the first line of eval.py is a description
+    graded = [record if "about" in record else {**record, **grade(record)} for record in lines]
     with appearing(out) as part:
-        with open(part, "w", encoding="utf-8") as file:
-            for record in lines:
-                # the first line of eval.py is a description
-                verdict = {} if "about" in record else grade(record)
-                file.write(line_of({**record, **verdict}))
+        part.write_text("".join(map(line_of, graded)), encoding="utf-8")
 
 
 # --- provenance -----------------------------------------------------------------------------------
 
 def commit() -> str | None:
     """The commit that is checked out, + where files differ from it; None outside a checkout."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True,
-                              text=True, check=True).stdout.strip()
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # not a checkout, or git is not installed
     except (OSError, subprocess.CalledProcessError):
         return None
+    return found.stdout.strip()
 
 
 def provenance(model, args, start: float) -> dict:

@@ -5,7 +5,7 @@ one temperature. A search chooses one of several answers to a problem without it
 majority vote, or by the highest log p under the frozen model.
 """
 
-from data.results.statistics import mean, pass_at_k, unique, wilson
+from data.results.statistics import mean, pass_at_k, wilson
 from data.results.tables import percent
 
 RULES = ("strict", "flexible")
@@ -68,15 +68,12 @@ def vote(answers: list, scores: list, equal) -> int:
     for place, answer in enumerate(answers):
         if answer is None:
             continue
-        group = next((g for g in groups if equal(answers[g[0]], answer)), None)
-        if group is None:
-            groups.append([place])
-        else:
-            group.append(place)
+        group = next((g for g in groups if equal(answers[g[0]], answer)), [])
+        if not group:
+            groups.append(group)
+        group.append(place)
     # no votes: the first answer stays
-    if not groups:
-        return 0
-    best = max(groups, key=lambda group: (len(group), max(scores[i] for i in group)))
+    best = max(groups, key=lambda group: (len(group), max(scores[i] for i in group)), default=[0])
     return max(best, key=lambda place: scores[place])
 
 
@@ -101,14 +98,14 @@ def searched(task, problems: dict, column: dict, how: str, k: int) -> dict:
     column: problem id -> its records. The row's "oracle" is the upper bound of any search: the
     share of problems with a right answer among the k.
     """
+    answers = {id: records[:k] for id, records in column.items()}
     chosen, spent = [], []
-    for id, records in column.items():
-        some = records[:k]
+    for id, some in answers.items():
         chosen.append(some[search(task, problems[id], some, how)])
         # the cost of all k answers
         cost = {name: sum(record[name] for record in some) for name in ("tokens", "nfe", "seconds")}
         spent.append({**some[0], **cost})
-    oracle = {rule: mean(any(record[rule] for record in records[:k]) for records in column.values())
+    oracle = {rule: mean(any(record[rule] for record in some) for some in answers.values())
               for rule in RULES}
     return {**summary(spent, chosen), "search": f"{how}:{k}", "oracle": oracle}
 
@@ -117,12 +114,9 @@ def pass_table(column: dict) -> dict:
     """k -> rule -> pass@k, the mean over problems, for every k of 1, 5, 10 with enough samples."""
     table = {}
     for k in (1, 5, 10):
-        if k > min(map(len, column.values())):
-            continue
-        table[k] = {}
-        for rule in RULES:
-            rights = [[record[rule] for record in records] for records in column.values()]
-            table[k][rule] = mean(pass_at_k(len(right), sum(right), k) for right in rights)
+        if k <= min(map(len, column.values())):
+            table[k] = {rule: mean(pass_at_k(len(some), sum(record[rule] for record in some), k)
+                                   for some in column.values()) for rule in RULES}
     return table
 
 
@@ -131,13 +125,13 @@ def rows(task, problems: dict, records: list, searches: list) -> list:
 
     problems: id -> problem; searches: pairs of parse_search
     """
+    # (column, temperature) -> problem id -> its records
+    columns = {}
+    for record in sorted(records, key=lambda record: record["sample"]):
+        column = columns.setdefault((record["column"], record["temperature"]), {})
+        column.setdefault(record["id"], []).append(record)
     table = []
-    ordered = sorted(records, key=lambda record: record["sample"])
-    for name, temperature in unique((r["column"], r["temperature"]) for r in ordered):
-        column = {}
-        for record in ordered:
-            if (record["column"], record["temperature"]) == (name, temperature):
-                column.setdefault(record["id"], []).append(record)
+    for (name, temperature), column in columns.items():
         where = {"column": name, "temperature": temperature}
         first = [some[0] for some in column.values()]
         alone = {**where, **summary(first, first), "search": ""}
@@ -158,26 +152,27 @@ def print_scores(table: list, about: dict):
     print(f"\n{about['benchmark']}, {table[0]['n']} problems, {about['style']} prompts, "
           f"{about['shots']} shots, at most {about['max_new_tokens']} tokens, "
           f"seed {about['seed']}; accuracy in %, 95 % interval")
-    print(f"{'':26}{'strict':>18}{'flexible':>18}{'cut':>8}{'tokens':>9}{'NFE/tok':>9}"
-          f"{'GFLOP/tok':>11}{'tok/s':>8}")
     indent = " " * 26
+    print(f"{indent}{'strict':>18}{'flexible':>18}{'cut':>8}{'tokens':>9}{'NFE/tok':>9}"
+          f"{'GFLOP/tok':>11}{'tok/s':>8}")
     for row in table:
         temperature = f" T={row['temperature']:g}" if row["temperature"] else ""
         name = f"{row['column']}{temperature} {row['search']}"
         strict, flexible = (percent(row[rule], *row[f"{rule}_interval"]) for rule in RULES)
         print(f"{name:26}{strict:>19}{flexible:>19}"
-              f"{100 * row['cut']:7.1f}%{row['tokens']:9.1f}{row['nfe_per_token']:9.1f}"
+              f"{row['cut']:8.1%}{row['tokens']:9.1f}{row['nfe_per_token']:9.1f}"
               f"{row['flops_per_token'] / 1e9:11.3f}{row['tokens_per_second']:8.1f}")
+        # further accuracies of both rules
+        both = {f"pass@{k}": found for k, found in row.get("pass", {}).items()}
         if "oracle" in row:
-            print(f"{indent}one of them right: strict {100 * row['oracle']['strict']:.1f}, "
-                  f"flexible {100 * row['oracle']['flexible']:.1f}")
+            both["one of them right"] = row["oracle"]
+        for name, found in both.items():
+            print(f"{indent}{name}: strict {100 * found['strict']:.1f}, "
+                  f"flexible {100 * found['flexible']:.1f}")
         if "first_draw" in row:
             print(f"{indent}one draw alone {100 * row['first_draw']:.1f}; "
                   f"probability on letters {row['mass']:.3f}; draws that agree "
                   f"{100 * row['agreement']:.0f} %")
-        for k, found in row.get("pass", {}).items():
-            print(f"{indent}pass@{k}: strict {100 * found['strict']:.1f}, "
-                  f"flexible {100 * found['flexible']:.1f}")
     fewer, shortened = (max(row[name] for row in table) for name in ("fewer_shots", "shortened"))
     if fewer or shortened:
         print(f"{fewer} prompts had fewer shots to fit, {shortened} of them were cut as well")

@@ -1,6 +1,7 @@
 """Statistics of counts and numbers: intervals, rank correlation, calibration, pass@k."""
 
 import math
+from statistics import StatisticsError, correlation
 
 
 def mean(values) -> float:
@@ -30,24 +31,18 @@ def wilson(right: int, n: int) -> tuple:
     return (middle - half) / whole, (middle + half) / whole
 
 
-def ranks(values) -> list:
+def ranks(values: list) -> list:
     """Ranks from 1, the smallest; equal values share the mean of their ranks."""
-    found = []
-    for value in values:
-        below = sum(other < value for other in values)
-        equal = sum(other == value for other in values)
-        found.append(below + (equal + 1) / 2)
-    return found
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2
+            for value in values]
 
 
 def rank_correlation(x, y) -> float | None:
     """Spearman's ρ in [−1, 1]: do x and y rise together? None where one of them is constant."""
-    a, b = ranks(x), ranks(y)
-    middle = (len(a) + 1) / 2
-    # ρ = Σ(a − ā)(b − b̄) / √(Σ(a − ā)²·Σ(b − b̄)²), of the ranks
-    together = sum((p - middle) * (q - middle) for p, q in zip(a, b))
-    spread = sum((p - middle) ** 2 for p in a) * sum((q - middle) ** 2 for q in b)
-    return together / math.sqrt(spread) if spread else None
+    try:
+        return correlation(ranks(x), ranks(y))
+    except StatisticsError:
+        return None
 
 
 def calibration(confidences, rights, bins: int = 10) -> dict:

@@ -56,17 +56,15 @@ def effort(records: list) -> list:
     Topics of fewer than three levels are left out.
     """
     found = []
-    names = ("temperature", "column", "topic")
     adaptive = only(records, kind="adaptive")
-    for values in unique(tuple(r[name] for name in names) for r in adaptive):
-        what = dict(zip(names, values))
+    for row in unique((r["temperature"], r["column"], r["topic"]) for r in adaptive):
+        what = dict(zip(("temperature", "column", "topic"), row))
         cells = only(adaptive, **what)
-        if len(cells) < 3:
-            continue
         levels = [r["level"] for r in cells]
         nfe = [r["nfe_first"] for r in cells]
-        correlation = rank_correlation(levels, nfe)
-        found.append({**what, "levels": levels, "nfe_first": nfe, "rank_correlation": correlation})
+        if len(cells) >= 3:
+            found.append({**what, "levels": levels, "nfe_first": nfe,
+                          "rank_correlation": rank_correlation(levels, nfe)})
     return found
 
 
@@ -86,9 +84,7 @@ def print_changes(records: list):
     print(f"\ntokens of the reference answers ({records[0]['tokens']} of them, "
           f"{records[0]['solver']}): fixed = wrong before, right after")
     for r in records:
-        before = "frozen"
-        if r["from"]:
-            before = f"{r['from']} step" if r["from"] == 1 else f"{r['from']} steps"
+        before = {0: "frozen", 1: "1 step"}.get(r["from"], f"{r['from']} steps")
         print(f"  {before:>8} -> {r['to']:3} steps   "
               f"fixed {r['fixed']:5}   broken {r['broken']:5}")
 

@@ -22,11 +22,7 @@ class Oracle:
     def __init__(self, vectors, prior, sigma: float):
         self.vectors = torch.tensor(vectors)
         self.prior = torch.tensor(prior, dtype=torch.float64)
-        self.config = SimpleNamespace(
-            width=self.vectors.shape[1],
-            classes=0,
-            sigma=sigma,
-        )
+        self.config = SimpleNamespace(width=self.vectors.shape[1], classes=0, sigma=sigma)
 
     def vocabulary(self):
         return self.vectors
@@ -40,6 +36,5 @@ class Oracle:
         variance = ((1 - t) * self.config.sigma) ** 2
         away = x_t.double()[..., None, :] - means                       # (n, T, V, Z)
         distance = away.square().sum(-1)
-        log_likelihood = -distance / (2 * variance)
-        log_p = self.prior.log() + log_likelihood
+        log_p = self.prior.log() - distance / (2 * variance)
         return log_p.log_softmax(-1).float()

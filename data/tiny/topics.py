@@ -1,16 +1,16 @@
 """The embedded data: three topics with exact answers, all text, made from a seed.
 
-The *base* model reads `Documents`: single facts (products, sums, words turned around, one step on a
-map) and very few composed problems. The *diffusion path* is finetuned on `Problems`, which ask to
-put the pieces together:
+The *base* model reads `Documents`: single facts (products, sums, one operation on a word, one step
+on a map) and very few composed problems. The *diffusion path* is finetuned on `Problems`, which ask
+to put the pieces together:
 
     chains     ab ch bc hh;a     h                   from a to b, to c, to h, which ends: 3 hops
     math       (7*8)+15?         56+15=71 #### 71
     strings    gcab?             abcg | bacg | cabg     only the class says which
 
 Train, validation and test problems are disjoint: a checksum of the question says where it belongs.
-Every draw below is part of the data: a call of `rng` more or less, or in another order, and all
-problems after it are other problems. Read data/tasks/tiny.py next, which grades them. Print some:
+Every draw below is part of the data: with one call of `rng` more or less, or in another order, all
+problems after it differ. Read data/tasks/tiny.py next, which grades them. Print some:
 
     python -m data.tiny.topics
     math      1  math      (3*5)+81?                                      15+81=96 #### 96
@@ -31,8 +31,8 @@ UNSEEN = {"chains": (9, 10, 11, 12)}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD_LENGTH = {1: 4, 2: 6}       # by level
 
-# Share of composed problems in the base's text: enough to have seen their form, far too few to
-# learn how to solve them, so that there is something left for the path to do.
+# Share of composed problems in the base's text: enough to show their form, far too few to learn
+# how to solve them, which is left to the path.
 COMPOSED = 0.004
 ROW = 128                        # tokens in a row of pretraining text
 
@@ -64,27 +64,20 @@ def final_answer(text: str) -> str:
 # --- maps -----------------------------------------------------------------------------------------
 
 PLACES = "abcdefghijklmnop"      # the letters of a map
-CHAINS = 4                       # in a map of a problem
+CHAINS = 4                       # in a map
 
 
 def make_map(rng, longest: int) -> list:
     """Chains of places that cover all of PLACES; the first has at least `longest` of them."""
-    most = len(PLACES) - (CHAINS - 1)
-    first = rng.randint(longest, most)
+    first = rng.randint(longest, len(PLACES) - (CHAINS - 1))
     # the others: where the remaining places are cut
-    rest = len(PLACES) - first
-    cuts = sorted(rng.sample(range(1, rest), CHAINS - 2))
-    sizes = [first] + [b - a for a, b in zip([0, *cuts], [*cuts, rest])]
-    return cut_chains(rng.sample(PLACES, len(PLACES)), sizes)
+    cuts = sorted(rng.sample(range(first + 1, len(PLACES)), CHAINS - 2))
+    return cut_chains(rng.sample(PLACES, len(PLACES)), [first, *cuts])
 
 
-def cut_chains(places: list, sizes: list) -> list:
-    """Consecutive pieces of these sizes."""
-    chains = []
-    for size in sizes:
-        chains.append(places[:size])
-        places = places[size:]
-    return chains
+def cut_chains(places: list, cuts: list) -> list:
+    """The pieces of a list that is cut before these positions."""
+    return [places[start:end] for start, end in zip([0, *cuts], [*cuts, len(places)])]
 
 
 def draw_map(rng, chains: list) -> str:
@@ -105,7 +98,7 @@ def draw_map(rng, chains: list) -> str:
 # split, so it leaves out what may differ between two askings of one question.
 
 def chains_problem(rng, level: int):
-    """Where does one end who starts here? `level` hops away."""
+    """The end of the chain that a place is on, `level` hops away."""
     chains = make_map(rng, level + 1)
     place = chains[0][-1 - level]
     text = draw_map(rng, chains)
@@ -114,66 +107,36 @@ def chains_problem(rng, level: int):
     return key, "chains", f"{text};{place}", chains[0][-1]
 
 
-PRODUCTS = {1: 1, 2: 2, 3: 2}    # products in a problem of math, by level
-
-
 def math_problem(rng, level: int):
     """level 1: (a*b)±c, 2: (a*b)±(c*d), 3: (a*b)±(c*d)±e; no step falls below zero."""
-    terms = math_terms(rng, level)
-    shown = [text for text, _ in terms]
-    values = [value for _, value in terms]
-    signs, totals = math_steps(rng, values)
-
-    prompt = shown[0]
-    for sign, text in zip(signs, shown[1:]):
-        prompt += sign + text
-    prompt += "?"
-
-    # the answer shortens the sum from the left: 35+56-22=91-22=69
-    steps = []
-    for i, total in enumerate(totals):
-        rest = [f"{sign}{value}" for sign, value in zip(signs[i:], values[i + 1:])]
-        steps.append(str(total) + "".join(rest))
-    response = f"{'='.join(steps)} #### {totals[-1]}"
-    return prompt, "math", prompt, response
-
-
-def math_terms(rng, level: int) -> list:
-    """The terms as (text, value): products, then a plain number on levels 1 and 3."""
     terms = []
-    for _ in range(PRODUCTS[level]):
+    for _ in range(1 if level == 1 else 2):
         a = rng.randint(2, 9)
         b = rng.randint(2, 9)
         terms.append((f"({a}*{b})", a * b))
-    # drawn on level 2 as well, where it goes unused: without it the draws after it would change
+    # drawn on level 2 as well, where it is unused: without it the draws after it would change
     number = rng.randint(2, 99)
     if level != 2:
         terms.append((str(number), number))
-    return terms
 
-
-def math_steps(rng, values: list) -> tuple[list, list]:
-    """A sign before every value but the first, and the total so far after each."""
-    signs = []
-    totals = [values[0]]
-    for value in values[1:]:
+    prompt, total = terms[0]
+    totals = [total]
+    rest = []
+    for text, value in terms[1:]:
         # negative numbers would be one thing more to learn, for no insight gained
-        sign = "+"
-        if totals[-1] >= value:
-            sign = rng.choice("+-")
-        if sign == "-":
-            value = -value
-        signs.append(sign)
-        totals.append(totals[-1] + value)
-    return signs, totals
+        sign = rng.choice("+-") if total >= value else "+"
+        total += value if sign == "+" else -value
+        prompt += sign + text
+        rest.append(f"{sign}{value}")
+        totals.append(total)
+    prompt += "?"
+    # the answer shortens the sum from the left: 35+56-22=91-22=69
+    steps = [str(total) + "".join(rest[i:]) for i, total in enumerate(totals)]
+    return prompt, "math", prompt, f"{'='.join(steps)} #### {total}"
 
 
-def rotated(word: str) -> str:
-    """abcd -> bcda"""
-    return word[1:] + word[:1]
-
-
-OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": rotated}
+# rotate: abcd -> bcda
+OPERATIONS = {"sort": sorted, "reverse": reversed, "rotate": lambda word: word[1:] + word[:1]}
 
 
 def strings_problem(rng, level: int):
@@ -196,29 +159,18 @@ MAKERS = {"chains": chains_problem, "math": math_problem, "strings": strings_pro
 
 def split_of(key: str) -> str:
     """Where a question belongs, for ever: one tenth each to test and validation."""
-    # a checksum and not `hash`, which is another one in every process
+    # a checksum and not `hash`, which differs from process to process
     bucket = zlib.crc32(key.encode()) % 10
-    if bucket == 0:
-        return "test"
-    if bucket == 1:
-        return "val"
-    return "train"
+    return {0: "test", 1: "val"}.get(bucket, "train")
 
 
-def make_problem(
-    split: str,
-    index: int,
-    seed: int = 0,
-    topic: str | None = None,
-    level: int | None = None,
-    hardest: int | None = None,
-) -> Problem:
+def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None,
+                 level: int | None = None, hardest: int | None = None) -> Problem:
     """Problem `index` of a split ("train", "val", "test").
 
-    topic, level: of this one only; None draws one, a level only from those of its topic, of chains
-    no deeper than `hardest`.
+    topic, level: of this one only; None draws one, of chains no level above `hardest`.
     """
-    # The arguments are the seed, so problem 7 can be made without the seven before it.
+    # the arguments are the seed, so problem 7 can be made without the seven before it
     rng = random.Random(f"{seed}/{split}/{index}/{topic}/{level}")
     if not topic:
         topic = rng.choice(TOPICS)
@@ -241,10 +193,8 @@ def arithmetic_fact(rng) -> str:
     b = rng.randint(2, 9)
     low = rng.randint(0, 99)
     high = rng.randint(0, 180)
-    # half of them in brackets, as they stand in the problems
-    product = f"{a}*{b}"
-    if rng.random() < 0.5:
-        product = f"({product})"
+    # half of them in brackets, as in the problems
+    product = f"({a}*{b})" if rng.random() < 0.5 else f"{a}*{b}"
     total = high + low
     return rng.choice((f"{product}={a * b}", f"{high}+{low}={total}", f"{total}-{low}={high}"))
 
@@ -252,55 +202,37 @@ def arithmetic_fact(rng) -> str:
 def word_fact(rng) -> str:
     """A word before and after an operation: sort kqp: kpq."""
     name = rng.choice(list(OPERATIONS))
-    # other lengths too, not only the 4 and 6 of the problems: the operation is to be learned
-    length = rng.randint(3, 6)
-    word = "".join(rng.sample(LETTERS, length))
-    result = "".join(OPERATIONS[name](word))
-    return f"{name} {word}: {result}"
+    # not only the lengths of the problems, 4 and 6: the operation is to be learned
+    word = "".join(rng.sample(LETTERS, rng.randint(3, 6)))
+    return f"{name} {word}: {''.join(OPERATIONS[name](word))}"
 
 
 def step_fact(rng) -> str:
     """One step on a map, the question of all chains of one hop: ab ch bc hh;c h."""
     chains, pairs = small_map(rng)
     place = rng.choice(rng.choice(chains))
-    return f"{pairs};{place}{following(chains, place)}"
+    return f"{pairs};{place}{dict(pairs.split())[place]}"
 
 
 def steps_fact(rng) -> str:
     """Several single steps on one map, from anywhere to anywhere: ab ch bc hh,ch,hh,ab."""
     chains, pairs = small_map(rng)
-    text = pairs
-    for place in rng.sample(sum(chains, []), 4):
-        text += f",{place}{following(chains, place)}"
-    return text
+    # "ab" leads from a to b
+    following = dict(pairs.split())
+    steps = [place + following[place] for place in rng.sample(sum(chains, []), 4)]
+    return ",".join([pairs, *steps])
 
 
 def small_map(rng) -> tuple:
     """(chains, text) of a map that need not have all places: few are easier to learn from."""
     count = rng.randint(4, len(PLACES))
     places = rng.sample(PLACES, count)
-    cuts = sorted(rng.sample(range(1, count), min(CHAINS, count) - 1))
-    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, count])]
-    chains = cut_chains(places, sizes)
+    chains = cut_chains(places, sorted(rng.sample(range(1, count), CHAINS - 1)))
     return chains, draw_map(rng, chains)
 
 
-def following(chains: list, place: str) -> str:
-    """Where one step leads; from an end to itself."""
-    for chain in chains:
-        if place in chain:
-            return (chain + chain[-1:])[chain.index(place) + 1]
-
-
-# A map is five times as long as a sum: about half of the tokens tell of maps.
-FACTS = (
-    *[arithmetic_fact] * 6,
-    *[word_fact] * 2,
-    step_fact,
-    step_fact,
-    steps_fact,
-    steps_fact,
-)
+# a map is five times as long as a sum: about half of the tokens are of maps
+FACTS = (*[arithmetic_fact] * 6, *[word_fact] * 2, *[step_fact] * 2, *[steps_fact] * 2)
 
 
 def make_document(rng) -> str:
@@ -310,8 +242,7 @@ def make_document(rng) -> str:
         topic = rng.choice(("math", "strings"))
         problem = make_problem("train", rng.randrange(1 << 30), topic=topic)
         return f"{problem.prompt}{problem.response}"
-    fact = rng.choice(FACTS)
-    return fact(rng)
+    return rng.choice(FACTS)(rng)
 
 
 # --- as data sets ---------------------------------------------------------------------------------
@@ -321,14 +252,12 @@ def make_document(rng) -> str:
 def encode_problem(problem: Problem, tokenizer) -> tuple:
     """A row for data.training.batches.collate: a problem and its answer, end token included."""
     prompt = tokenizer.encode_start(problem.prompt)
-    # encoded apart from the prompt, as it will be when a model has to write it
-    response = tokenizer.encode(problem.response)
-    # the end is predicted too, or a model would not know where to stop
-    response = [*response, tokenizer.eos_id]
+    # encoded apart from the prompt, as a model writes it; the end is predicted too, or a model
+    # would not know where to stop
+    response = [*tokenizer.encode(problem.response), tokenizer.eos_id]
     mask = np.repeat([0, 1], [len(prompt), len(response)])
-    documents = np.ones_like(mask)
     class_id = CLASSES.index(problem.label)
-    return np.array(prompt + response), mask, documents, class_id, problem.hops
+    return np.array(prompt + response), mask, np.ones_like(mask), class_id, problem.hops
 
 
 class Problems:
@@ -342,9 +271,7 @@ class Problems:
 
     def __len__(self):
         # problems are made on demand, so any number would do
-        if self.split == "train":
-            return 200_000
-        return 2_000
+        return 200_000 if self.split == "train" else 2_000
 
     def __getitem__(self, index: int):
         problem = make_problem(self.split, index, self.seed, hardest=self.hardest)
@@ -356,19 +283,16 @@ class Documents(Problems):
 
     def __getitem__(self, index: int):
         rng = random.Random(f"{self.seed}/{self.split}/text/{index}")
-        ids = []
-        mask = []
-        documents = []
-        number = 0
+        ids, mask, documents = [], [], []
+        # from 1: 0 is padding
+        number = 1
         while len(ids) < ROW:
-            # 0 is left for padding
-            number += 1
-            document = self.tokenizer.encode_start(make_document(rng))
-            document = [*document, self.tokenizer.eos_id]
+            document = [*self.tokenizer.encode_start(make_document(rng)), self.tokenizer.eos_id]
             ids += document
-            # nothing stands before the first token that it could be predicted from
+            # no token precedes the first, so it cannot be predicted
             mask += [0] + [1] * (len(document) - 1)
             documents += [number] * len(document)
+            number += 1
         # the last document is cut, so that all rows have one length and need no padding
         return np.array(ids[:ROW]), np.array(mask[:ROW]), np.array(documents[:ROW]), 0
 
@@ -377,9 +301,8 @@ def main():
     for topic, levels in LEVELS.items():
         for level in levels:
             for index in range(2):
-                problem = make_problem("train", index, topic=topic, level=level)
-                start = f"{topic:9} {level}  {problem.label:9}"
-                print(f"{start} {problem.prompt:46} {problem.response}")
+                one = make_problem("train", index, topic=topic, level=level)
+                print(f"{topic:9} {level}  {one.label:9} {one.prompt:46} {one.response}")
     rng = random.Random(0)
     for _ in range(12):
         print(make_document(rng))

@@ -1,14 +1,14 @@
 """Rows to batches: padding, next_ids, and the order in which rows are read.
 
-A row is (ids, mask, documents), perhaps a class id, perhaps how many evaluations it is thought to
-need; mask is 1 on the tokens to be predicted, documents number the examples packed into one row.
-Data sets are in data/text/tokens.py and data/tiny/topics.py; read train.py next.
+A row is (ids, mask, documents), perhaps with a class id and its hops; mask is 1 on the tokens to be
+predicted, documents number the examples packed into one row. Data sets are in data/text/tokens.py
+and data/tiny/topics.py; read train.py next.
 
     python -m data.training.batches
 """
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ IGNORE = -100              # target of a position that does not count in the los
 
 @dataclass(frozen=True)
 class Targets:
-    """The N positions of a batch that count in the loss, and what is drawn for them."""
+    """The N positions of a batch that count in the loss, and the random numbers of each."""
     index: tuple                       # rows and columns, two tensors (N,)
     y: torch.Tensor                    # (N,) the right tokens
     class_ids: torch.Tensor | None     # (N,)
@@ -30,12 +30,9 @@ class Targets:
 
     def each(self, change) -> "Targets":
         """The same with every tensor changed; None stays None."""
-        def changed(value):
-            if isinstance(value, tuple):
-                return tuple(change(tensor) for tensor in value)
-            return None if value is None else change(value)
-
-        return Targets(*(changed(getattr(self, field.name)) for field in fields(self)))
+        index = tuple(change(places) for places in self.index)
+        others = (self.y, self.class_ids, self.hops, self.t, self.noise)
+        return Targets(index, *(None if one is None else change(one) for one in others))
 
     def at(self, index) -> "Targets":
         """Some of the positions, in the order of index (n,) or of a slice."""
@@ -47,12 +44,6 @@ class CachedStates(NamedTuple):
     hidden: torch.Tensor
     keys: tuple
     values: tuple
-
-    def to(self, device) -> "CachedStates":
-        def move(tensors):
-            return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
-
-        return CachedStates(*move([self.hidden]), move(self.keys), move(self.values))
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,10 @@ class Batch:
             return values.to(device, non_blocking=True)
 
         documents = None if self.documents is None else self.documents.to(device)
-        cached = self.cached and self.cached.to(device)
+        cached = self.cached
+        if cached:
+            hidden, keys, values = cached
+            cached = CachedStates(move(hidden), tuple(map(move, keys)), tuple(map(move, values)))
         return Batch(move(self.ids), documents, self.targets.each(move), cached)
 
 
@@ -91,19 +85,14 @@ def collate(rows, packed: bool = True) -> Batch:
     packed  documents of one row by their borders, or else by the number of every token
     """
     length = max(len(row[0]) for row in rows)
-    table = torch.zeros(3, len(rows), length, dtype=torch.long)
+    ids, mask, documents = torch.zeros(3, len(rows), length, dtype=torch.long)    # (B, T + 1) each
     for i, row in enumerate(rows):
-        for kind in range(3):
-            values = torch.as_tensor(row[kind])
-            table[kind, i, :len(values)] = values
-    ids, mask, documents = table                                        # (B, T + 1) each
+        for table, values in zip((ids, mask, documents), row):
+            table[i, :len(values)] = torch.as_tensor(values)
     # position k predicts token k + 1: the last token is only a target, the first only an input
     next_ids = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
-    class_ids = hops = None
-    if len(rows[0]) > 3:
-        class_ids = torch.tensor([row[3] for row in rows])
-    if len(rows[0]) > 4:
-        hops = torch.tensor([row[4] for row in rows])
+    class_ids, hops = (torch.tensor([row[place] for row in rows]) if len(rows[0]) > place else None
+                       for place in (3, 4))
     # padding on the right needs no mask: attention is causal
     several = bool(documents.max() > 1)
     documents = documents[:, :-1].contiguous() if several else None
@@ -125,9 +114,8 @@ def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
 
 @functools.lru_cache(maxsize=1)     # one epoch: every row of an update needs the same order
 def epoch_order(size: int, seed: int):
-    """The order of the rows in one epoch: (size,), another one for every seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(size, generator=generator)
+    """The order of the rows in one epoch, (size,)."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def draw_places(size: int, first: int, count: int, seed: int) -> list:
@@ -140,11 +128,6 @@ def draw_places(size: int, first: int, count: int, seed: int) -> list:
         epoch, index = divmod(number, size)
         places.append(int(epoch_order(size, seed + epoch)[index]))
     return places
-
-
-def by_length(rows: list) -> list:
-    """The numbers of the rows, short ones first: a batch is as long as its longest row."""
-    return sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
 
 
 def main():

@@ -6,6 +6,7 @@ train.py uses it before every update.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -15,13 +16,12 @@ RIGHT = 0.9           # share of the hardest rows' tokens that must be right
 MEMORY = 0.9          # of the average over updates
 
 
+@dataclass
 class Curriculum:
-    """`hardest` number of hops so far; `recent` share of those rows' tokens that was right."""
-
-    def __init__(self, top: int):
-        self.top = top
-        self.hardest = 1
-        self.recent = 0.0
+    """The hardest rows of a training so far, up to `top` hops."""
+    top: int
+    hardest: int = 1        # number of hops
+    recent: float = 0.0     # share of these rows' tokens that was right
 
     @property
     def state(self) -> list:
@@ -56,7 +56,7 @@ def unroll_of(objective: str, most: int, labelled: bool, update: int | None, upd
     """Most evaluations in an update of our own objective; 0: the paper's.
 
     objective  "paper", "refine", or "both" by turns
-    update     None stands for the whole training: that is what is validated
+    update     None: the validation, which is of the whole training
     """
     if objective == "paper" or (objective == "both" and update is not None and update % 2 == 0):
         return 0

@@ -2,9 +2,10 @@
 
 For several epochs over small data: hidden states, keys and values of every row in one file a split,
 out_dir/frozen-train.bin and frozen-val.bin, mapped into memory. train.py --cache_frozen wraps its
-data sets so, and diffusion.py finds the states in its batches.
+data sets so; loader.py adds the states to its batches, and diffusion.py finds them there.
 """
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +26,14 @@ def cache_states(l2d, sets: list, val_rows: int, batch_size: int, out_dir: Path,
                  plan: bool = False) -> list:
     """The two data sets again, each row with the states that the frozen model computes of it.
 
-    plan  only say how large the files would be
+    plan  only print how large the files would be
     Raises ValueError where the disk has no room.
     """
     counts = len(sets[0]), min(val_rows, len(sets[1]))
     cached = [FrozenRows(l2d, data, count, out_dir / f"frozen-{split}.bin")
               for split, data, count in zip(SPLITS, sets, counts)]
     if plan:
-        size = sum(rows.bytes for rows in cached)
+        size = sum(rows.facts["bytes"] for rows in cached)
         print(f"--cache_frozen: {size / 1e9:.1f} GB on the disk, not made for a plan")
         return sets
     if processes.number() == 0:
@@ -53,45 +54,52 @@ class FrozenRows:
     def __init__(self, l2d, data, count: int, path: Path):
         config = l2d.lm.config
         self.lm = l2d.lm
-        self.data = data
-        self.count = count
-        self.path = path
-        self.fingerprint = data.fingerprint
-        self.hidden = config.hidden_size
-        self.form = (config.layers, 2, config.kv_heads, config.head_dim)
-        self.width = self.hidden + torch.Size(self.form).numel()
-        # the last token of a row is only a target
-        lengths = data.lengths[:count] - 1
-        self.starts = [0, *np.cumsum(lengths).tolist()]
-        self.tokens = self.starts[-1]
         self.dtype = self.lm.embed.weight.dtype
-        self.bytes = self.tokens * self.width * self.dtype.itemsize
-        # what it was made of: the file of another model or of other data is made again
+        self.data = data
+        self.fingerprint = data.fingerprint
+        self.path = path
+        self.hidden_size = config.hidden_size
+        self.kv_shape = (config.layers, 2, config.kv_heads, config.head_dim)
+        self.width = self.hidden_size + math.prod(self.kv_shape)
+        # the first line of every row, and the end; the last token of a row is only a target
+        self.starts = [0, *np.cumsum(data.lengths[:count] - 1).tolist()]
+        # what the file was made of: for another model or other data it is made again
         self.facts = {"base": l2d.base_sha256, "data": data.fingerprint, "dtype": str(self.dtype),
-                      "bytes": self.bytes}
+                      "bytes": self.starts[-1] * self.width * self.dtype.itemsize}
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.starts) - 1
 
     def __getitem__(self, place: int) -> tuple:
         return self.data[place]
 
+    @torch.no_grad()
     def fill(self, batch_size: int):
         """Make the file, unless an earlier run has made it. Raises ValueError for a full disk."""
         note = self.path.with_suffix(".json")
         if present(self.path) and present(note) and read_json(note) == self.facts:
             return
-        print(f"caching the frozen model's states of {self.tokens:,} tokens: "
-              f"{self.bytes / 1e9:.1f} GB in {self.path}", flush=True)
-        folder = self.path.parent
-        free = shutil.disk_usage(folder).free
-        if free < self.bytes:
-            raise ValueError(f"--cache_frozen needs {self.bytes / 1e9:.1f} GB in {folder}, which "
-                             f"has {free / 1e9:.1f}; make room, or go without it")
+        size = self.facts["bytes"]
+        print(f"caching the frozen model's states of {self.starts[-1]:,} tokens: "
+              f"{size / 1e9:.1f} GB in {self.path}", flush=True)
+        free = shutil.disk_usage(self.path.parent).free
+        if free < size:
+            raise ValueError(f"--cache_frozen needs {size / 1e9:.1f} GB in {self.path.parent}, "
+                             f"which has {free / 1e9:.1f}; make room, or go without it")
         with appearing(self.path) as part:
             lines = self.map(part, written=True)
-            for first in tqdm(range(0, self.count, batch_size), disable=None, unit="batch"):
-                self.write(lines, range(first, min(first + batch_size, self.count)))
+            for first in tqdm(range(0, len(self), batch_size), disable=None, unit="batch"):
+                places = range(first, min(first + batch_size, len(self)))
+                batch = collate([self.data[place] for place in places])
+                batch = batch.to(self.lm.embed.weight.device)
+                states = self.lm.read(batch.ids, batch.documents)
+                pairs = [torch.stack(pair, 1) for pair in zip(states.keys, states.values)]
+                numbers = torch.stack(pairs, 1)                         # (B, L, 2, G, T, D)
+                numbers = numbers.movedim(4, 1).flatten(2)              # (B, T, L·2·G·D)
+                found = torch.cat((states.hidden, numbers), -1).cpu()
+                for row, place in zip(found, places):
+                    mine = self.of_row(lines, place)
+                    mine.copy_(row[:len(mine)])
         write_json(self.facts, note)
 
     def map(self, path, written: bool) -> torch.Tensor:
@@ -99,26 +107,13 @@ class FrozenRows:
 
         written  make the file; otherwise a missing file is an error, and no zeros
         """
-        size = self.tokens * self.width
+        size = self.starts[-1] * self.width
         flat = torch.from_file(str(path), shared=written, size=size, dtype=self.dtype)
         return flat.view(-1, self.width)
 
-    def span(self, place: int) -> slice:
-        """The lines of a row."""
-        return slice(self.starts[place], self.starts[place + 1])
-
-    @torch.no_grad()
-    def write(self, lines, places):
-        batch = collate([self.data[place] for place in places])
-        batch = batch.to(self.lm.embed.weight.device)
-        states = self.lm.read(batch.ids, batch.documents)
-        pairs = [torch.stack(pair, 1) for pair in zip(states.keys, states.values)]
-        numbers = torch.stack(pairs, 1)                                 # (B, L, 2, G, T, D)
-        numbers = numbers.movedim(4, 1).flatten(2)                      # (B, T, L·2·G·D)
-        found = torch.cat((states.hidden, numbers), -1).cpu()
-        for row, place in zip(found, places):
-            span = self.span(place)
-            lines[span] = row[:span.stop - span.start]
+    def of_row(self, lines, place: int) -> torch.Tensor:
+        """The lines of a row, a view."""
+        return lines[self.starts[place]:self.starts[place + 1]]
 
     def recall(self, batch: Batch, places: list) -> Batch:
         """The batch of the rows at these places, with the cached states."""
@@ -126,9 +121,9 @@ class FrozenRows:
         lines = self.map(self.path, written=False)
         found = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)
         for row, place in zip(found, places):
-            span = self.span(place)
-            row[:span.stop - span.start] = lines[span]
-        hidden = found[..., :self.hidden]
-        numbers = found[..., self.hidden:].unflatten(-1, self.form)     # (B, T, L, 2, G, D)
+            mine = self.of_row(lines, place)
+            row[:len(mine)] = mine
+        hidden = found[..., :self.hidden_size]
+        numbers = found[..., self.hidden_size:].unflatten(-1, self.kv_shape)    # (B, T, L, 2, G, D)
         keys, values = numbers.movedim(1, 4).unbind(2)                  # (B, L, G, T, D) each
         return replace(batch, cached=CachedStates(hidden, keys.unbind(1), values.unbind(1)))

@@ -4,36 +4,33 @@ A row's times, noise and hidden classes depend on the seed and its place in the 
 data, so any process, batch or restart draws the same. train.py uses it; read that next.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
 
 from data.parts.draws import RowDraws, row_generator
 from data.system import processes
-from data.training.batches import by_length, collate, draw_places
+from data.training.batches import collate, draw_places
 from data.training.frozen import FrozenRows
 
 
+@dataclass
 class Loader:
-    """Batches of `batch_size` rows on a device, `rows` of them in an update.
-
-    draw    draw(batch, draws, update) -> the batch with its times and noise; update None is the
-            validation. None for a model without random numbers
-    packed  documents of a row by their borders; else by the number of every token
-    ahead   number of updates that may be made before they are needed; 0: the data changes with
-            what was learned
-    """
-
-    def __init__(self, data, rows: int, batch_size: int, seed: int, device, draw=None,
-                 packed: bool = True, ahead: int = 0):
-        self.data = data
-        self.rows = rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.device = device
-        self.draw = draw
-        self.packed = packed
-        self.ahead = ahead
-        self.pool = ThreadPoolExecutor(1)
-        self.coming = {}
+    """Batches of `batch_size` rows on a device, `rows` of them in an update."""
+    data: object
+    rows: int
+    batch_size: int
+    seed: int
+    device: torch.device
+    # draw(batch, draws, update) -> the batch with its times and noise; update None: the validation.
+    # None for a model without random numbers
+    draw: Callable | None = None
+    packed: bool = True     # documents of a row by their borders; else by the number of every token
+    ahead: int = 0          # updates that may be made early; 0: the data follows what was learned
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    coming: dict = field(default_factory=dict)      # the next update -> its batches
 
     def update(self, number: int) -> list:
         """The batches of an update; those of the next are made while this one is learned from."""
@@ -51,15 +48,16 @@ class Loader:
     def validation(self, data, rows: int) -> list:
         """The first rows of other data, with the same times and noise every time.
 
-        They are drawn again for every validation: that costs nothing beside the validation itself,
-        and cached they would fill memory for all of the training.
+        They are drawn again for every validation: cached they would fill memory.
         """
         return self.batches(data, range(min(rows, len(data))), 0, 0, None)
 
     def batches(self, data, places, first: int, seed: int, update: int | None) -> list:
         """This process's share of the rows at these places of the data, number `first` and on."""
         rows = [data[place] for place in places]
-        mine = processes.share(by_length(rows))
+        # short ones first: a batch is as long as its longest row
+        by_length = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
+        mine = processes.share(by_length)
         batches = []
         for at in range(0, len(mine), self.batch_size):
             numbers = mine[at:at + self.batch_size]

@@ -21,11 +21,8 @@ def tenth_sums(losses, t) -> torch.Tensor:
         t = torch.zeros_like(losses)
     # t = 1 belongs to the last tenth
     tenths = (t * 10).long().clamp_max(9).cpu()
-    losses = losses.cpu().double()
-    sums = torch.zeros(2, 10, dtype=torch.float64)
-    sums[0].index_add_(0, tenths, losses)
-    sums[1].index_add_(0, tenths, torch.ones_like(losses))
-    return sums
+    weights = torch.stack((losses, torch.ones_like(losses))).cpu().double()
+    return torch.stack([torch.bincount(tenths, some, minlength=10) for some in weights])
 
 
 def by_tenth(sums) -> list:
@@ -69,10 +66,8 @@ class Log:
     def show(self, result: dict):
         """One validation: an aligned line, with the mean loss of the last 50 updates."""
         self.write(result)
-        recent = "     -"
-        if self.losses:
-            last = self.losses[-50:]
-            recent = f"{sum(last) / len(last):6.3f}"
+        last = self.losses[-50:]
+        recent = f"{sum(last) / len(last):6.3f}" if last else "     -"
         line = (f"update {result['update']:6}/{self.updates}  loss(50) {recent}"
                 f"  val {result['val_loss']:6.3f}")
         if "by_tenth" in result:

@@ -41,9 +41,7 @@ class EMA:
     def __init__(self, trainable: dict, decay: float):
         self.trainable = trainable
         self.decay = decay
-        self.tensors = {}
-        if decay:
-            self.tensors = {name: p.detach().clone() for name, p in trainable.items()}
+        self.tensors = {name: p.detach().clone() for name, p in trainable.items() if decay}
 
     @torch.no_grad()
     def follow(self):
