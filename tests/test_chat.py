@@ -372,9 +372,9 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path, run):
     ([{"text": "fine"}], ["--style=qwen"], "--style=llama3"),
     ('{"text": "fine"}'.encode("utf-16"), [], "is in UTF-16; save it as UTF-8"),
     (None, [], "bad.jsonl"),
-    ([], ["--block_size=1"], "--block_size 1 is out of range; allowed: 2 or more"),
-    ([], ["--val_fraction=1"], "--val_fraction 1.0 is out of range; allowed: 0 to below 1"),
-    ([], ["--val_fraction=nan"], "--val_fraction nan is out of range"),
+    ([], ["--block_size=1"], "--block_size = 1 is out of range; allowed: 2 or more"),
+    ([], ["--val_fraction=1"], "--val_fraction = 1.0 is out of range; allowed: 0 to 1, "),
+    ([], ["--val_fraction=nan"], "--val_fraction = nan is out of range"),
     ([], ["--seed=-1"], "--seed = -1 is out of range"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, run, capsys, rows, flags, words):

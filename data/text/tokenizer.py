@@ -2,8 +2,8 @@ r"""Text to token ids and back, for every model that this project loads.
 
 All supported models (GPT-2, Llama 3, Qwen 2 and 2.5, SmolLM) use byte-level byte-pair encoding: a
 regular expression cuts the text into pieces; inside a piece, the two neighbours that form the token
-with the lowest rank are merged until no pair forms a token. `tiktoken` does the merging. vocab.py
-reads its tables from the files beside the weights; nothing is downloaded.
+with the lowest rank are merged until no pair forms a token. `tiktoken` does the merging; vocab.py
+reads its tables from the files beside the weights.
 
 Read next: `formats.py`, which turns conversations into ids. Try it on a model's directory:
 
@@ -110,14 +110,10 @@ class Tokenizer:
             raise ValueError(f"text has a lone surrogate U+{code:04X} at character {error.start}; "
                              "read the file with encoding='utf-8'") from None
         names = self._special_pattern if special else self._words_pattern
-        # splitting at a group alternates ordinary text (even places) and special tokens (odd ones)
-        parts = names.split(text) if names else [text]
         ids = []
-        for place, part in enumerate(parts):
-            if place % 2:
-                ids.append(self.special[part])
-            else:
-                ids += self._encode_ordinary(part)
+        # splitting at a group alternates ordinary text (even places) and special tokens (odd ones)
+        for place, part in enumerate(names.split(text)):
+            ids += [self.special[part]] if place % 2 else self._encode_ordinary(part)
         return ids
 
     def encode_start(self, text: str) -> list[int]:
@@ -138,7 +134,7 @@ class Tokenizer:
         return [id for id in ids if id < self.vocab_size]
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token; U+FFFD for an id without a token, as in a padded embedding."""
+        """The bytes of a token; U+FFFD for an id without one, as in a padded embedding."""
         return self._bytes.get(int(id), "\ufffd".encode())
 
     def decode(self, ids) -> str:
@@ -148,7 +144,6 @@ class Tokenizer:
         return content.decode("utf-8", errors="replace")
 
     def stream(self) -> "Stream":
-        """A new incremental decoder."""
         return Stream(self)
 
     @functools.cached_property
@@ -162,13 +157,11 @@ class Tokenizer:
 
 
 def pattern_of_names(names):
-    """A pattern that matches any of these special tokens, or None without names."""
-    if not names:
-        return None
+    """A pattern that matches any of these special tokens; none, if there are no names."""
     # longest first: a special token must not be read as a shorter one that it begins with
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    # a group, so that `split` returns the special tokens too
-    return re.compile("(" + "|".join(longest_first) + ")")
+    # a group, so that `split` returns the special tokens too; (?!) matches nothing
+    return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
 
 class Stream:
@@ -193,10 +186,8 @@ class Stream:
 # --- from a directory -----------------------------------------------------------------------------
 
 def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
-    """Build the tokenizer from the files in a model's directory.
+    """Build the tokenizer from the files in a model's directory, in the first form of READERS.
 
-    Looks for tokenizer.model (tiktoken lines), tokenizer.json, vocab.json + merges.txt,
-    encoder.json + vocab.bpe, in this order.
     vocab_rows: rows of the model's embedding; a tokenizer with higher ids is refused.
     Raises FileNotFoundError if there is none, ValueError (one line) if it cannot be reproduced
     exactly.
@@ -223,9 +214,8 @@ def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
             raise ValueError(f"the vocabulary has {tokenizer.vocab_size} ids but the model's "
                              f"embedding has {vocab_rows} rows; use the tokenizer that came with "
                              "the weights")
-    # the readers do not check the form of every value: a wrong one raises one of these
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError,
-            RecursionError) as error:
+    # a value of another form in a file raises one of these
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{source}: this file or one beside it has an unexpected form: "
                          f"{error!r}") from error
     except ValueError as error:

@@ -7,9 +7,8 @@ A split is four arrays, memory-mapped, so that training data may be larger than 
     examples  start of each example in the two arrays above, and the end of the last one
     rows      number of the first example of each row, and the number of examples
 
-Examples are packed: a row takes as many as fit, so little is wasted on padding. `RawSplit` collects
-the examples, `write_split` shuffles and packs them, `TokenFiles` reads the result. Read chat.py
-before, which makes the examples; read data/training/batches.py next.
+Examples are packed: a row takes as many as fit, to save padding. Read chat.py before, which makes
+the examples; read data/training/batches.py next.
 """
 
 import hashlib
@@ -46,12 +45,9 @@ class RawSplit:
 
 
 def pack(lengths, block_size: int):
-    """The first example of each row, and the number of examples.
-
-    Rows are filled greedily with consecutive examples.
-    """
+    """The first example of each row, and the number of examples; consecutive ones share a row."""
     rows = []
-    # no room, so that the first example opens a row like any other that does not fit
+    # the first example opens a row like any other that does not fit
     room = 0
     for index, length in enumerate(lengths.tolist()):
         if length > room:
@@ -99,11 +95,8 @@ def open_npy(path, dtype, count: int):
     """A .npy file, open behind its header: `count` numbers are then appended piece by piece."""
     # np.save needs the whole array in memory; a full disk kills a process that writes to a mapping
     file = open(path, "wb")
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": (count,),
-    }
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)
     return file
 
@@ -127,7 +120,7 @@ def map_array(path: Path):
         numbers = np.load(path, mmap_mode="r")
     except OSError:
         raise
-    # the header is a Python literal, and numpy's errors on a damaged one are of many types
+    # numpy's errors on a damaged header are of many types
     except Exception:
         raise ValueError(f"{path.name} is truncated or not a .npy file") from None
     if numbers.ndim != 1 or numbers.dtype.kind not in "ui":
@@ -136,9 +129,8 @@ def map_array(path: Path):
 
 
 class TokenFiles:
-    """The rows of one prepared split, memory-mapped.
+    """The rows of one split that data/text/chat.py has prepared in `directory`, memory-mapped.
 
-    directory: the --out_dir of data/text/chat.py. split: "train" or "val" (which may be empty).
     tokenizer: if given, must be the one that wrote the files.
     `meta` is the content of meta.json, `block_size` the longest possible row; `fingerprint` changes
     with any input and flag.
@@ -155,25 +147,27 @@ class TokenFiles:
         repair = ("prepare them with: python -m data.text.chat INPUT.jsonl --tokenizer=TOKENIZER "
                   f"--out_dir={folder}")
         try:
+            # meta.json lists every flag and the digests of the inputs
             content = (folder / "meta.json").read_bytes()
-            # changes with the inputs, whose digests it lists, and with every flag
             self.fingerprint = hashlib.sha256(content).hexdigest()
             self.meta = parse_json(content, "meta.json")
             arrays = [map_array(folder / f"{split}.{kind}.npy") for kind in ARRAYS]
             self.ids, self.mask, self.examples, self.rows = arrays
-            self.check_meta(split, tokenizer)
-            self.check_values(tokenizer)
+            self.check(split, tokenizer)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {repair}") from None
         # a meta.json of another program, or edited by hand
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{refused}: meta.json has an unexpected form: {error!r}; "
                              f"{repair}") from None
         except ValueError as error:
             raise ValueError(f"{refused}: {error}; {repair}") from None
 
-    def check_meta(self, split, tokenizer):
-        """Version, tokenizer and array lengths are those that meta.json states."""
+    def check(self, split, tokenizer):
+        """Raise ValueError unless meta.json and the values of all arrays fit each other.
+
+        Reads the files once: an index out of range would be an error far from its cause.
+        """
         if self.meta["version"] != VERSION:
             raise ValueError(f"they have version {self.meta['version']}, not {VERSION}")
         # training on ids of another vocabulary would run without an error
@@ -187,12 +181,6 @@ class TokenFiles:
         # files of two preparations, mixed by hand, can still be read as arrays
         if lengths != expected:
             raise ValueError(f"lengths {lengths}, not {expected}")
-
-    def check_values(self, tokenizer):
-        """Borders rise from the first to the last token, and every id is in the vocabulary.
-
-        Reads all of the files once: an index out of range would be an error far from its cause.
-        """
         for borders, end in ((self.examples, len(self.ids)), (self.rows, len(self.examples) - 1)):
             borders = borders.astype(np.int64)
             if borders[0] != 0 or borders[-1] != end or (np.diff(borders) < 1).any():
@@ -229,10 +217,8 @@ class TokenFiles:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        first = self.rows[index]
-        last = self.rows[index + 1]
         # with the border that closes the last example
-        borders = self.examples[first:last + 1]
+        borders = self.examples[self.rows[index]:self.rows[index + 1] + 1]
         span = slice(borders[0], borders[-1])
         numbers = np.arange(1, len(borders), dtype=np.int64)
         documents = np.repeat(numbers, np.diff(borders))

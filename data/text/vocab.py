@@ -1,10 +1,8 @@
 r"""Vocabularies as they are published: from the files beside the weights to a tokenizer's tables.
 
-All supported models (GPT-2, Llama 3, Qwen 2 and 2.5, SmolLM) use byte-level byte-pair encoding, but
-each publishes its vocabulary in another form. Each reader here returns the same three things: ranks
-{bytes: id}, the regular expression that splits text, and whether text is first normalised to NFC.
-Other files name the special tokens. Nothing is guessed: a vocabulary that cannot be reproduced
-exactly is refused.
+Models publish their vocabularies in several forms. Each reader here returns the same three things:
+ranks {bytes: id}, the regular expression that splits text, and whether text is first normalised to
+NFC. Other files name the special tokens. A vocabulary that cannot be reproduced exactly is refused.
 
 Read next: data/text/tokenizer.py, which encodes and decodes with these tables.
 """
@@ -13,7 +11,7 @@ import base64
 import json
 from pathlib import Path
 
-from data.system.disk import decode, parse_json, present
+from data.system.disk import decode, present, read_json
 
 # GPT-2: English contractions, words and digit runs of any length, each taking one leading space;
 # then the rest.
@@ -84,12 +82,7 @@ def read_files(source: Path) -> dict:
 def read_beside(source: Path, name: str) -> dict:
     """The object in a JSON file; {} if there is no such file."""
     path = source.with_name(name)
-    if not present(path):
-        return {}
-    content = parse_json(path.read_bytes(), name)
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} does not hold a JSON object")
-    return content
+    return read_json(path) if present(path) else {}
 
 
 def chat_template(source: Path, files) -> str | None:
@@ -99,7 +92,7 @@ def chat_template(source: Path, files) -> str | None:
         return decode(path.read_bytes(), path.name)
     stated = read_beside(source, "chat_template.json") or files["tokenizer_config"]
     template = stated.get("chat_template")
-    # several templates, by name: only the default one is used
+    # several templates by name: the default one is used
     if isinstance(template, list):
         template = {one["name"]: one["template"] for one in template}.get("default")
     if template is not None and not isinstance(template, str):
