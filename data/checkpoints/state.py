@@ -3,7 +3,7 @@
 Flags and progress are in the file's metadata; the tensors are weights/NAME, the moments of AdamW
 step/NAME, exp_avg/NAME and exp_avg_sq/NAME (absent before the first update), and average/NAME, the
 EMA. The randomness of an update follows from its number, so no generator is saved. It is one file,
-so that a kill at any moment leaves a complete state. train.py decides when to save.
+so that a kill at any moment leaves a complete state.
 """
 
 import json
@@ -81,25 +81,25 @@ def keep_best(run, save):
 
 # --- the state ------------------------------------------------------------------------------------
 
-def named_tensors(trainable: dict, optimizer, average: dict) -> dict:
-    """Name in the file -> tensor; trainable, average: name -> tensor."""
+def named_tensors(trainable: dict, optimizer, ema: dict) -> dict:
+    """Name in the file -> tensor; trainable, ema: name -> tensor."""
     tensors = {}
     for name, p in trainable.items():
         tensors[f"weights/{name}"] = p
         for moment, value in optimizer.state[p].items():
             tensors[f"{moment}/{name}"] = value
-    for name, value in average.items():
+    for name, value in ema.items():
         tensors[f"average/{name}"] = value
     return tensors
 
 
-def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
+def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
     """Save a training; meta: flags and progress, in a form for JSON.
 
     Raises ValueError for values that are not finite: the last good state stays.
     """
     tensors = {}
-    for name, value in named_tensors(trainable, optimizer, average).items():
+    for name, value in named_tensors(trainable, optimizer, ema).items():
         # every process has a part of a divided tensor, and one process writes the file
         value = sharding.whole(value.detach())
         check_finite(name, value, "this run", "the last good state stays; try a lower --lr")
@@ -117,10 +117,8 @@ def read_state_meta(out_dir) -> dict:
                          f"start one with train.py --out_dir={out_dir}")
     found = open_safetensors(path).metadata() or {}
     meta = parse_json(found.get("state", "null"), f"the metadata of {path}")
-    if not isinstance(meta, dict):
-        meta = {}
     for name, kind in FACTS.items():
-        if name not in meta or not isinstance(meta[name], kind):
+        if not isinstance(meta, dict) or name not in meta or not isinstance(meta[name], kind):
             raise ValueError(f"{path} is not a training state of this project and version "
                              f"(no {name}); start anew with another --out_dir")
     for entry in meta["history"]:
@@ -158,10 +156,10 @@ def restore_state(run, facts: dict) -> dict:
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p)}
-    ours = named_tensors(run.trainable, run.optimizer, run.average.tensors)
-    shapes = {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in shapes ^ {(name, tuple(tensor.shape))
-                                                  for name, tensor in ours.items()}})
+    ours = named_tensors(run.trainable, run.optimizer, run.ema.tensors)
+    shapes, expected = ({(name, tensor.shape) for name, tensor in found.items()}
+                        for found in (tensors, ours))
+    wrong = sorted({name for name, _ in shapes ^ expected})
     if wrong:
         raise ValueError(f"{path} does not fit: {len(wrong)} tensors, "
                          f"first {wrong[0]}; resume with the flags it was made with")

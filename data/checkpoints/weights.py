@@ -52,7 +52,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if present(single):
-        # the single file has priority, but the user may have meant the shards
+        # the user may have meant the shards
         if present(index):
             read_index(index)
             print(f"note: {directory} holds model.safetensors and {index.name}: "
@@ -93,16 +93,14 @@ def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
 
     Raises ValueError for a device that this machine lacks.
     """
-    available = ["cpu"]
+    allowed = ["cpu", "cpu:0"]
     if torch.backends.mps.is_available():
-        available.insert(0, "mps")
+        allowed = ["mps", "mps:0", *allowed]
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    device = device or available[0]
-    kind = choices(device.split(":")[0], available, "--device")
-    # cuda:1 is the second card
-    cards = torch.cuda.device_count() if kind == "cuda" else 1
-    choices(device, available + [f"{kind}:{card}" for card in range(cards)], "--device")
+        # cuda:1 is the second card
+        cards = [f"cuda:{card}" for card in range(torch.cuda.device_count())]
+        allowed = ["cuda", *cards, *allowed]
+    device = choices(device or allowed[0], allowed, "--device")
     if dtype is None:
         half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if half else torch.float32
@@ -118,13 +116,11 @@ def plan_weights(model, files: dict, directory: Path) -> dict:
     config = model.config
     family = config.family
     ours = dict(model.named_parameters())
-    prefix = ""
-    if family.prefix and any(name.startswith(family.prefix) for name in files):
-        prefix = family.prefix
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in files) else ""
     plan = {}
     for theirs, names, transposed in weight_map(family, config.layers, ours):
         # the head has no prefix
-        name = theirs if theirs.startswith("lm_head") else prefix + theirs
+        name = theirs if theirs == HEAD else prefix + theirs
         plan[name] = (names, transposed)
     check_names(plan, files, config, directory)
     if config.tied and HEAD in files:
@@ -136,7 +132,7 @@ def plan_weights(model, files: dict, directory: Path) -> dict:
         if stored.get_dtype() not in FLOATS:
             raise ValueError(f"{name} in {path} is of type {stored.get_dtype()}: is it quantised? "
                              f"allowed: {', '.join(FLOATS)}")
-        # one matrix of the file may be several of ours, joined along their rows
+        # one matrix of the file may hold several of ours, one below the other
         expected = [sum(len(ours[n]) for n in names), *ours[names[0]].shape[1:]]
         if transposed:
             expected.reverse()
@@ -150,14 +146,14 @@ def load_weights(model, plan: dict, files: dict):
     """Copy the files into the model. Raises ValueError for values that are not finite."""
     ours = dict(model.named_parameters())
     for name, (names, transposed) in plan.items():
-        # of this target in the matrix of the file: the first row, or column if transposed
+        # the first row of this target in the matrix of the file, or column if transposed
         start = 0
         for target in (ours[n].data for n in names):
             size = len(target)
             target = target.T if transposed else target
             rows = max(1, CHUNK_BYTES // (4 * math.prod(target.shape[1:])))
             for row in range(0, len(target), rows):
-                # opened anew: the pages of a map count as resident until it is closed
+                # opened anew, since the pages of a map count as resident until it is closed
                 stored = open_safetensors(files[name]).get_slice(name)
                 end = min(row + rows, len(target))
                 if transposed:
@@ -186,7 +182,7 @@ def fingerprint(model) -> str:
     """sha256 of all weights as bfloat16, so that it does not depend on the dtype of loading."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        # the name of the final norm when the first paths were saved, which must go on loading
+        # the final norm's name when the first paths were saved, which must go on loading
         digest.update(name.replace("ln_f.", "norm_f.").encode())
         values = p.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(values.view(torch.uint8).numpy())
@@ -195,10 +191,8 @@ def fingerprint(model) -> str:
 
 def check_names(wanted, files, config, directory):
     """Raise ValueError unless the files hold every tensor of the model and no other."""
-    ignored = config.family.ignored
-    if config.tied:
-        ignored += (HEAD,)
-    missing = sorted(wanted.keys() - files.keys())
+    ignored = config.family.ignored + ((HEAD,) if config.tied else ())
+    missing = wanted.keys() - files.keys()
     left_over = [name for name in files.keys() - wanted.keys() if not name.endswith(ignored)]
     quantised = [name for name in left_over if name.endswith(QUANTISED)]
     if quantised:
@@ -241,7 +235,7 @@ def check_finite(name: str, tensor, path, remedy: str):
 
 
 def copy_tokenizer(source: Path, directory: Path):
-    """Copy the files of a tokenizer to a finetuned model, so that its directory is complete."""
+    """Copy the files of a tokenizer into the directory of a finetuned model."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             if path.resolve().parent != directory.resolve():
