@@ -196,8 +196,7 @@ def test_style_follows_the_special_tokens(special, base, style):
 def test_bad_messages_and_styles_are_named(messages, style, words):
     with pytest.raises(ValueError) as error:
         encode_chat(messages, ByteTokenizer(), style)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 # --- examples -------------------------------------------------------------------------------------
