@@ -61,7 +61,7 @@ def python(*words, **more):
 
 @pytest.mark.parametrize("words", [
     ("sample.py", "--prompt=(7*8)+15?", "--steps=2", "--device=cpu"),
-    ("-m", "data.checkpoints.families"),
+    ("-m", "data.text.tokenizer", "data/tiny", "x" * 20_000),
 ])
 def test_a_closed_pipe_is_no_error(words):
     process = python(*words)

@@ -2,9 +2,7 @@
 
 Nothing else in the project distinguishes GPT-2 from Llama or Qwen 2.5. A family is: the names of
 its settings in config.json, the values of absent settings, and the names of its matrices in the
-files. `ModelConfig` is our form of a config.json. Run alone, this file prints the names:
-
-    python -m data.checkpoints.families
+files. `ModelConfig` is our form of a config.json.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from data.system.command import check_range, choices, command
+from data.system.command import check_range, choices
 
 # Theirs -> ours; `{i}` is the layer. Several names on the right are one fused matrix.
 LLAMA_MAP = {
@@ -88,7 +86,7 @@ FAMILIES = {
         biases=("qkv",),
         defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 32768},
     ),
-    # without its attention window, see check_heads_and_window
+    # without its attention window, see ModelConfig.check
     "mistral": Family(
         LLAMA_MAP,
         defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
@@ -200,7 +198,10 @@ class ModelConfig:
     def from_hf(cls, raw: dict) -> "ModelConfig":
         """From a config.json. Raises ValueError for settings that are unknown or not supported."""
         family = FAMILIES[choices(raw.get("model_type"), FAMILIES, "model_type")]
-        check_network(raw)
+        for key in ("quantization_config", "compression_config"):
+            if raw.get(key):
+                raise ValueError(f"config.json: the weights are quantised ({key} "
+                                 f"{str(raw[key])[:40]}); use those in bfloat16 or float32")
         read = partial(family.read, raw)
         width = read("hidden_size")
         heads = read("num_attention_heads")
@@ -226,11 +227,17 @@ class ModelConfig:
             rope=read_rope(raw, read("rope_theta", 10000.0)),
             raw=raw,
         )
-        config.check_heads_and_window()
+        config.check()
         return config
 
-    def check_heads_and_window(self):
-        """Raise ValueError for uneven heads, and for a window that limits attention."""
+    def check(self):
+        """Raise ValueError for a config.json that describes a network which we do not build."""
+        for key, expected in REQUIRED.items():
+            if self.raw.get(key) is not None:
+                choices(self.raw[key], [expected], f"config.json: {key} =")
+        layer_types = self.raw.get("layer_types") or []
+        if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
+            raise ValueError("config.json: layer_types other than full_attention are not supported")
         if self.heads % self.kv_heads:
             raise ValueError(f"config.json: {self.heads} heads cannot share "
                              f"{self.kv_heads} key/value heads evenly")
@@ -251,21 +258,6 @@ class ModelConfig:
         if self.layers > len(tensors):
             raise ValueError(f"config.json has {self.layers:,} layers, but the weights are only "
                              f"{len(tensors):,} tensors; use the config.json that came with them")
-
-
-def check_network(raw: dict):
-    """Raise ValueError for a config.json that describes a network which we do not build."""
-    for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
-            method = raw[key].get("quant_method", "") if isinstance(raw[key], dict) else ""
-            raise ValueError(f"config.json: the weights are quantised ({key} {str(method)[:30]}); "
-                             "use the checkpoint in bfloat16 or float32")
-    for key, expected in REQUIRED.items():
-        if raw.get(key) is not None:
-            choices(raw[key], [expected], f"config.json: {key} =")
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ValueError("config.json: layer_types other than full_attention are not supported")
 
 
 def read_rope(raw: dict, theta: float) -> dict:
@@ -300,15 +292,3 @@ def read_rope(raw: dict, theta: float) -> dict:
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError("config.json: high_freq_factor must be more than low_freq_factor")
     return rope
-
-
-@command("data.checkpoints.families")
-def main(argv=None):
-    for name, family in FAMILIES.items():
-        print(f"{name}: {family.norm} norm, {family.positions} positions")
-        for theirs, ours in family.weights.items():
-            print(f"   {family.prefix + theirs:48} {', '.join(ours)}")
-
-
-if __name__ == "__main__":
-    main()
