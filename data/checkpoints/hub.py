@@ -51,7 +51,7 @@ OPTIONAL = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "chat_template.jinja")
 MARKER = "complete.json"             # written last: a directory without it is incomplete
-TIMEOUT = 30            # seconds without a byte after which a server counts as stalled
+TIMEOUT = 30            # seconds without a byte
 RETRIES = 5             # failures in a row, each without a new byte
 BACKOFF = 1.0           # seconds before the first retry, doubled before each further one
 LONGEST_WAIT = 300      # seconds; a server that demands more ends the download
@@ -161,7 +161,7 @@ def fetch_files(files: list, folder: Path):
 def is_complete(folder: Path) -> bool:
     try:
         sizes = read_json(folder / MARKER)["sizes"]
-        # finds a deleted or truncated file; hashing all of them would take minutes
+        # hashing them would take minutes
         return all(size_of(folder / name) == size for name, size in sizes.items())
     # a marker of another form: every file is checked again
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -193,7 +193,7 @@ def plan(repo: str) -> list[RemoteFile]:
     config = look_up(f"{page}/resolve/main/config.json")
     if config is None:
         raise HubError(f"no config.json in {page}: check the name there")
-    # the branch may move during the download, its commit cannot
+    # the branch may move during the download
     base = f"{page}/resolve/{config.commit}/"
     found = {name: look_up(base + name) for name in OPTIONAL}
     if not (found["tokenizer.json"] or (found["vocab.json"] and found["merges.txt"])):
@@ -201,7 +201,6 @@ def plan(repo: str) -> list[RemoteFile]:
                        "with merges.txt")
     files = [file for file in found.values() if file]
     single = look_up(f"{base}model.safetensors")
-    # large models come in shards with an index
     index = single or look_up(f"{base}model.safetensors.index.json")
     if index is None:
         raise HubError(f"no model.safetensors in {page} (pytorch_model.bin is a pickle, which can "
@@ -247,8 +246,7 @@ def look_up(url: str) -> RemoteFile | None:
 
 def stated_file(url: str, headers) -> RemoteFile | None:
     """The statement in the headers of an answer, or None if it is not complete."""
-    # Large files are stored on another host: then X-Linked-* describe the file, and the plain
-    # headers only the redirect.
+    # large files are on another host: X-Linked-* describe them, the plain headers the redirect
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
     etag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
     etag = etag.removeprefix("W/").strip('"')
@@ -294,8 +292,7 @@ def download(file: RemoteFile, part: Path):
                 part.unlink()
                 raise TryAgain(f"{file.name} cannot be resumed from byte {have:,}: it starts over")
             # a server without ranges sends the whole file again
-            stated_range = answer.headers.get("Content-Range", "")
-            if answer.status != 206 or not stated_range.startswith(f"bytes {have}-"):
+            if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 have = 0
             bar = tqdm(desc=file.name, total=file.size, initial=have, unit="B", unit_scale=True)
             with bar, open(part, "ab" if have else "wb", buffering=CHUNK) as out:
@@ -323,8 +320,8 @@ def matches(path: Path, size: int, etag: str) -> bool:
     # the size first: it costs nothing and mostly decides
     if not path.is_file() or size_of(path) != size:
         return False
-    # Git names a small file by the sha1 of a header and the content, a large one (LFS) by the
-    # sha256 of the content alone.
+    # Git's checksum of a small file is the sha1 of a header and the content, of a large one (LFS)
+    # the sha256 of the content.
     digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % size)
     with open(path, "rb") as stream:
         while block := stream.read(CHUNK):
@@ -399,7 +396,6 @@ def failure(error, request: Request | None, here: str) -> Exception:
     """The exception for a request that has failed at the address `here`."""
     host = urlsplit(here).netloc
     if not isinstance(error, HTTPError):
-        # urllib wraps the reason, http.client does not
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             return HubError(f"the certificate of {host} cannot be verified "

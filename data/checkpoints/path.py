@@ -14,7 +14,7 @@ from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
-# Names in earlier versions: fields of path.json, and the beginnings of tensor names.
+# Earlier names of fields of path.json, and of modules.
 OLD_FIELDS = {"conditioning": "cond_dim", "schedule": "time_distribution", "own_reading": "own_kv"}
 OLD_TENSORS = {"merge": "time_gate", "from_guess": "from_prediction"}
 
@@ -70,10 +70,9 @@ def base_facts(lm, sha256: str) -> dict:
 
 
 def read_path(directory: Path) -> dict:
-    """path.json: config as an L2DConfig, and the identity of the base and its tokenizer.
+    """path.json, its config as an L2DConfig. Raises ValueError for a file of another form.
 
-    base_config, tokenizer and updates are None in the oldest files. Raises ValueError for a file of
-    another form.
+    base_config, tokenizer and updates are None in the oldest files.
     """
     path = directory / "path.json"
     meta = {"base_config": None, "tokenizer": None, "updates": None, **read_json(path)}
@@ -136,7 +135,7 @@ def fill(ours: dict, path: Path, config: L2DConfig):
     for name in file.keys():
         module, _, rest = name.partition(".")
         theirs[f"{OLD_TENSORS.get(module, module)}.{rest}"] = name
-    shapes = {(name, tuple(file.get_slice(theirs[name]).get_shape())) for name in theirs}
+    shapes = {(name, tuple(file.get_slice(old).get_shape())) for name, old in theirs.items()}
     wrong = {(name, tuple(p.shape)) for name, p in ours.items()} ^ shapes
     if wrong:
         names = sorted({name for name, _ in wrong})

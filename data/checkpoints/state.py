@@ -43,10 +43,7 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
 
 
 def clear(out_dir: Path):
-    """Remove an earlier run, so that none of its files is mistaken for one of the next.
-
-    The cached states of data/training/frozen.py stay: they are new, or of the same model.
-    """
+    """Remove an earlier run, but not the cached states of data/training/frozen.py."""
     for name in (*RESULTS, "log.jsonl"):
         remove(out_dir / name)
     for path in out_dir.glob(f"{BEST}*"):
@@ -54,10 +51,7 @@ def clear(out_dir: Path):
 
 
 def out_of_patience(history: list, patience: int) -> bool:
-    """Have `patience` validations passed since the best one? 0: never.
-
-    history: [update, loss] of every validation
-    """
+    """Have `patience` validations passed since the best? 0: never. history: [update, loss]."""
     if not patience or not history:
         return False
     best = min(range(len(history)), key=lambda index: history[index][1])
@@ -65,10 +59,7 @@ def out_of_patience(history: list, patience: int) -> bool:
 
 
 def keep_best(run, save):
-    """Keep the paths of the lowest validation losses in directories of their own.
-
-    save(directory) writes the present one.
-    """
+    """Keep the paths of the lowest validation losses; save(directory) writes the present one."""
     out_dir = Path(run.args.out_dir)
     best = sorted(run.history, key=lambda entry: entry[1])[:run.args.keep]
     names = {f"{BEST}{update}" for update, _ in best}
@@ -94,10 +85,7 @@ def named_tensors(trainable: dict, optimizer, ema: dict) -> dict:
 
 
 def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
-    """Save a training; meta: flags and progress, in a form for JSON.
-
-    Raises ValueError for values that are not finite: the last good state stays.
-    """
+    """Save a training; meta: flags and progress. Raises ValueError for values not finite."""
     tensors = {}
     for name, value in named_tensors(trainable, optimizer, ema).items():
         # every process has a part of a divided tensor, and one process writes the file
@@ -138,9 +126,8 @@ def read_state(out_dir):
 def restore_state(run, facts: dict) -> dict:
     """Copy a saved state into a Run of train.py and return its metadata.
 
-    facts: name -> identity of everything that was beside the weights in training
-    Raises ValueError for another fact, and for tensors of other names, shapes, types or values that
-    are not finite.
+    Raises ValueError if one of `facts` (name -> identity of the data, config or tokenizer) has
+    changed, and for tensors of other names, shapes or types, or with values that are not finite.
     """
     path = Path(run.args.out_dir) / "state.safetensors"
     tensors, meta = read_state(run.args.out_dir)

@@ -1,7 +1,6 @@
 """A model's weights on disk: every tensor checked, mapped into memory, never unpickled.
 
-`load_weights` fills a model of any family by its weight map (families.py), from a single file
-or from shards. Read model.py for the meaning of the tensors.
+`load_weights` fills a model of any family by its weight map (families.py), from one file or shards.
 
     python -c "from model import LM; LM.from_pretrained('tiny')"
 """
@@ -51,41 +50,37 @@ def weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, single or sharded."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
+    files = {}
+    if present(index):
+        files = read_json(index).get("weight_map")
+        known = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+        if not files or not known:
+            raise ValueError(f"{index} has no weight_map of file names; download it again, or "
+                             "delete it if model.safetensors is whole")
     if present(single):
         # the user may have meant the shards
-        if present(index):
-            read_index(index)
+        if files:
             print(f"note: {directory} holds model.safetensors and {index.name}: "
                   "the former is loaded, the shards are not", file=sys.stderr)
         return {name: single for name in open_safetensors(single).keys()}
-    if present(index):
-        # the name alone: an index must not lead out of its directory
-        files = {name: directory / Path(file).name for name, file in read_index(index).items()}
-        for path in sorted(set(files.values())):
-            if not present(path):
-                raise ValueError(f"{path} is missing although {index.name} names it; "
-                                 "download this shard again")
-            wrong = {name for name, file in files.items() if file == path}
-            wrong ^= set(open_safetensors(path).keys())
-            if wrong:
-                raise ValueError(f"the tensors of {path} differ from those in {index.name}: "
-                                 f"{count_names(wrong)}; download this shard and the index again")
-        return files
-    if list(directory.glob("pytorch_model*.bin")):
+    if not files and list(directory.glob("pytorch_model*.bin")):
         raise ValueError(f"{directory} has only pytorch_model.bin, a pickle that can run code "
                          "when it is read; convert it to model.safetensors first")
-    raise ValueError(f"{directory} has no model.safetensors (nor {index.name}); "
-                     "copy or download the weights")
-
-
-def read_index(index: Path) -> dict:
-    """Tensor name -> file name. Raises ValueError for an index of another form."""
-    names = read_json(index).get("weight_map")
-    known = isinstance(names, dict) and all(isinstance(file, str) for file in names.values())
-    if not names or not known:
-        raise ValueError(f"{index} has no weight_map of file names; download it again, or delete "
-                         "it if model.safetensors is whole")
-    return names
+    if not files:
+        raise ValueError(f"{directory} has no model.safetensors (nor {index.name}); "
+                         "copy or download the weights")
+    # the name alone: an index must not lead out of its directory
+    files = {name: directory / Path(file).name for name, file in files.items()}
+    for path in sorted(set(files.values())):
+        if not present(path):
+            raise ValueError(f"{path} is missing although {index.name} names it; "
+                             "download this shard again")
+        wrong = {name for name, file in files.items() if file == path}
+        wrong ^= set(open_safetensors(path).keys())
+        if wrong:
+            raise ValueError(f"the tensors of {path} differ from those in {index.name}: "
+                             f"{count_names(wrong)}; download this shard and the index again")
+    return files
 
 
 def pick_device(device: str | None = None, dtype: torch.dtype | None = None):

@@ -39,7 +39,7 @@ def appearing(path: str | Path):
     """Yield a path to write to; without an error, the file there becomes `path` at the end."""
     # a link stays one: the file behind it is replaced
     path = Path(os.path.realpath(path))
-    # a device or a pipe has no old content to protect
+    # a device or a pipe
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
@@ -50,7 +50,7 @@ def appearing(path: str | Path):
     try:
         part = folder / path.name
         yield part
-        # some libraries write for the owner alone; the folder has the mode of the umask
+        # some libraries write for the owner alone
         os.chmod(part, folder.stat().st_mode & 0o666)
         flush(part)
         os.replace(part, path)
@@ -86,7 +86,7 @@ def write_json(content: dict, path: str | Path):
 
 
 def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = None):
-    """Raises OSError, in one line, if the file cannot be written."""
+    """Raises OSError if the file cannot be written."""
     try:
         with appearing(path) as part:
             save_file(tensors, part, metadata)
@@ -146,7 +146,7 @@ def decode(content: bytes, where) -> str:
 
 
 def parse_json(content: bytes | str, where):
-    """Any JSON value. Raises ValueError, in one line that names the file `where`."""
+    """Any JSON value. Raises ValueError that names the file `where`."""
     text = content if isinstance(content, str) else decode(content, where)
     try:
         return json.loads(text)
@@ -157,7 +157,7 @@ def parse_json(content: bytes | str, where):
 
 
 def read_json(path: str | Path) -> dict:
-    """Parse a JSON object. Raises ValueError, in one line, for a missing or damaged file."""
+    """Parse a JSON object. Raises ValueError for a missing or damaged file."""
     try:
         content = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:

@@ -21,10 +21,7 @@ from data.text.formats import encode_chat, resolve_style
 # --- prompts --------------------------------------------------------------------------------------
 
 def read_prompts(given: list, file: str | None) -> list:
-    """Texts from a file, one a line, or else those given; `-` is standard input.
-
-    Raises ValueError for a file without a prompt.
-    """
+    """The prompts of a file, one a line, or else those given, of which `-` is standard input."""
     if file:
         # only a line feed ends a line, no other separator of Unicode
         lines = decode(Path(file).read_bytes(), file).replace("\r\n", "\n").split("\n")

@@ -40,10 +40,7 @@ PAPER_DROPPED_CATEGORIES = (
 # --- from a row to examples -----------------------------------------------------------------------
 
 def parse_row(line):
-    """A line of JSON to (conversation, category).
-
-    A conversation is a list of messages, or a text; ValueError if the row is neither.
-    """
+    """A line of JSON to (messages or a text, category). Raises ValueError for another row."""
     row = parse_json(line, "the line")
     if not isinstance(row, dict):
         row = {}
@@ -65,11 +62,9 @@ def parse_row(line):
 
 
 def encode_examples(conversation, tokenizer, render):
-    """One example per assistant turn: (ids, spans), spans a list of (start, end) of the responses.
+    """(ids, spans): a span (start, end) for each answer of the assistant.
 
-    render: a function of formats.RENDER.
-    The example of a span is ids[:end], everything before the turn being context; only
-    ids[start:end] count.
+    Its example is ids[:end], of which only ids[start:end] count. render: one of formats.RENDER.
     """
     if isinstance(conversation, str):
         render = render_text
@@ -84,8 +79,7 @@ def encode_examples(conversation, tokenizer, render):
 
 def split_of(conversation, val_fraction: float) -> str:
     """The split of a conversation, "train" or "val"."""
-    # Decided by the words alone, not by file, order or seed: a conversation that occurs twice
-    # cannot be in both splits.
+    # by its words alone: a conversation that occurs twice cannot be in both splits
     digest = hashlib.sha256(json.dumps(conversation).encode()).digest()
     # eight bytes are practically uniform over [0, 2^64)
     number = int.from_bytes(digest[:8], "big")
@@ -95,9 +89,9 @@ def split_of(conversation, val_fraction: float) -> str:
 # --- from files to examples -----------------------------------------------------------------------
 
 def read_lines(paths, digests: list):
-    """Yield (place, line) of all lines that are not blank; append each file's SHA-256 to digests.
+    """Yield (place, line) of all lines that are not blank; append each file's sha256 to digests.
 
-    Raises ValueError for a file whose first bytes announce another encoding than UTF-8.
+    Raises ValueError for a file with the byte order mark of another encoding than UTF-8.
     """
     total = sum(os.path.getsize(path) for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None) as progress:
@@ -121,7 +115,6 @@ def read_lines(paths, digests: list):
 def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_categories):
     """Encode (place, line) pairs into `raw`, a RawSplit per split; returns (counts, first error).
 
-    Holds one line at a time, so the input may be larger than the memory.
     Raises ValueError if more than a tenth of the lines is malformed or no example is left.
     """
     counts = Counter()

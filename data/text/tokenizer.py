@@ -26,8 +26,7 @@ from data.system.disk import present
 from data.text.vocab import (
     READERS, beginning_id, chat_template, end_ids, read_files, special_tokens)
 
-# The splitting regex overflows its stack on some hundred thousand spaces in a row, so such runs are
-# cut first.
+# The splitting regex overflows its stack on some hundred thousand spaces in a row.
 LONGEST_RUN = 25_000
 LONG_RUN = re.compile(r"(?<!\s)\s{%d,}" % LONGEST_RUN)
 
@@ -99,9 +98,8 @@ class Tokenizer:
         """Ids of `text`, without a beginning-of-text token.
 
         special: True turns the names of special tokens into their ids; only for text that the
-        program wrote itself. With False (text of a user or a data set), "<|eot_id|>" is encoded as
-        ordinary characters. `words` are one id in both cases.
-        Raises ValueError if `text` holds half of a surrogate pair, which has no UTF-8 form.
+        program wrote itself. With False, "<|eot_id|>" is ordinary characters. `words` are one id in
+        both cases. Raises ValueError for half of a surrogate pair, which has no UTF-8 form.
         """
         try:
             text.encode("utf-8")
@@ -167,8 +165,8 @@ def pattern_of_names(names):
 class Stream:
     """Decodes one id at a time, for text that is shown while it is generated.
 
-    stream(id) returns the text that this id completes (perhaps none), never half a character;
-    stream.flush() returns the rest at the end. Joined, they equal `decode` of all ids.
+    stream(id) is the text that this id completes, never half a character; stream.flush() is the
+    rest at the end. Joined, they equal `decode` of all ids.
     """
 
     def __init__(self, tokenizer):

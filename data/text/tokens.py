@@ -209,11 +209,10 @@ class TokenFiles:
         return len(self.rows) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids int64, mask uint8, documents int64), each [tokens <= block_size].
+        """(ids int64, mask uint8, documents int64), each (T,) with T <= block_size.
 
         mask is 1 where the token is to be predicted; documents number the examples of the row from
-        1 (0 is padding); a token attends only to its own document.
-        Raises IndexError outside 0 .. len - 1.
+        1. Raises IndexError outside 0 .. len - 1.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
