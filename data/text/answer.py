@@ -8,6 +8,7 @@ token by token; a *watcher* sees every evaluation and every token on the way:
     watch(batch, rows, 1.0, logits, tokens, solution)  a token of every row was chosen from these
 """
 
+import codecs
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,12 +194,15 @@ class Live:
     """A watcher: shows a single answer token by token, a character of several when it is whole."""
 
     def __init__(self, prompt: str, tokenizer):
-        self.stream = tokenizer.stream()
+        self.tokenizer = tokenizer
+        # holds the bytes of an incomplete character until the others arrive
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         print(f"{prompt!r}\n   answer  ", end="", flush=True)
 
     def __call__(self, batch, rows, t, logits, tokens=None, solution=None):
         if tokens and tokens[0] not in batch.answers[0].stop.ids:
-            print(self.stream(tokens[0]), end="", flush=True)
+            content = self.tokenizer.token_bytes(tokens[0])
+            print(self.decoder.decode(content), end="", flush=True)
 
     def end(self):
-        print(self.stream.flush())
+        print(self.decoder.decode(b"", final=True))

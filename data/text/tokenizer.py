@@ -11,7 +11,6 @@ Read next: `formats.py`, which turns conversations into ids. Try it on a model's
 """
 
 import argparse
-import codecs
 import functools
 import hashlib
 import json
@@ -141,9 +140,6 @@ class Tokenizer:
         content = b"".join(map(self.token_bytes, ids))
         return content.decode("utf-8", errors="replace")
 
-    def stream(self) -> "Stream":
-        return Stream(self)
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that depend on all tokens, the pattern, and the first and last id."""
@@ -160,25 +156,6 @@ def pattern_of_names(names):
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
     # a group, so that `split` returns the special tokens too; (?!) matches nothing
     return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
-
-
-class Stream:
-    """Decodes one id at a time, for text that is shown while it is generated.
-
-    stream(id) is the text that this id completes, never half a character; stream.flush() is the
-    rest at the end. Joined, they equal `decode` of all ids.
-    """
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        # holds the bytes of an incomplete character until the others arrive
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def __call__(self, id: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
 
 
 # --- from a directory -----------------------------------------------------------------------------
