@@ -457,7 +457,7 @@ def test_token_files_of_another_place_or_tokenizer_are_refused(out):
     refusal(FileNotFoundError, "no token file", out.parent / "elsewhere")
     refusal(FileNotFoundError, "no token file", out.parent / "out.jsonl")
     refusal(ValueError, "another tokenizer, name", out, tokenizer=ByteTokenizer(QWEN))
-    with pytest.raises(ValueError, match="split 'test' is none of train, val"):
+    with pytest.raises(ValueError, match="split 'test' is not supported; allowed: train, val"):
         TokenFiles(out, "test")
 
 

@@ -115,15 +115,15 @@ def test_shards_copied_in_pieces_equal_the_single_file(family, tmp_path, monkeyp
     same(load(tmp_path), lm)
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_gpt2_names_come_with_and_without_prefix_and_with_old_buffers(prefix, tmp_path):
-    def change(tensors):
-        tensors["h.1.attn.bias"] = torch.ones(1, 1, 64, 64)
-        tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
-        return {prefix + name: tensor for name, tensor in tensors.items()}
-
-    lm = saved(tmp_path, GPT2)
-    change_file(tmp_path, change)
+@pytest.mark.parametrize("config, prefix, buffer", [
+    (GPT2, "", "h.1.attn.bias"),
+    (GPT2, "transformer.", "h.1.attn.masked_bias"),
+    (LLAMA, "", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+])
+def test_names_come_with_and_without_prefix_and_with_old_buffers(config, prefix, buffer, tmp_path):
+    lm = saved(tmp_path, config)
+    change_file(tmp_path, lambda tensors: {
+        prefix + name: tensor for name, tensor in {**tensors, buffer: torch.ones(4)}.items()})
     same(load(tmp_path), lm)
 
 
@@ -138,13 +138,6 @@ def test_gpt2_files_hold_transposed_matrices_and_queries_keys_values_in_one(tmp_
         columns = slice(32 * part, 32 * part + 32)
         assert torch.equal(tensors["h.1.attn.c_attn.weight"][:, columns], linear.weight.T)
         assert torch.equal(tensors["h.1.attn.c_attn.bias"][columns], linear.bias)
-
-
-def test_old_llama_buffers_are_ignored(tmp_path):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    lm = saved(tmp_path)
-    change_file(tmp_path, lambda tensors: {**tensors, name: torch.ones(4)})
-    same(load(tmp_path), lm)
 
 
 @pytest.mark.parametrize("config, embedding", [

@@ -172,6 +172,7 @@ UNFIT = "does not fit path.json: "
     (config_with(width=8), UNFIT + "3 tensors differ, first from_z.0.weight"),
     (config_with(rank=None), UNFIT),
     (config_with(classes=0), UNFIT + "1 tensors differ, first class_embedding"),
+    (config_with(sigma=3.0), "was trained with another config than path.json says"),
     (config_with(depth=2), r"path.json was not written by this version \(.*depth"),
     (config_with(time_distribution="late"),
      "time_distribution 'late' is not supported; allowed: uniform, cosmap"),

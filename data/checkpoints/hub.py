@@ -93,7 +93,7 @@ def resolve(name_or_dir: str | Path, cache_dir: str | Path | None = None) -> Pat
     name_or_dir  a directory, "tiny" (part of this repository), a name in MODELS, or owner/name on
                  the hub
 
-    A complete download needs no network: the branch main is not followed any more.
+    A complete download needs no network and is not updated.
     Environment: HF_TOKEN, access token for gated models; HF_ENDPOINT, another address of the hub (a
     mirror); HF_HUB_OFFLINE=1, no network.
     Raises ValueError for an unknown name or one with two meanings, HubError if the download fails.
@@ -110,8 +110,7 @@ def resolve(name_or_dir: str | Path, cache_dir: str | Path | None = None) -> Pat
     if name == "tiny":
         return tiny
     repo = MODELS.get(name, name)
-    # The name becomes part of a path and of an address. One that begins with a directory here was
-    # meant as a path.
+    # a name that begins with a directory here was meant as a path
     if not re.fullmatch(REPO, repo, re.ASCII) or (repo == name and folder.parent.exists()):
         raise ValueError(f"unknown model {name!r}: give an existing directory, tiny, "
                          f"or one of {', '.join(MODELS)}, or owner/name on the hub")
@@ -136,7 +135,7 @@ def fetch_files(files: list, folder: Path):
     """Download files of known size and checksum to a directory. Raises HubError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # the processes of one run need the same model, and two must not write one file
+        # several processes of one run need the same model
         with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
             if not try_lock(lock):
                 print(f"waiting for another process that downloads to {folder}", file=sys.stderr)
@@ -296,7 +295,6 @@ def download(file: RemoteFile, part: Path):
                 have = 0
             bar = tqdm(desc=file.name, total=file.size, initial=have, unit="B", unit_scale=True)
             with bar, open(part, "ab" if have else "wb", buffering=CHUNK) as out:
-                # bytes beyond the stated size are not read
                 while have < file.size:
                     try:
                         # read1 returns what has arrived, so a slow download loses nothing

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from data.system.command import visible
 
-LOST = "another process of this training has ended, or torchrun was told to end"
+LOST = "another process of this training has ended, or torchrun has been stopped"
 saved = ["nothing was saved yet"]       # the last entry ends the message about a lost process
 
 
@@ -110,7 +110,7 @@ def card(device: str | None) -> str | None:
 def together(name: str):
     """Around a command: join the processes of torchrun, if it has started this one.
 
-    Only the first process prints. After a mistake or a death in any of them, all end with one line.
+    Only the first process prints. After an error in any of them, all end with one line.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -141,7 +141,7 @@ def together(name: str):
 
 
 def end(store, line: str):
-    """Leave at once, even out of a sum that waits; the first process to end prints the reason."""
+    """Exit at once, even from a sum that waits; the first process to end prints the reason."""
     try:
         first = store.add("ended", 1) == 1
     except RuntimeError:

@@ -1,8 +1,8 @@
-"""Prompts as a user gives them, and answers: their tokens, what they cost, and where they end.
+"""A user's prompts, and answers: their tokens, their cost in evaluations, and where they end.
 
-Benchmarks cut answers at strings such as "\\n\\nQuestion:", which a vocabulary may break into
-tokens in many ways, so strings are searched for in the decoded text. sample.py fills an Answer
-token by token; a *watcher* sees every evaluation and every token on the way:
+Benchmarks cut answers at strings such as "\\n\\nQuestion:", which may be tokenised in many ways, so
+strings are searched for in the decoded text. sample.py fills an Answer token by token; a *watcher*
+sees every evaluation and every token:
 
     watch(batch, rows, t, logits)                      an evaluation: logits (n, 1, V) of these rows
     watch(batch, rows, 1.0, logits, tokens, solution)  a token of every row was chosen from these
@@ -33,7 +33,7 @@ def read_prompts(given: list, file: str | None) -> list:
     if given.count("-") > 1:
         raise ValueError("--prompt - was given twice; standard input can be read only once")
     if "-" in given:
-        # the bytes themselves, whatever encoding the terminal is thought to have
+        # the bytes, whatever encoding Python expects of the terminal
         stream = getattr(sys.stdin, "buffer", None)
         text = decode(stream.read(), "standard input") if stream else sys.stdin.read()
         text = text.replace("\r\n", "\n").rstrip("\n")
@@ -141,7 +141,7 @@ class Trace:
         # a fixed solver rejects nothing, and its rounded times are too coarse for what follows
         if not rejected:
             return
-        # after a rejected step time goes back: evaluations beyond a later time led nowhere
+        # after a rejected step t decreases: evaluations beyond a later t were rejected
         earliest = reached
         for place in reversed(range(len(self.predictions))):
             t = self.predictions[place][0]

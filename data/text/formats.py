@@ -15,6 +15,8 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+from data.system.command import choices
+
 
 class Piece(NamedTuple):
     """A part of a formatted conversation."""
@@ -136,15 +138,13 @@ def render_deepseek(messages: list[dict], add_generation_prompt: bool = False,
 def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
     """Questions and answers for base models (GPT-2), which have no chat format.
 
-    The special pieces "bos" and "eos" stand for the tokenizer's first and last token, whatever
-    their names.
+    The special pieces "bos" and "eos" stand for the tokenizer's bos_id and eos_id.
     """
     pieces = [Piece("bos", special=True)]
     for number, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant":
-            # The space belongs to the answer: these vocabularies hold " word", so a prompt that
-            # ends in " " leads to unusual tokens.
+            # these vocabularies hold " word", so a prompt that ends in " " leads to unusual tokens
             pieces += [
                 Piece("Answer:"),
                 Piece(" " + content, response=True),
@@ -197,8 +197,8 @@ def chat_style(tokenizer) -> str:
     for style in ("llama3", "qwen"):
         names = SPECIAL_TOKENS[style]
         known = all(name in tokenizer.special for name in names)
-        # Base models of both families have the chat tokens too, but another end of text than the
-        # end of a turn. They were not trained to chat, so they get plain questions.
+        # Base models, which were not trained to chat, have the chat tokens too, but their end of
+        # text is not the end of a turn.
         if known and tokenizer.special[names[-1]] == tokenizer.eos_id:
             return style
     return "plain"
@@ -213,11 +213,10 @@ def resolve_style(style: str, tokenizer) -> tuple:
     theirs, system = recognise(tokenizer.template)
     if style == "auto":
         if tokenizer.template is not None and theirs is None:
-            raise ValueError("this model's chat template is none that we can write; ask without a "
-                             f"chat format, or name one: {', '.join(RENDER)}")
+            raise ValueError("this model's chat template is not supported; ask without a chat "
+                             f"format, or name one: {', '.join(RENDER)}")
         style = theirs or chat_style(tokenizer)
-    if style not in RENDER:
-        raise ValueError(f"chat style {style!r} is none of auto, {', '.join(RENDER)}")
+    choices(style, RENDER, "chat style")
     missing = [name for name in SPECIAL_TOKENS[style] if name not in tokenizer.special]
     if missing:
         raise ValueError(f"chat style {style!r} needs the special token {missing[0]}, "
@@ -234,8 +233,8 @@ def encode_pieces(pieces, tokenizer) -> tuple[list, list]:
     names = {**tokenizer.special, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     ids = []
     mask = []
-    # Neighbours of one kind are encoded together, because a vocabulary may hold a token across
-    # their border. A response is encoded separately, as it is generated.
+    # Neighbours of one kind are encoded together, because a token may extend across their border.
+    # A response is encoded separately, as it is generated.
     for (special, response), run in groupby(pieces, key=lambda piece: piece[1:]):
         texts = [piece.text for piece in run]
         if special:

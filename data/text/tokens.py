@@ -1,4 +1,4 @@
-"""Token files: how training examples lie on the disk, and the data set that training reads.
+"""Token files: the training examples on disk, and the data set that training reads.
 
 A split is four arrays, memory-mapped, so that training data may be larger than the memory:
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.system.command import choices
 from data.system.disk import flush, parse_json
 
 VERSION = 1
@@ -34,7 +35,7 @@ class RawSplit:
     def __init__(self, path: Path, dtype):
         self.path = path
         self.dtype = np.dtype(dtype)
-        # length and response start of every example; a list takes several times the 8 bytes each
+        # length and response start of every example, 8 bytes each
         self.numbers = array("q")
         self.file = open(path, "wb")
 
@@ -67,7 +68,7 @@ def write_split(raw: RawSplit, target: Path, block_size: int, seed: int) -> dict
     # shuffled before packing, so that neighbours in the input do not share a row
     order = np.random.default_rng(seed).permutation(len(lengths))
     rows = pack(lengths[order], block_size)
-    # one border more than examples, so that example i is borders[i]:borders[i + 1]
+    # example i is borders[i]:borders[i + 1]
     borders = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
     np.save(f"{target}.examples.npy", borders)
     np.save(f"{target}.rows.npy", rows)
@@ -93,7 +94,7 @@ def write_split(raw: RawSplit, target: Path, block_size: int, seed: int) -> dict
 
 def open_npy(path, dtype, count: int):
     """A .npy file, open behind its header: `count` numbers are then appended piece by piece."""
-    # np.save needs the whole array in memory; a full disk kills a process that writes to a mapping
+    # np.save needs the array in memory; writing to a mapping of a full disk kills the process
     file = open(path, "wb")
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     header = {"descr": descr, "fortran_order": False, "shape": (count,)}
@@ -139,10 +140,8 @@ class TokenFiles:
     """
 
     def __init__(self, directory: str, split: str, tokenizer=None):
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        choices(split, SPLITS, "split")
         folder = Path(directory)
-        # how every refusal begins and ends
         refused = f"cannot use the token files in {folder}"
         repair = ("prepare them with: python -m data.text.chat INPUT.jsonl --tokenizer=TOKENIZER "
                   f"--out_dir={folder}")
