@@ -26,10 +26,12 @@ from data.parts.draws import check_seed
 from data.system.command import check_range, command
 from data.system.disk import MARKS, PART, claimed, parse_json, read_json, remove
 from data.text.formats import (
-    RENDER, check_messages, encode_pieces, render_text, resolve_style)
+    RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
 from data.text.tokenizer import load_tokenizer
-from data.text.tokens import SPLITS, VERSION, RawSplit, install, write_split
+from data.text.tokens import SPLITS, VERSION, RawSplit, TokenFiles, install, write_split
 
+# all names for work with conversations, in one place
+__all__ = ["TokenFiles", "encode_chat", "encode_examples", "load_tokenizer", "main"]
 LONGEST_BLOCK = 2048        # unless the model has fewer positions
 
 # The paper trains on reasoning and code: these categories of smol-magpie-ultra are left out.
