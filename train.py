@@ -117,7 +117,7 @@ class Run:
     unroll_at: object          # unroll_at(update): most evaluations; 0: the paper's objective
     loader: Loader
     curriculum: Curriculum
-    average: EMA
+    ema: EMA
     update: int = 0            # updates done
     history: list = field(default_factory=list)     # [update, validation loss] of every one
 
@@ -171,7 +171,7 @@ def train_on(run: Run) -> dict:
         print(f"stopped after update {run.update}; {go_on(args.out_dir)}")
         raise SystemExit(130)
     # a whole model, and merging a LoRA ends its training: only at the end
-    run.average.put_in_place()
+    run.ema.put_in_place()
     if args.method != "l2d":
         save_model(run, args.out_dir)
     for name in NAMES:
@@ -196,7 +196,7 @@ def one_update(run: Run, objective) -> dict:
     objective = functools.partial(objective, backprop=backprop)
     loss, norm, tokens, losses = update_once(
         run.model, run.optimizer, batches, objective, args.clip)
-    run.average.follow()
+    run.ema.follow()
     numbers = {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
     if learning:
         run.curriculum.note(losses)
@@ -210,7 +210,7 @@ def validate(run: Run) -> dict:
     backprop = run.args.backprop if run.unroll_at(None) else 0
     sums = torch.zeros(2, 10, dtype=torch.float64)
     run.model.eval()
-    with run.average.in_place():
+    with run.ema.in_place():
         for batch in run.loader.validation(run.val, run.args.val_rows):
             losses = token_losses(run.model, batch, backprop)
             sums += tenth_sums(losses.last, losses.t)
@@ -243,7 +243,7 @@ def save_state(run: Run):
     rows = run.update * run.loader.rows
     meta = {"args": args, "update": run.update, "position": rows, "frozen": run.frozen,
             "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
-    write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.average.tensors)
+    write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.ema.tensors)
     processes.saved.append(f"update {run.update} is saved; {go_on(run.args.out_dir)}")
 
 
@@ -251,7 +251,7 @@ def save_paths(run: Run):
     """The path as it is, and the best so far: small, so it can be tried while training goes on."""
     if run.args.method != "l2d" or processes.number():
         return
-    with run.average.in_place():
+    with run.ema.in_place():
         save_model(run, run.args.out_dir)
         if run.args.keep and run.history:
             keep_best(run, functools.partial(save_model, run))

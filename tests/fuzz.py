@@ -22,13 +22,13 @@ its neighbours hold the faults found so far, one by one; this program searches f
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -65,11 +65,44 @@ ENDS = ("same", "refused", "stated", "silent", "untidy", "traceback", "hang")
 FAULTS = ENDS[3:]
 HUB = "openai-community/gpt2/main"
 CONFIG = {**LLAMA, "vocab_size": 300}
+RECORDS = "out/records.jsonl"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ASK = "'--prompt=the in' --max_new_tokens=3 --device=cpu"
+PATH = "--init_from=WORK/path --base=WORK/base --steps=2 --no-frozen"
+READ = f"{PATH} {ASK}"
+# folder: a command that reads it, the files that are its answer ("": what it prints), and the files
+# to damage, with + after those in which every content has a meaning
+TARGETS = {
+    "json": (sample, READ, "", "base/config.json base/model.safetensors base/tokenizer.json "
+             "base/tokenizer_config.json base/generation_config.json+ path/path.json "
+             "path/path.safetensors+"),
+    "tiktoken": (sample, READ, "", "base/tokenizer.model base/tokenizer_config.json"),
+    "vocab": (sample, READ, "", "base/vocab.json base/merges.txt base/tokenizer_config.json"),
+    "encoder": (sample, READ, "", "base/encoder.json base/vocab.bpe"),
+    "shards": (sample, READ, "", "base/model.safetensors.index.json "
+               "base/model-00001-of-00002.safetensors"),
+    "chat": (sample, f"--init_from=WORK/base --chat --steps=0 {ASK}", "",
+             "base/tokenizer_config.json"),
+    "hub": (sample, f"--init_from=gpt2 --cache_dir=WORK --steps=0 {ASK}", "",
+            f"{HUB}/complete.json {HUB}/tokenizer.json"),
+    "prompts": (sample, f"{PATH} --prompt_file=WORK/prompts.txt --max_new_tokens=3 --device=cpu",
+                "", "prompts.txt+"),
+    "texts": (chat, "WORK/rows.jsonl --tokenizer=WORK/base --out_dir=WORK/out --val_fraction=0.2",
+              "out/*.npy", "rows.jsonl+"),
+    "results": (figures, "levels WORK/eval.json", "*.png", "eval.json+"),
+    "bench": (evaluation, "--task=gsm8k --init_from=WORK/base --data_dir=WORK --out=WORK/out "
+              "--max_new_tokens=2 --shots=0 --device=cpu", RECORDS,
+              f"gsm8k/test.jsonl+ gsm8k/train.jsonl {RECORDS}+"),
+    "train": (train, "--init_from=resume --out_dir=WORK/out --updates=4", "out/path.safetensors",
+              "out/state.safetensors+ out/log.jsonl data/meta.json data/train.ids.npy+ "
+              "data/train.mask.npy+ data/train.examples.npy+ data/train.rows.npy+"),
+}
 
 
 # --- the undamaged files: small models, paths, a training, data, results --------------------------
 
-def write_rows(path: Path, rows: list):
+def write_rows(path: Path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -78,7 +111,7 @@ def build_base(directory: Path, form: str):
     """A random model with a tokenizer of this form."""
     save_form(directory, form)
     make_lm(CONFIG).save_pretrained(directory)
-    write_rows(directory / "generation_config.json", [{"eos_token_id": [266, 267]}])
+    write_rows(directory / "generation_config.json", {"eos_token_id": [266, 267]})
 
 
 def build(root: Path):
@@ -86,138 +119,70 @@ def build(root: Path):
         build_base(root / form / "base", form)
         make_l2d(CONFIG).save(root / form / "path", updates=1,
                               tokenizer=load_tokenizer(root / form / "base").fingerprint)
-    base = root / "json" / "base"
-    shutil.copytree(root / "json", root / "shards")
+    for folder in ("shards", "chat", "prompts", "texts", "bench", "train"):
+        shutil.copytree(root / "json", root / folder)
     shard(root / "shards" / "base")
     # a tokenizer with a chat template
-    build_base(root / "chat" / "base", "json")
     tokenizer = root / "chat" / "base" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
     added = {"id": len(SPECIAL) + 265, "content": "<|im_start|>", "special": True}
     content["added_tokens"].append(added)
     tokenizer.write_text(json.dumps(content))
-    write_rows(tokenizer.with_name("tokenizer_config.json"), [{**NAMES, "chat_template": SMOLLM}])
+    write_rows(tokenizer.with_name("tokenizer_config.json"), {**NAMES, "chat_template": SMOLLM})
     # what a download leaves
-    build_base(root / "hub" / HUB, "json")
+    shutil.copytree(root / "json" / "base", root / "hub" / HUB)
     sizes = {path.name: path.stat().st_size for path in (root / "hub" / HUB).iterdir()}
-    write_rows(root / "hub" / HUB / "complete.json", [{"commit": "c", "sizes": sizes}])
+    write_rows(root / "hub" / HUB / "complete.json", {"commit": "c", "sizes": sizes})
     # texts, prompts, a benchmark with the records of a run, a table of eval.py
     write_rows(root / "texts" / "rows.jsonl",
-               [{"question": f"the {i} in", "answer": f"{i} the {i * i}"} for i in range(40)]
-               + [{"text": f"the text {i}", "messages": None} for i in range(10)])
-    shutil.copytree(root / "json", root / "prompts")
+               *[{"question": f"the {i} in", "answer": f"{i} the {i * i}"} for i in range(40)],
+               *[{"text": f"the text {i}", "messages": None} for i in range(10)])
     (root / "prompts" / "prompts.txt").write_text("the in\n\u00e9 1234\n", encoding="utf-8")
-    shutil.copytree(base, root / "bench" / "base")
     for split in ("test", "train"):
         write_rows(root / "bench" / "gsm8k" / f"{split}.jsonl",
-                   [{"question": f"the {i}?", "answer": f"{i} #### {i}"} for i in range(3)])
-    evaluate(root / "bench")
+                   *[{"question": f"the {i}?", "answer": f"{i} #### {i}"} for i in range(3)])
+    call(root, "bench")
     record = {"group": "chains    1", "topic": "chains", "level": 1, "unseen": False,
               "temperature": 0.0, "low": 0.2, "high": 0.8, "nfe_first": [3, 3]}
     columns = [("frozen", "frozen", 0, "euler"), ("euler 2", "fixed", 2, "euler"),
                ("euler 4", "fixed", 4, "euler"), ("dopri5", "adaptive", 1, "dopri5")]
-    write_rows(root / "results" / "eval.json", [{"accuracy": [
+    write_rows(root / "results" / "eval.json", {"accuracy": [
         {**record, "column": column, "kind": kind, "settings": {"steps": steps, "solver": solver},
          "accuracy": 0.5 + 0.1 * place, "nfe_per_token": 2.0 * place}
-        for place, (column, kind, steps, solver) in enumerate(columns)]}])
+        for place, (column, kind, steps, solver) in enumerate(columns)]})
     # a training
-    shutil.copytree(base, root / "train" / "base")
-    prepare_data(root / "texts" / "rows.jsonl", root / "train" / "base", root / "train" / "data")
-    train.main([f"--init_from={root / 'train' / 'base'}", f"--data={root / 'train' / 'data'}",
-                f"--out_dir={root / 'train' / 'out'}", "--updates=2", "--batch_size=2",
+    work = root / "train"
+    chat.main([str(root / "texts" / "rows.jsonl"), f"--tokenizer={work / 'base'}",
+               f"--out_dir={work / 'data'}", "--val_fraction=0.2"])
+    train.main([f"--init_from={work / 'base'}", f"--data={work / 'data'}",
+                f"--out_dir={work / 'out'}", "--updates=2", "--batch_size=2",
                 "--width=8", "--cond_dim=8", "--rank=2", "--device=cpu"])
 
 
-# --- the commands that read them ------------------------------------------------------------------
-
-def ask(model: Path, *words):
-    sample.main([f"--init_from={model}", *words, "--max_new_tokens=3", "--device=cpu"])
-
-
-def answer(work: Path, prompt="--prompt=the in"):
-    ask(work / "path", f"--base={work / 'base'}", prompt, "--steps=2", "--no-frozen")
-
-
-def answer_prompts(work: Path):
-    answer(work, f"--prompt_file={work / 'prompts.txt'}")
-
-
-def answer_chat(work: Path):
-    ask(work / "base", "--prompt=the in", "--chat", "--steps=0")
-
-
-def answer_from_hub(work: Path):
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    ask("gpt2", f"--cache_dir={work}", "--prompt=the in", "--steps=0")
-
-
-def prepare_data(rows: Path, tokenizer: Path, out: Path):
-    chat.main([str(rows), f"--tokenizer={tokenizer}", f"--out_dir={out}", "--val_fraction=0.2"])
-
-
-def prepare(work: Path):
-    prepare_data(work / "rows.jsonl", work.parent / "json" / "base", work / "out")
-    print(content_of(work / "out", "*.npy"))
-
-
-# what a training and an evaluation print contains times
-def resume(work: Path):
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(["--init_from=resume", f"--out_dir={work / 'out'}", "--updates=4"])
-    print(content_of(work / "out", "path.safetensors"))
-
-
-def evaluate(work: Path):
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.main(["--task=gsm8k", f"--init_from={work / 'base'}", f"--data_dir={work}",
-                         f"--out={work / 'out'}", "--max_new_tokens=2", "--shots=0",
-                         "--device=cpu"])
-    lines = read_lines(work / "out" / "records.jsonl")
-    print([(line.get("id"), line.get("output"), line.get("strict")) for line in lines])
-
-
-def draw(work: Path):
-    figures.main(["levels", str(work / "eval.json")])
-    print(content_of(work, "*.png"))
-
-
-def content_of(directory: Path, pattern: str) -> list:
-    return [hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(directory.glob(pattern))]
-
-
-# (folder, its reader, files in it; + after those in which every content has a meaning)
-TARGETS = [
-    ("json", answer, "base/config.json base/model.safetensors base/tokenizer.json "
-     "base/tokenizer_config.json base/generation_config.json+ path/path.json "
-     "path/path.safetensors+"),
-    ("tiktoken", answer, "base/tokenizer.model base/tokenizer_config.json"),
-    ("vocab", answer, "base/vocab.json base/merges.txt base/tokenizer_config.json"),
-    ("encoder", answer, "base/encoder.json base/vocab.bpe"),
-    ("shards", answer, "base/model.safetensors.index.json base/model-00001-of-00002.safetensors"),
-    ("chat", answer_chat, "base/tokenizer_config.json"),
-    ("hub", answer_from_hub, f"{HUB}/complete.json {HUB}/tokenizer.json"),
-    ("prompts", answer_prompts, "prompts.txt+"),
-    ("texts", prepare, "rows.jsonl+"),
-    ("results", draw, "eval.json+"),
-    ("bench", evaluate, "gsm8k/test.jsonl+ gsm8k/train.jsonl out/records.jsonl+"),
-    ("train", resume, "out/state.safetensors+ out/log.jsonl data/meta.json data/train.ids.npy+ "
-     "data/train.mask.npy+ data/train.examples.npy+ data/train.rows.npy+"),
-]
+def call(root: Path, folder: str) -> list:
+    """Run the command of a folder; returns the content of its answer's files."""
+    script, words, files, _ = TARGETS[folder]
+    work = root / folder
+    script.main(shlex.split(words.replace("WORK", str(work))))
+    if files == RECORDS:
+        # without the times
+        return [(line.get("id"), line.get("output"), line.get("strict"))
+                for line in read_lines(work / RECORDS)]
+    return [path.read_bytes() for path in sorted(work.glob(files))] if files else []
 
 
 # --- mutations: each takes the content and returns (its name, the damaged content) ----------------
 
 def mutate(path: Path, rng) -> str:
     """Damage a file in one of many ways; returns which."""
-    kinds = [damage_bytes, damage_bytes, replace]
     kinds = {
         ".json": [damage_json] * 4,
         ".jsonl": [damage_json] * 4,
         ".safetensors": [damage_header] * 3 + [damage_arrays] * 2,
         ".npy": [damage_arrays] * 4,
-    }.get(path.suffix, []) + kinds
-    name, content = rng.choice(kinds)(path.read_bytes(), rng)
+    }.get(path.suffix, [])
+    damage = rng.choice([*kinds, damage_bytes, damage_bytes, replace])
+    name, content = damage(path.read_bytes(), rng)
     path.unlink()
     if name == "a directory":
         path.mkdir()
@@ -284,13 +249,9 @@ def places(tree):
             yield from places(value)
 
 
-def header_size(content) -> int:
-    return struct.unpack("<Q", content[:8])[0]
-
-
 def damage_header(content, rng):
     """The JSON at the beginning of a safetensors file; its stated length is right."""
-    end = 8 + header_size(content)
+    end = 8 + struct.unpack("<Q", content[:8])[0]
     how, header = damage_json(content[8:end], rng)
     return f"header: {how}", struct.pack("<Q", len(header)) + header + content[end:]
 
@@ -318,7 +279,8 @@ def damage_arrays(content, rng):
         return how, file.getvalue()
     if array is not None:
         arrays[f"{name}x" if how == "renamed" else name] = array
-    metadata = json.loads(content[8:8 + header_size(content)]).get("__metadata__")
+    header, _ = json.JSONDecoder().raw_decode(content[8:].decode(errors="replace"))
+    metadata = header.get("__metadata__")
     return f"{name}: {how}", safetensors.numpy.save(arrays, metadata)
 
 
@@ -332,14 +294,15 @@ def alarm(number, frame):
     raise Hang
 
 
-def end_of(reader, work: Path):
-    """(0, 2 or the name of a fault, the output, the errors)."""
+def end_of(root: Path, folder: str):
+    """(0, 2 or the name of a fault, the answer, the errors)."""
     out, error = io.StringIO(), io.StringIO()
+    answer = None
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            reader(work)
+            answer = call(root, folder)
         end = 0
     except SystemExit as stop:
         end = 2 if stop.code == 2 and len(error.getvalue().splitlines()) == 1 else "untidy"
@@ -352,33 +315,36 @@ def end_of(reader, work: Path):
         signal.setitimer(signal.ITIMER_REAL, 0)
     # times are no part of an answer
     printed = re.sub(r"[\d.]+ (tokens/s|s\b|ms/update|min left)", "", out.getvalue())
-    return end, printed, error.getvalue()
+    return end, answer or printed, error.getvalue()
 
 
-def fuzz_file(clean: Path, work: Path, name: str, reader, args) -> Counter:
-    """Mutations of one file of the folder `clean`, each of the undamaged one."""
+def fuzz_file(root: Path, folder: str, name: str, args) -> Counter:
+    """Mutations of one file of a folder, each of the undamaged one."""
     every_content = name.endswith("+")
     name = name.removesuffix("+")
+    work = root / "work" / folder
     counts = Counter()
     # number 0 is undamaged
     for number in range(1 + args.mutations):
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(clean, work)
+        shutil.copytree(root / "clean" / folder, work)
+        how = "nothing"
+        if number > 0:
+            how = mutate(work / name, random.Random(f"{args.seed} {folder} {name} {number}"))
+        end, answer, error = end_of(work.parent, folder)
         if number == 0:
-            end, expected, error = end_of(reader, work)
             if end != 0:
-                raise ValueError(f"{work.name}/{name}: the undamaged files end with {end}: {error}")
+                raise ValueError(f"{folder}/{name}: the undamaged files end with {end}: {error}")
+            expected = answer
             continue
-        how = mutate(work / name, random.Random(f"{args.seed} {work.name} {name} {number}"))
-        end, printed, error = end_of(reader, work)
         kind = {0: "silent", 2: "refused"}.get(end, end)
-        if end == 0 and printed == expected:
+        if end == 0 and answer == expected:
             kind = "same"
         elif end == 0 and (every_content or "note:" in error):
             kind = "stated"
         counts[kind] += 1
         if kind in FAULTS or args.show:
-            tqdm.write(f"{kind:9} {work.name}/{name}, mutation {number}: {how}")
+            tqdm.write(f"{kind:9} {folder}/{name}, mutation {number}: {how}")
             tqdm.write(f"          {error.strip()[-2000 if kind == 'traceback' else -300:]}")
     return counts
 
@@ -398,14 +364,13 @@ def main():
         with contextlib.redirect_stdout(io.StringIO()):
             build(root / "work")
         shutil.copytree(root / "work", root / "clean")
-        targets = [(folder, reader, name) for folder, reader, names in TARGETS
+        targets = [(folder, name) for folder, (*_, names) in TARGETS.items()
                    for name in names.split() if args.only in f"{folder}/{name}"]
-        for folder, reader, name in tqdm(targets, desc="files", disable=None):
-            if reader is draw and matplotlib is None:
+        for folder, name in tqdm(targets, desc="files", disable=None):
+            if folder == "results" and matplotlib is None:
                 tqdm.write(f"skipped   {folder}/{name}: its reader needs matplotlib")
                 continue
-            rows[f"{folder}/{name}"] = fuzz_file(
-                root / "clean" / folder, root / "work" / folder, name, reader, args)
+            rows[f"{folder}/{name}"] = fuzz_file(root, folder, name, args)
     rows["all"] = sum(rows.values(), Counter())
     print(f"{'file':50}" + "".join(f"{end:>10}" for end in ENDS))
     for name, counts in rows.items():

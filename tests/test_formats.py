@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_formats.py
 
-With NANOL2D_SHARED set to a folder that holds data/tokenizers/{llama3,qwen2}, their own templates
-are recognised too; with jinja2 installed, our text is compared with that of the templates.
+With NANOL2D_SHARED set to a folder that holds data/tokenizers/qwen2, its own template is recognised
+too; with jinja2 installed, our text is compared with that of the templates.
 """
 
 import json
@@ -74,7 +74,7 @@ def test_our_text_is_the_templates_text(template, conversation):
 def test_a_template_that_differs_in_one_word_is_refused(template):
     assert recognise(SMOLLM) == ("qwen", "")
     assert recognise(template) == (None, "")
-    with pytest.raises(ValueError, match="chat template is none that we can write"):
+    with pytest.raises(ValueError, match="chat template is not supported"):
         resolve_style("auto", Chatter(template))
     # a user may choose a format by name
     assert Chatter(template).text(CONVERSATIONS[1], "qwen").startswith("<|im_start|>system\nShort")
@@ -95,19 +95,15 @@ def test_sample_refuses_an_unknown_template_wherever_it_stands(place, tmp_path, 
     flags = [f"--init_from={tmp_path}", "--prompt=the in", "--steps=0", "--device=cpu"]
     assert exit_status(sample.main, [*flags, "--chat"]) == 2
     err = capsys.readouterr().err
-    assert "chat template is none that we can write" in err and len(err.splitlines()) == 1
+    assert "chat template is not supported" in err and len(err.splitlines()) == 1
     assert exit_status(sample.main, [*flags, "--chat=plain", "--max_new_tokens=1"]) == 0
 
 
-@pytest.mark.parametrize("name, style", [("llama3", "llama3"), ("qwen2", "qwen")])
-def test_published_templates_are_recognised(name, style):
-    folder = Path(os.environ.get("NANOL2D_SHARED", "none")) / "data" / "tokenizers" / name
-    if not folder.is_dir():
+def test_a_published_template_is_recognised():
+    if "NANOL2D_SHARED" not in os.environ:
         pytest.skip("needs NANOL2D_SHARED")
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.template is None:
-        pytest.skip("this copy has no template")
-    assert recognise(tokenizer.template)[0].startswith(style)
+    folder = Path(os.environ["NANOL2D_SHARED"]) / "data" / "tokenizers" / "qwen2"
+    assert recognise(load_tokenizer(folder).template)[0] == "qwen"
 
 
 def test_every_known_template_is_of_a_format_that_we_write():

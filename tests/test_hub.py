@@ -514,13 +514,9 @@ def test_a_cache_that_cannot_be_written(fake, tmp_path):
 
 # --- names and the command ------------------------------------------------------------------------
 
-def test_resolve(fake, tmp_path):
+def test_a_directory_is_itself_unless_its_name_means_two_things(fake, tmp_path, monkeypatch):
     assert hub.resolve(tmp_path) == hub.resolve(str(tmp_path)) == tmp_path
     assert (hub.resolve("tiny") / "config.json").exists()
-    assert hub.resolve("gpt2", tmp_path) == hub.resolve(REPO, tmp_path) == tmp_path / REPO / "main"
-
-
-def test_a_name_that_means_two_things_is_refused(fake, tmp_path, monkeypatch):
     (tmp_path / "gpt2").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="write ./gpt2 for the directory"):
@@ -549,21 +545,12 @@ def test_command(fake, tmp_path, capsys):
 
 # --- the environment and the cache are not trusted ------------------------------------------------
 
-class Mirror(BaseHTTPRequestHandler):
+class Mirror(Handler):
     """Redirects every request to the hub, under another host's name."""
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
 
     def do_GET(self):
         self.tokens.append(self.headers.get("Authorization"))
-        self.send_response(self.status)
-        self.send_header("Location", f"http://localhost:{self.behind}{self.path}")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        self.answer(self.status, {"Location": f"http://localhost:{self.behind}{self.path}"})
 
 
 @pytest.mark.parametrize("status", [301, 308])
@@ -580,17 +567,14 @@ def test_a_mirror_may_redirect_to_another_host_which_never_sees_the_token(
     assert all(entry["token"] is None for entry in fake.log)
 
 
-@pytest.mark.parametrize("blank", ["\n", "/ "])
-def test_a_blank_behind_the_endpoint_is_no_part_of_it(blank, fake, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", f" {fake.url}{blank}")
-    succeeds(tmp_path)
-
-
-def test_a_blank_inside_the_endpoint_is_refused_unsent(fake, tmp_path, monkeypatch):
+def test_a_blank_around_the_endpoint_is_no_part_of_it_and_one_inside_is_refused(
+        fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1 :1")
     with pytest.raises(ValueError, match="malformed HF_ENDPOINT .* expected https://host"):
         hub.resolve(REPO, tmp_path)
     assert fake.waits == [] and fake.log == []
+    monkeypatch.setenv("HF_ENDPOINT", f" {fake.url}/ \n")
+    succeeds(tmp_path)
 
 
 def test_offline_takes_what_is_there_and_never_asks(fake, tmp_path, monkeypatch):
@@ -606,9 +590,7 @@ def test_offline_takes_what_is_there_and_never_asks(fake, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"[]", b"{}", b'{"sizes": []}', b'{"sizes": {"config.json": "9"}}', b'{"sizes": 3}',
-    b"\xff", b'{"sizes": {"config.json": null}}', b"[" * 100_000,
-])
+    b"", b"[]", b"{}", b'{"sizes": 3}', b'{"sizes": {"config.json": null}}', b"[" * 100_000])
 def test_a_marker_of_another_form_says_nothing(content, fake, tmp_path):
     folder = succeeds(tmp_path)
     (folder / "complete.json").write_bytes(content)

@@ -1,7 +1,6 @@
 """A diffusion path on disk, and the default values of its training and use."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -166,12 +165,14 @@ UNFIT = "does not fit path.json: "
     (drop_tensor, UNFIT + "1 tensors differ, first time_gate.2.weight"),
     (removed("path.json"), "path.json does not exist"),
     (replaced("path.json", '{"config": {'), "path.json is not valid JSON"),
-    (replaced("path.json", "{}"), "path.json was not written by this version: it has no valid 'config'"),
+    (replaced("path.json", "{}"),
+     r"path.json was not written by this version \(it has no valid 'config'\); train the path"),
     (without("base"), "it has no valid 'base'"),
     (without("base_sha256"), "it has no valid 'base_sha256'"),
     (config_with(width=8), UNFIT + "3 tensors differ, first from_z.0.weight"),
     (config_with(rank=None), UNFIT),
     (config_with(classes=0), UNFIT + "1 tensors differ, first class_embedding"),
+    (config_with(sigma=3.0), "was trained with another config than path.json says"),
     (config_with(depth=2), r"path.json was not written by this version \(.*depth"),
     (config_with(time_distribution="late"),
      "time_distribution 'late' is not supported; allowed: uniform, cosmap"),
@@ -198,9 +199,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_noise_scale_follows_the_width():
     """σ² = 16·Z."""
-    assert L2DConfig().sigma == 64
-    assert L2DConfig(width=64).sigma == 32
-    assert L2DConfig(width=100).sigma == math.sqrt(1600)
+    assert [L2DConfig(width=width).sigma for width in (64, 100, 256)] == [32, 40, 64]
     assert L2DConfig(sigma=3.0).sigma == 3
 
 

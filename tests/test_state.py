@@ -15,7 +15,6 @@ import sample
 import train
 from conftest import exit_status
 from data.checkpoints.state import read_state
-from data.system.disk import write_json
 from data.text import chat
 from test_train import flags, log, refused, run
 
@@ -68,28 +67,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_last_good_state_stays(ou
     assert all(np.isfinite(entry["loss"]) for entry in log(out) if "loss" in entry)
 
 
-@pytest.mark.parametrize("name", ["weights", "exp_avg", "exp_avg_sq"])
-def test_a_state_with_a_value_that_is_no_number_is_refused(name, out, capsys):
-    def spoil(tensors):
-        first = next(key for key in sorted(tensors) if key.startswith(f"{name}/"))
-        tensors[first].view(-1)[0] = float("nan")
-    change_state(out, spoil)
-    resume_refused(capsys, out, "holds values that are not finite")
-
-
-def test_rows_without_a_counted_token_are_one_line(base, tmp_path, capsys):
-    rows = [{"question": f"{i}+1?", "answer": f"{i + 1}"} for i in range(30)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = tmp_path / "data"
-    chat.main([str(path), f"--tokenizer={base}", f"--out_dir={data}", "--val_fraction=0.3"])
-    mask = np.load(data / "train.mask.npy")
-    np.save(data / "train.mask.npy", mask * 0)
-    line = refused(capsys, f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path / 'o'}",
-                   *flags())
-    assert "a mask without a counted token" in line and "python -m data.text.chat" in line
-
-
 # --- states ---------------------------------------------------------------------------------------
 
 def drop(prefix):
@@ -108,14 +85,20 @@ def retype(tensors):
     tensors[name] = tensors[name].double()
 
 
+def spoil(tensors):
+    name = next(name for name in sorted(tensors) if name.startswith("exp_avg/"))
+    tensors[name].view(-1)[0] = float("nan")
+
+
 @pytest.mark.parametrize("change, word", [
     (drop("weights/"), "1 tensors, first weights/"),
     (drop("exp_avg_sq/"), "1 tensors, first exp_avg_sq/"),
     (lambda tensors: tensors.update(more=torch.ones(1)), "1 tensors, first more"),
     (reshape, "does not fit"),
     (retype, "is of type torch.float64"),
+    (spoil, "holds values that are not finite"),
 ])
-def test_a_state_with_missing_or_misshapen_parts_is_refused(change, word, out, capsys):
+def test_a_state_with_missing_or_damaged_parts_is_refused(change, word, out, capsys):
     change_state(out, change)
     resume_refused(capsys, out, word)
 
@@ -168,14 +151,3 @@ def test_a_path_that_was_never_trained_is_not_sampled(base, tmp_path, capsys):
     assert exit_status(sample.main, words) == 2
     err = capsys.readouterr().err
     assert "--init_from=resume" in err and len(err.splitlines()) == 1
-
-
-def test_two_files_of_different_trainings_are_refused(base, tmp_path, capsys):
-    run(base, tmp_path / "out", updates=1)
-    path = tmp_path / "out" / "path.json"
-    content = json.loads(path.read_text())
-    content["config"]["sigma"] = 3.0
-    write_json(content, path)
-    words = [f"--init_from={tmp_path / 'out'}", "--prompt=x", "--device=cpu"]
-    assert exit_status(sample.main, words) == 2
-    assert "was trained with another config than path.json says" in capsys.readouterr().err

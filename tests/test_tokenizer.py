@@ -15,10 +15,12 @@ import os
 import random
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import exit_status
 
+from data.text.answer import Answer, Live, Stop
 from data.text.tokenizer import Tokenizer, load_tokenizer, main
 from data.text.vocab import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN
 
@@ -167,14 +169,11 @@ def test_every_form_gives_the_same_tokenizer(tmp_path):
         assert len(ids) == 1, repr(text)
 
 
-def test_text_and_stream_round_trip(tmp_path):
+def test_text_round_trips(tmp_path):
     tokenizer = load_tokenizer(save_form(tmp_path, "tiktoken"))
     for text in [*AWKWARD, *random_texts(300)]:
         for special in (False, True):
-            ids = tokenizer.encode(text, special=special)
-            stream = tokenizer.stream()
-            assert tokenizer.decode(ids) == text
-            assert "".join(map(stream, ids)) + stream.flush() == text
+            assert tokenizer.decode(tokenizer.encode(text, special=special)) == text
 
 
 @pytest.mark.parametrize("name, ids", [
@@ -306,19 +305,22 @@ def test_llama3_file_alone_gets_its_256_special_tokens(tmp_path):
         assert tokenizer.special[f"<|reserved_special_token_{number}|>"] == id
 
 
-# --- streaming, long runs, fingerprint ------------------------------------------------------------
+# --- live answers, long runs, fingerprint ---------------------------------------------------------
 
-def test_stream_never_shows_half_a_character(tmp_path):
-    tokenizer = load_tokenizer(save_form(tmp_path, "tiktoken"))
-    stream = tokenizer.stream()
-    shown = [stream(id) for id in tokenizer.encode("😀é日a")]
-    assert shown == ["", "", "", "😀", "é", "", "", "日", "a"]
-    assert stream.flush() == ""
-    cut = tokenizer.stream()
-    assert [cut(id) for id in tokenizer.encode("a😀")[:3]] == ["a", "", ""]
-    assert cut.flush() == "\ufffd"
-    broken = tokenizer.stream()
-    assert [broken(0xF0), broken(ord("b"))] == ["", "\ufffdb"]
+@pytest.mark.parametrize("ids, shown", [
+    ([*"😀".encode(), 263, *"日a".encode()], ["", "", "", "😀", "é", "", "", "日", "a", "\n"]),
+    ([*"a😀".encode()][:3], ["a", "", "", "\ufffd\n"]),
+    ([0xF0, ord("b"), 266], ["", "\ufffdb", "", "\n"]),
+])
+def test_a_live_answer_never_shows_half_a_character(tmp_path, capsys, ids, shown):
+    batch = SimpleNamespace(answers=[Answer(Stop({266}))])
+    live = Live("prompt", load_tokenizer(save_form(tmp_path, "tiktoken")))
+    found = [capsys.readouterr().out]
+    for id in ids:
+        live(batch, [0], 1.0, None, [id])
+        found.append(capsys.readouterr().out)
+    live.end()
+    assert [*found[1:], capsys.readouterr().out] == shown
 
 
 @pytest.mark.parametrize("text", [

@@ -1,11 +1,8 @@
 """The table of differences between model families: the one file that a new family changes.
 
 Nothing else in the project distinguishes GPT-2 from Llama or Qwen 2.5. A family is: the names of
-its settings in config.json, the meaning of an absent setting, and the place of each matrix in its
-files. `ModelConfig` is our form of a config.json. Read model.py for the parts of the network. Run
-alone, this file prints where the tensors of a model are found:
-
-    python -m data.checkpoints.families
+its settings in config.json, the values of absent settings, and the names of its matrices in the
+files. `ModelConfig` is our form of a config.json.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +10,9 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from data.system.command import check_range, choices, command
+from data.system.command import check_range, choices
 
-# Theirs -> ours; `{i}` is the layer. Several names on the right: one fused matrix that we split.
+# Theirs -> ours; `{i}` is the layer. Several names on the right are one fused matrix.
 LLAMA_MAP = {
     "model.embed_tokens": ("embed",),
     "model.layers.{i}.input_layernorm": ("blocks.{i}.norm_attn",),
@@ -42,7 +39,7 @@ GPT2_MAP = {
     "ln_f": ("ln_f",),
     "lm_head": ("head",),
 }
-# The values of absent settings: the defaults of the configuration classes in transformers.
+# The values of absent settings: the defaults of transformers.
 LLAMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
@@ -75,8 +72,8 @@ class Family:
         if value is None:
             value = self.defaults.get(key, default)
         if value is None:
-            raise ValueError(
-                f"config.json has no {name!r}, which model_type {raw['model_type']!r} needs")
+            raise ValueError(f"config.json has no {name!r}, which model_type "
+                             f"{raw['model_type']!r} needs")
         if key in RANGES:
             check_range(f"config.json: {name}", value, *RANGES[key])
         return value
@@ -89,11 +86,10 @@ FAMILIES = {
         biases=("qkv",),
         defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 32768},
     ),
-    # without its attention window, see check_heads_and_window
+    # without its attention window, see ModelConfig.check
     "mistral": Family(
         LLAMA_MAP,
-        defaults={
-            **LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+        defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8},
     ),
     "gpt2": Family(
         GPT2_MAP,
@@ -152,27 +148,19 @@ REQUIRED = {
     "partial_rotary_factor": 1,
     "rope_interleaved": False,
 }
-LLAMA3_ROPE = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # (low, high, kind) of check_range
-SIZE = (1, 10**8, int)
 POSITIVE = (1e-30, 1e30)
-SWITCH = (False, True, bool)
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_position_embeddings")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 RANGES = {
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "num_hidden_layers": SIZE,
-    "num_attention_heads": SIZE,
-    "num_key_value_heads": SIZE,
-    "head_dim": SIZE,
-    "intermediate_size": SIZE,
-    "max_position_embeddings": SIZE,
+    **dict.fromkeys(SIZES, (1, 10**8, int)),
+    **dict.fromkeys(SWITCHES, (False, True, bool)),
     "rms_norm_eps": (0, 1),
     "rope_theta": POSITIVE,
-    "tie_word_embeddings": SWITCH,
-    "attention_bias": SWITCH,
-    "mlp_bias": SWITCH,
 }
 
 
@@ -210,7 +198,10 @@ class ModelConfig:
     def from_hf(cls, raw: dict) -> "ModelConfig":
         """From a config.json. Raises ValueError for settings that are unknown or not supported."""
         family = FAMILIES[choices(raw.get("model_type"), FAMILIES, "model_type")]
-        check_network(raw)
+        for key in ("quantization_config", "compression_config"):
+            if raw.get(key):
+                raise ValueError(f"config.json: the weights are quantised ({key} "
+                                 f"{str(raw[key])[:40]}); use those in bfloat16 or float32")
         read = partial(family.read, raw)
         width = read("hidden_size")
         heads = read("num_attention_heads")
@@ -236,11 +227,17 @@ class ModelConfig:
             rope=read_rope(raw, read("rope_theta", 10000.0)),
             raw=raw,
         )
-        config.check_heads_and_window()
+        config.check()
         return config
 
-    def check_heads_and_window(self):
-        """Raise ValueError for heads of unequal size, and for a window that limits attention."""
+    def check(self):
+        """Raise ValueError for a config.json that describes a network which we do not build."""
+        for key, expected in REQUIRED.items():
+            if self.raw.get(key) is not None:
+                choices(self.raw[key], [expected], f"config.json: {key} =")
+        layer_types = self.raw.get("layer_types") or []
+        if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
+            raise ValueError("config.json: layer_types other than full_attention are not supported")
         if self.heads % self.kv_heads:
             raise ValueError(f"config.json: {self.heads} heads cannot share "
                              f"{self.kv_heads} key/value heads evenly")
@@ -250,33 +247,17 @@ class ModelConfig:
         if self.family.positions == "learned" and self.heads * self.head_dim != self.hidden_size:
             raise ValueError(f"config.json: a width of {self.hidden_size} cannot be divided into "
                              f"{self.heads} heads")
-        # Mistral's default is a window of 4,096 tokens; null means no window
+        # Mistral's default is a window of 4,096 tokens; one of all positions has no effect
         window = self.raw.get("sliding_window", 4096)
         if self.model_type == "mistral" and window is not None:
-            # a window of at least all positions has no effect
             check_range("config.json: sliding_window (null: none)", window, self.max_positions,
                         10**8, int)
 
     def check_depth(self, tensors):
-        """Raise ValueError for more layers than tensors: building them would take for ever."""
+        """Raise ValueError for more layers than tensors, which would take for ever to build."""
         if self.layers > len(tensors):
             raise ValueError(f"config.json has {self.layers:,} layers, but the weights are only "
                              f"{len(tensors):,} tensors; use the config.json that came with them")
-
-
-def check_network(raw: dict):
-    """Raise ValueError for a config.json that describes a network which we do not build."""
-    for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
-            method = raw[key].get("quant_method", "") if isinstance(raw[key], dict) else ""
-            raise ValueError(f"config.json: the weights are quantised ({key} {str(method)[:30]}); "
-                             "use the checkpoint in bfloat16 or float32")
-    for key, expected in REQUIRED.items():
-        if raw.get(key) is not None:
-            choices(raw[key], [expected], f"config.json: {key} =")
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ValueError("config.json: layer_types other than full_attention are not supported")
 
 
 def read_rope(raw: dict, theta: float) -> dict:
@@ -311,15 +292,3 @@ def read_rope(raw: dict, theta: float) -> dict:
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError("config.json: high_freq_factor must be more than low_freq_factor")
     return rope
-
-
-@command("data.checkpoints.families")
-def main(argv=None):
-    for name, family in FAMILIES.items():
-        print(f"{name}: {family.norm} norm, {family.positions} positions")
-        for theirs, ours in family.weights.items():
-            print(f"   {family.prefix + theirs:48} {', '.join(ours)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,7 @@
 
 A model is a directory with config.json, the tokenizer's files and weights in safetensors. A HEAD
 request per file returns its size, its checksum and the commit; then the files are downloaded from
-that one commit, checked, and stored in a cache. Weights that exist only as pickle are refused,
-since loading a pickle can run any code. Read next: model.py, which loads the directory.
+that one commit, checked, and stored in a cache. Read next: model.py, which loads the directory.
 
     python -m data.checkpoints.hub gpt2      # 0.5 GB on the first call; prints the directory
 """
@@ -16,6 +15,7 @@ import re
 import shutil
 import ssl
 import sys
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -51,7 +51,7 @@ OPTIONAL = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "chat_template.jinja")
 MARKER = "complete.json"             # written last: a directory without it is incomplete
-TIMEOUT = 30            # seconds without a byte after which a server counts as stalled
+TIMEOUT = 30            # seconds without a byte
 RETRIES = 5             # failures in a row, each without a new byte
 BACKOFF = 1.0           # seconds before the first retry, doubled before each further one
 LONGEST_WAIT = 300      # seconds; a server that demands more ends the download
@@ -92,13 +92,11 @@ def resolve(name_or_dir: str | Path, cache_dir: str | Path | None = None) -> Pat
 
     name_or_dir  a directory, "tiny" (part of this repository), a name in MODELS, or owner/name on
                  the hub
-    cache_dir    of downloads; default: the variable NANOL2D_CACHE, then ~/.cache/nanol2d
 
-    A complete directory needs no network: the branch main is not followed after the first download.
+    A complete download needs no network and is not updated.
     Environment: HF_TOKEN, access token for gated models; HF_ENDPOINT, another address of the hub (a
     mirror); HF_HUB_OFFLINE=1, no network.
-    Raises ValueError for an unknown name or one with two meanings, HubError (an OSError) if the
-    download cannot succeed.
+    Raises ValueError for an unknown name or one with two meanings, HubError if the download fails.
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name))
@@ -112,8 +110,7 @@ def resolve(name_or_dir: str | Path, cache_dir: str | Path | None = None) -> Pat
     if name == "tiny":
         return tiny
     repo = MODELS.get(name, name)
-    # A name becomes part of a path and of an address, so it must have this form; one that begins
-    # with a directory was meant as a path.
+    # a name that begins with a directory here was meant as a path
     if not re.fullmatch(REPO, repo, re.ASCII) or (repo == name and folder.parent.exists()):
         raise ValueError(f"unknown model {name!r}: give an existing directory, tiny, "
                          f"or one of {', '.join(MODELS)}, or owner/name on the hub")
@@ -138,8 +135,7 @@ def fetch_files(files: list, folder: Path):
     """Download files of known size and checksum to a directory. Raises HubError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # the processes of one run need the same model, and two must not write one file;
-        # closing this file releases the lock, also when the process dies
+        # several processes of one run need the same model
         with open(folder.with_name(f"{folder.name}.lock"), "a", encoding="utf-8") as lock:
             if not try_lock(lock):
                 print(f"waiting for another process that downloads to {folder}", file=sys.stderr)
@@ -150,8 +146,8 @@ def fetch_files(files: list, folder: Path):
                 download_all(files, folder)
     except HubError:
         raise
+    # network errors are HubErrors here, so this is one of the disk
     except OSError as error:
-        # network errors are HubErrors here, so this is one of the disk
         total = sum(file.size for file in files)
         raise HubError(f"cannot download {total:,} bytes to {folder}: {error.strerror}; make room, "
                        "or choose another place with --cache_dir or the environment variable "
@@ -164,7 +160,7 @@ def fetch_files(files: list, folder: Path):
 def is_complete(folder: Path) -> bool:
     try:
         sizes = read_json(folder / MARKER)["sizes"]
-        # finds a deleted or truncated file; hashing all of them would take minutes
+        # hashing them would take minutes
         return all(size_of(folder / name) == size for name, size in sizes.items())
     # a marker of another form: every file is checked again
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -178,8 +174,7 @@ def verify(folder: Path):
     if not isinstance(etags, dict) or etags.keys() != marker.get("sizes", {}).keys():
         raise ValueError(f"{folder / MARKER} states no checksums; delete it and fetch again")
     for name, etag in etags.items():
-        file = RemoteFile(name, "", "", size_of(folder / name), str(etag))
-        if not matches(folder / name, file):
+        if not matches(folder / name, size_of(folder / name), str(etag)):
             raise ValueError(f"{folder / name} does not have the hub's checksum; delete it and "
                              "fetch again")
         print(f"{etag}  {name}")
@@ -197,7 +192,7 @@ def plan(repo: str) -> list[RemoteFile]:
     config = look_up(f"{page}/resolve/main/config.json")
     if config is None:
         raise HubError(f"no config.json in {page}: check the name there")
-    # the branch may move during the download, its commit cannot
+    # the branch may move during the download
     base = f"{page}/resolve/{config.commit}/"
     found = {name: look_up(base + name) for name in OPTIONAL}
     if not (found["tokenizer.json"] or (found["vocab.json"] and found["merges.txt"])):
@@ -205,7 +200,6 @@ def plan(repo: str) -> list[RemoteFile]:
                        "with merges.txt")
     files = [file for file in found.values() if file]
     single = look_up(f"{base}model.safetensors")
-    # large models come in shards with an index
     index = single or look_up(f"{base}model.safetensors.index.json")
     if index is None:
         raise HubError(f"no model.safetensors in {page} (pytorch_model.bin is a pickle, which can "
@@ -224,15 +218,13 @@ def plan(repo: str) -> list[RemoteFile]:
 
 def shard_names(index: RemoteFile) -> list[str]:
     """Download the index and return the names of the shards."""
-    try:
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch) / index.name
-            retry(partial(download, index, path))
-            names = sorted(set(read_json(path)["weight_map"].values()))
-        # a path could lead out of the cache
-        plain = [re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII) for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        plain = []
+    names = []
+    with TemporaryDirectory() as scratch, suppress(ValueError, KeyError, AttributeError):
+        path = Path(scratch) / index.name
+        retry(partial(download, index, path))
+        names = sorted(set(map(str, read_json(path)["weight_map"].values())))
+    # a path could lead out of the cache
+    plain = [re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII) for name in names]
     if not plain or not all(plain):
         raise HubError(f"{index.url} is not an index of shards: expected JSON with a weight_map to "
                        "plain file names that end in .safetensors")
@@ -241,12 +233,10 @@ def shard_names(index: RemoteFile) -> list[str]:
 
 def look_up(url: str) -> RemoteFile | None:
     """Return the hub's statement about a file, or None if it has no such file."""
-    accept = (404, 301, 302, 303, 307, 308)
-    with retry(partial(open_url, url, method="HEAD", accept=accept)) as answer:
+    with retry(partial(open_url, url, method="HEAD", accept=(404, *range(300, 400)))) as answer:
         if answer.status == 404:
             return None
         file = stated_file(url, answer.headers)
-    # every file is checked, so a server that states less is of no use
     if file is None:
         raise HubError(f"{url} comes without size, checksum or commit: "
                        "HF_ENDPOINT must be the hub or a full mirror of it")
@@ -255,8 +245,7 @@ def look_up(url: str) -> RemoteFile | None:
 
 def stated_file(url: str, headers) -> RemoteFile | None:
     """The statement in the headers of an answer, or None if it is not complete."""
-    # Large files are stored on another host: then X-Linked-* describe the file, and the plain
-    # headers only the redirect.
+    # large files are on another host: X-Linked-* describe them, the plain headers the redirect
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
     etag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
     etag = etag.removeprefix("W/").strip('"')
@@ -269,13 +258,13 @@ def stated_file(url: str, headers) -> RemoteFile | None:
 
 def download_all(files, folder):
     """Download the missing files, then mark the directory as complete."""
-    # Remove the files of another commit, and config.json in any case: without it half a model
-    # cannot be loaded.
+    # files of another commit; and config.json, without which no loader accepts the directory
     wanted = {name for file in files for name in (file.name, file.part)} - {"config.json"}
     for path in folder.iterdir():
         if path.name not in wanted:
             path.unlink()
-    missing = [file for file in files if not matches(folder / file.name, file)]
+    missing = [file for file in files
+               if not matches(folder / file.name, file.size, file.etag)]
     needed = sum(file.size - size_of(folder / file.part) for file in missing)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -302,48 +291,40 @@ def download(file: RemoteFile, part: Path):
                 part.unlink()
                 raise TryAgain(f"{file.name} cannot be resumed from byte {have:,}: it starts over")
             # a server without ranges sends the whole file again
-            stated_range = answer.headers.get("Content-Range", "")
-            if answer.status != 206 or not stated_range.startswith(f"bytes {have}-"):
+            if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 have = 0
             bar = tqdm(desc=file.name, total=file.size, initial=have, unit="B", unit_scale=True)
             with bar, open(part, "ab" if have else "wb", buffering=CHUNK) as out:
-                # bytes beyond the stated size are not read
                 while have < file.size:
-                    block = read_block(answer, file.size - have)
+                    try:
+                        # read1 returns what has arrived, so a slow download loses nothing
+                        block = answer.read1(min(CHUNK, file.size - have))
+                    except (OSError, HTTPException) as error:
+                        # an OSError would be mistaken for one of the disk
+                        raise failure(error, None, answer.url) from None
                     if not block:
                         raise TryAgain(f"the connection closed after {have:,} of the "
                                        f"{file.size:,} bytes of {file.name}")
                     out.write(block)
                     bar.update(len(block))
                     have += len(block)
-    if not matches(part, file):
-        # the position of the wrong byte is unknown
+    if not matches(part, file.size, file.etag):
         part.unlink()
         raise TryAgain(f"{file.name} arrived damaged: its checksum is not the hub's")
 
 
-def read_block(answer, limit: int) -> bytes:
-    """The next bytes, at most `limit`; none at the end of the answer."""
-    try:
-        # read1 returns the bytes that have arrived, so a slow download loses none of them
-        return answer.read1(min(CHUNK, limit))
-    except (OSError, HTTPException) as error:
-        # converted here: an OSError would be mistaken for one of the disk
-        raise failure(error, None, answer.url) from None
-
-
-def matches(path: Path, file: RemoteFile) -> bool:
+def matches(path: Path, size: int, etag: str) -> bool:
     """Has `path` the stated size and checksum?"""
     # the size first: it costs nothing and mostly decides
-    if not path.is_file() or size_of(path) != file.size:
+    if not path.is_file() or size_of(path) != size:
         return False
-    # Git names a small file by the sha1 of a header and the content, a large one (LFS) by the
-    # sha256 of the content alone.
-    digest = hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(b"blob %d\0" % file.size)
+    # Git's checksum of a small file is the sha1 of a header and the content, of a large one (LFS)
+    # the sha256 of the content.
+    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % size)
     with open(path, "rb") as stream:
         while block := stream.read(CHUNK):
             digest.update(block)
-    return digest.hexdigest() == file.etag
+    return digest.hexdigest() == etag
 
 
 # --- one request ----------------------------------------------------------------------------------
@@ -359,28 +340,26 @@ class Redirects(HTTPRedirectHandler):
 
     def redirect_request(self, request, answer, code, message, headers, target):
         method = request.get_method()
-        # A HEAD ends at the hub's redirect to the host of large files, which describes the file; a
-        # mirror's redirect to the hub does not.
+        # a HEAD ends at the hub's redirect to the host of large files, which describes the file
         if method == "HEAD" and not at_hub(target) and stated_file(target, headers):
             return None
         self.url = target
         following = Request(target, headers=dict(request.headers), method=method)
-        # the other host has its own signature in the address
         if not at_hub(target):
             following.remove_header("Authorization")
         return following
 
 
 def open_url(url: str, method="GET", start=0, accept=()):
-    """Return the open answer of `url` from byte `start` on.
+    """The open answer of `url` from byte `start` on; accept: further statuses that are answers.
 
-    accept: statuses that are an answer too. Raises TryAgain or HubError for any other.
+    Raises TryAgain or HubError for any other.
     """
     request = Request(url, headers={"User-Agent": "nanoL2D"}, method=method)
     if start:
         request.add_header("Range", f"bytes={start}-")
     token = os.environ.get("HF_TOKEN", "").strip()
-    # a line break would end the header and begin another; the message must not repeat the token
+    # a line break would begin another header; the message must not repeat the token
     if not re.fullmatch("[!-~]*", token):
         raise ValueError("HF_TOKEN contains a character that no token has: "
                          "copy it again from the hub's settings")
@@ -415,7 +394,6 @@ def failure(error, request: Request | None, here: str) -> Exception:
     """The exception for a request that has failed at the address `here`."""
     host = urlsplit(here).netloc
     if not isinstance(error, HTTPError):
-        # urllib wraps the reason, http.client does not
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             return HubError(f"the certificate of {host} cannot be verified "
@@ -444,9 +422,9 @@ def failure(error, request: Request | None, here: str) -> Exception:
 
 
 def retry(action, progress=lambda: 0):
-    """Return action(); after TryAgain wait and repeat it, up to RETRIES times without progress.
+    """Return action(); after TryAgain wait and repeat it, up to RETRIES times without progress().
 
-    progress: returns the number of bytes on disk
+    progress() is the number of bytes on disk.
     """
     failures = 0
     best = progress()
@@ -454,12 +432,9 @@ def retry(action, progress=lambda: 0):
         try:
             return action()
         except TryAgain as reason:
-            # Only bytes beyond the best so far count, or a file that always arrives damaged would
-            # be fetched for ever.
-            if progress() > best:
-                best = progress()
-                failures = 0
-            failures += 1
+            # beyond the best so far, or a file that always arrives damaged would never end
+            failures = 1 if progress() > best else failures + 1
+            best = max(best, progress())
             wait = BACKOFF * 2 ** (failures - 1) if reason.wait is None else reason.wait
             if wait > LONGEST_WAIT or failures > RETRIES:
                 raise HubError(f"{reason}: given up after {failures - 1} retries (wait {wait:.0f} "

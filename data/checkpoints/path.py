@@ -14,22 +14,19 @@ from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
-# Names in earlier versions: fields of path.json, and the beginnings of tensor names.
+# Earlier names of fields of path.json, and of modules.
 OLD_FIELDS = {"conditioning": "cond_dim", "schedule": "time_distribution", "own_reading": "own_kv"}
 OLD_TENSORS = {"merge": "time_gate", "from_guess": "from_prediction"}
 
 LARGEST = 1 << 16          # a larger width is a mistake and would take all memory
 # (low, high, kind) of check_range
 RANGES = {
-    "width": (1, LARGEST, int),
-    "cond_dim": (1, LARGEST, int),
-    "rank": (1, LARGEST, int),
+    **dict.fromkeys(("width", "cond_dim", "rank"), (1, LARGEST, int)),
     "classes": (0, LARGEST, int),
     "sigma": (1e-6, 1e6),
     "alpha": (0, 1e6),
     "class_dropout": (0, 1),
-    "self_conditioning": (False, True, bool),
-    "own_kv": (False, True, bool),
+    **dict.fromkeys(("self_conditioning", "own_kv"), (False, True, bool)),
 }
 
 
@@ -73,28 +70,24 @@ def base_facts(lm, sha256: str) -> dict:
 
 
 def read_path(directory: Path) -> dict:
-    """path.json: config as an L2DConfig, and the identity of the base and its tokenizer.
+    """path.json, its config as an L2DConfig. Raises ValueError for a file of another form.
 
-    base_config, tokenizer and updates are None in the oldest files. Raises ValueError for a file of
-    another form.
+    base_config, tokenizer and updates are None in the oldest files.
     """
     path = directory / "path.json"
-    meta = read_json(path)
+    meta = {"base_config": None, "tokenizer": None, "updates": None, **read_json(path)}
     # a base that was never on disk has no name
     kinds = {"config": dict, "base": (str, type(None)), "base_sha256": str,
              "base_config": (dict, type(None)), "tokenizer": (str, type(None)),
              "updates": (int, type(None))}
-    meta = {"base_config": None, "tokenizer": None, "updates": None, **meta}
-    for name, kind in kinds.items():
-        if name not in meta or not isinstance(meta[name], kind):
-            raise ValueError(f"{path} was not written by this version: it has no valid {name!r}; "
-                             "train the path again with train.py")
     try:
-        config = L2DConfig(**renamed(meta["config"]))
+        for name, kind in kinds.items():
+            if name not in meta or not isinstance(meta[name], kind):
+                raise TypeError(f"it has no valid {name!r}")
+        return {**meta, "config": L2DConfig(**renamed(meta["config"]))}
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} was not written by this version ({error}); "
                          "train the path again with train.py") from None
-    return {**meta, "config": config}
 
 
 def renamed(config: dict) -> dict:
@@ -112,9 +105,9 @@ def check_base(meta: dict, lm, directory: Path):
             f"(sha256 {found['base_sha256'][:12]}); "
             f"train one for this base with train.py --init_from={lm.directory}")
     # the same weights compute something else with another config.json
-    wanted = meta["base_config"] or found["base_config"]
-    changed = [name for name in found["base_config"] | wanted
-               if found["base_config"].get(name) != wanted.get(name)]
+    ours = found["base_config"]
+    theirs = meta["base_config"] or ours
+    changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if changed:
         raise ValueError(f"{known}, whose config.json has changed since ({', '.join(changed)}); "
                          "restore the right one")
@@ -142,7 +135,7 @@ def fill(ours: dict, path: Path, config: L2DConfig):
     for name in file.keys():
         module, _, rest = name.partition(".")
         theirs[f"{OLD_TENSORS.get(module, module)}.{rest}"] = name
-    shapes = {(name, tuple(file.get_slice(theirs[name]).get_shape())) for name in theirs}
+    shapes = {(name, tuple(file.get_slice(old).get_shape())) for name, old in theirs.items()}
     wrong = {(name, tuple(p.shape)) for name, p in ours.items()} ^ shapes
     if wrong:
         names = sorted({name for name, _ in wrong})

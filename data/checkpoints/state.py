@@ -3,7 +3,7 @@
 Flags and progress are in the file's metadata; the tensors are weights/NAME, the moments of AdamW
 step/NAME, exp_avg/NAME and exp_avg_sq/NAME (absent before the first update), and average/NAME, the
 EMA. The randomness of an update follows from its number, so no generator is saved. It is one file,
-so that a kill at any moment leaves a complete state. train.py decides when to save.
+so that a kill at any moment leaves a complete state.
 """
 
 import json
@@ -43,10 +43,7 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
 
 
 def clear(out_dir: Path):
-    """Remove an earlier run, so that none of its files is mistaken for one of the next.
-
-    The cached states of data/training/frozen.py stay: they are new, or of the same model.
-    """
+    """Remove an earlier run, but not the cached states of data/training/frozen.py."""
     for name in (*RESULTS, "log.jsonl"):
         remove(out_dir / name)
     for path in out_dir.glob(f"{BEST}*"):
@@ -54,10 +51,7 @@ def clear(out_dir: Path):
 
 
 def out_of_patience(history: list, patience: int) -> bool:
-    """Have `patience` validations passed since the best one? 0: never.
-
-    history: [update, loss] of every validation
-    """
+    """Have `patience` validations passed since the best? 0: never. history: [update, loss]."""
     if not patience or not history:
         return False
     best = min(range(len(history)), key=lambda index: history[index][1])
@@ -65,10 +59,7 @@ def out_of_patience(history: list, patience: int) -> bool:
 
 
 def keep_best(run, save):
-    """Keep the paths of the lowest validation losses in directories of their own.
-
-    save(directory) writes the present one.
-    """
+    """Keep the paths of the lowest validation losses; save(directory) writes the present one."""
     out_dir = Path(run.args.out_dir)
     best = sorted(run.history, key=lambda entry: entry[1])[:run.args.keep]
     names = {f"{BEST}{update}" for update, _ in best}
@@ -81,25 +72,22 @@ def keep_best(run, save):
 
 # --- the state ------------------------------------------------------------------------------------
 
-def named_tensors(trainable: dict, optimizer, average: dict) -> dict:
-    """Name in the file -> tensor; trainable, average: name -> tensor."""
+def named_tensors(trainable: dict, optimizer, ema: dict) -> dict:
+    """Name in the file -> tensor; trainable, ema: name -> tensor."""
     tensors = {}
     for name, p in trainable.items():
         tensors[f"weights/{name}"] = p
         for moment, value in optimizer.state[p].items():
             tensors[f"{moment}/{name}"] = value
-    for name, value in average.items():
+    for name, value in ema.items():
         tensors[f"average/{name}"] = value
     return tensors
 
 
-def write_state(out_dir, trainable: dict, optimizer, meta: dict, average: dict):
-    """Save a training; meta: flags and progress, in a form for JSON.
-
-    Raises ValueError for values that are not finite: the last good state stays.
-    """
+def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
+    """Save a training; meta: flags and progress. Raises ValueError for values not finite."""
     tensors = {}
-    for name, value in named_tensors(trainable, optimizer, average).items():
+    for name, value in named_tensors(trainable, optimizer, ema).items():
         # every process has a part of a divided tensor, and one process writes the file
         value = sharding.whole(value.detach())
         check_finite(name, value, "this run", "the last good state stays; try a lower --lr")
@@ -117,10 +105,8 @@ def read_state_meta(out_dir) -> dict:
                          f"start one with train.py --out_dir={out_dir}")
     found = open_safetensors(path).metadata() or {}
     meta = parse_json(found.get("state", "null"), f"the metadata of {path}")
-    if not isinstance(meta, dict):
-        meta = {}
     for name, kind in FACTS.items():
-        if name not in meta or not isinstance(meta[name], kind):
+        if not isinstance(meta, dict) or name not in meta or not isinstance(meta[name], kind):
             raise ValueError(f"{path} is not a training state of this project and version "
                              f"(no {name}); start anew with another --out_dir")
     for entry in meta["history"]:
@@ -140,9 +126,8 @@ def read_state(out_dir):
 def restore_state(run, facts: dict) -> dict:
     """Copy a saved state into a Run of train.py and return its metadata.
 
-    facts: name -> identity of everything that was beside the weights in training
-    Raises ValueError for another fact, and for tensors of other names, shapes, types or values that
-    are not finite.
+    Raises ValueError if one of `facts` (name -> identity of the data, config or tokenizer) has
+    changed, and for tensors of other names, shapes or types, or with values that are not finite.
     """
     path = Path(run.args.out_dir) / "state.safetensors"
     tensors, meta = read_state(run.args.out_dir)
@@ -158,10 +143,10 @@ def restore_state(run, facts: dict) -> dict:
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p)}
-    ours = named_tensors(run.trainable, run.optimizer, run.average.tensors)
-    shapes = {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in shapes ^ {(name, tuple(tensor.shape))
-                                                  for name, tensor in ours.items()}})
+    ours = named_tensors(run.trainable, run.optimizer, run.ema.tensors)
+    shapes, expected = ({(name, tensor.shape) for name, tensor in found.items()}
+                        for found in (tensors, ours))
+    wrong = sorted({name for name, _ in shapes ^ expected})
     if wrong:
         raise ValueError(f"{path} does not fit: {len(wrong)} tensors, "
                          f"first {wrong[0]}; resume with the flags it was made with")

@@ -1,7 +1,6 @@
 """A model's weights on disk: every tensor checked, mapped into memory, never unpickled.
 
-`load_weights` fills a model of any family by its weight map (families.py), from a single file
-or from shards. Read model.py for the meaning of the tensors.
+`load_weights` fills a model of any family by its weight map (families.py), from one file or shards.
 
     python -c "from model import LM; LM.from_pretrained('tiny')"
 """
@@ -51,41 +50,37 @@ def weight_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, single or sharded."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
+    files = {}
+    if present(index):
+        files = read_json(index).get("weight_map")
+        known = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+        if not files or not known:
+            raise ValueError(f"{index} has no weight_map of file names; download it again, or "
+                             "delete it if model.safetensors is whole")
     if present(single):
-        # the single file has priority, but the user may have meant the shards
-        if present(index):
-            read_index(index)
+        # the user may have meant the shards
+        if files:
             print(f"note: {directory} holds model.safetensors and {index.name}: "
                   "the former is loaded, the shards are not", file=sys.stderr)
         return {name: single for name in open_safetensors(single).keys()}
-    if present(index):
-        # the name alone: an index must not lead out of its directory
-        files = {name: directory / Path(file).name for name, file in read_index(index).items()}
-        for path in sorted(set(files.values())):
-            if not present(path):
-                raise ValueError(f"{path} is missing although {index.name} names it; "
-                                 "download this shard again")
-            wrong = {name for name, file in files.items() if file == path}
-            wrong ^= set(open_safetensors(path).keys())
-            if wrong:
-                raise ValueError(f"the tensors of {path} differ from those in {index.name}: "
-                                 f"{count_names(wrong)}; download this shard and the index again")
-        return files
-    if list(directory.glob("pytorch_model*.bin")):
+    if not files and list(directory.glob("pytorch_model*.bin")):
         raise ValueError(f"{directory} has only pytorch_model.bin, a pickle that can run code "
                          "when it is read; convert it to model.safetensors first")
-    raise ValueError(f"{directory} has no model.safetensors (nor {index.name}); "
-                     "copy or download the weights")
-
-
-def read_index(index: Path) -> dict:
-    """Tensor name -> file name. Raises ValueError for an index of another form."""
-    names = read_json(index).get("weight_map")
-    known = isinstance(names, dict) and all(isinstance(file, str) for file in names.values())
-    if not names or not known:
-        raise ValueError(f"{index} has no weight_map of file names; download it again, or delete "
-                         "it if model.safetensors is whole")
-    return names
+    if not files:
+        raise ValueError(f"{directory} has no model.safetensors (nor {index.name}); "
+                         "copy or download the weights")
+    # the name alone: an index must not lead out of its directory
+    files = {name: directory / Path(file).name for name, file in files.items()}
+    for path in sorted(set(files.values())):
+        if not present(path):
+            raise ValueError(f"{path} is missing although {index.name} names it; "
+                             "download this shard again")
+        wrong = {name for name, file in files.items() if file == path}
+        wrong ^= set(open_safetensors(path).keys())
+        if wrong:
+            raise ValueError(f"the tensors of {path} differ from those in {index.name}: "
+                             f"{count_names(wrong)}; download this shard and the index again")
+    return files
 
 
 def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
@@ -93,16 +88,14 @@ def pick_device(device: str | None = None, dtype: torch.dtype | None = None):
 
     Raises ValueError for a device that this machine lacks.
     """
-    available = ["cpu"]
+    allowed = ["cpu", "cpu:0"]
     if torch.backends.mps.is_available():
-        available.insert(0, "mps")
+        allowed = ["mps", "mps:0", *allowed]
     if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    device = device or available[0]
-    kind = choices(device.split(":")[0], available, "--device")
-    # cuda:1 is the second card
-    cards = torch.cuda.device_count() if kind == "cuda" else 1
-    choices(device, available + [f"{kind}:{card}" for card in range(cards)], "--device")
+        # cuda:1 is the second card
+        cards = [f"cuda:{card}" for card in range(torch.cuda.device_count())]
+        allowed = ["cuda", *cards, *allowed]
+    device = choices(device or allowed[0], allowed, "--device")
     if dtype is None:
         half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if half else torch.float32
@@ -118,13 +111,11 @@ def plan_weights(model, files: dict, directory: Path) -> dict:
     config = model.config
     family = config.family
     ours = dict(model.named_parameters())
-    prefix = ""
-    if family.prefix and any(name.startswith(family.prefix) for name in files):
-        prefix = family.prefix
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in files) else ""
     plan = {}
     for theirs, names, transposed in weight_map(family, config.layers, ours):
         # the head has no prefix
-        name = theirs if theirs.startswith("lm_head") else prefix + theirs
+        name = theirs if theirs == HEAD else prefix + theirs
         plan[name] = (names, transposed)
     check_names(plan, files, config, directory)
     if config.tied and HEAD in files:
@@ -136,7 +127,7 @@ def plan_weights(model, files: dict, directory: Path) -> dict:
         if stored.get_dtype() not in FLOATS:
             raise ValueError(f"{name} in {path} is of type {stored.get_dtype()}: is it quantised? "
                              f"allowed: {', '.join(FLOATS)}")
-        # one matrix of the file may be several of ours, joined along their rows
+        # one matrix of the file may hold several of ours, one below the other
         expected = [sum(len(ours[n]) for n in names), *ours[names[0]].shape[1:]]
         if transposed:
             expected.reverse()
@@ -150,14 +141,14 @@ def load_weights(model, plan: dict, files: dict):
     """Copy the files into the model. Raises ValueError for values that are not finite."""
     ours = dict(model.named_parameters())
     for name, (names, transposed) in plan.items():
-        # of this target in the matrix of the file: the first row, or column if transposed
+        # the first row of this target in the matrix of the file, or column if transposed
         start = 0
         for target in (ours[n].data for n in names):
             size = len(target)
             target = target.T if transposed else target
             rows = max(1, CHUNK_BYTES // (4 * math.prod(target.shape[1:])))
             for row in range(0, len(target), rows):
-                # opened anew: the pages of a map count as resident until it is closed
+                # opened anew, since the pages of a map count as resident until it is closed
                 stored = open_safetensors(files[name]).get_slice(name)
                 end = min(row + rows, len(target))
                 if transposed:
@@ -186,7 +177,7 @@ def fingerprint(model) -> str:
     """sha256 of all weights as bfloat16, so that it does not depend on the dtype of loading."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        # the name of the final norm when the first paths were saved, which must go on loading
+        # the final norm's name when the first paths were saved, which must go on loading
         digest.update(name.replace("ln_f.", "norm_f.").encode())
         values = p.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(values.view(torch.uint8).numpy())
@@ -195,10 +186,8 @@ def fingerprint(model) -> str:
 
 def check_names(wanted, files, config, directory):
     """Raise ValueError unless the files hold every tensor of the model and no other."""
-    ignored = config.family.ignored
-    if config.tied:
-        ignored += (HEAD,)
-    missing = sorted(wanted.keys() - files.keys())
+    ignored = config.family.ignored + ((HEAD,) if config.tied else ())
+    missing = wanted.keys() - files.keys()
     left_over = [name for name in files.keys() - wanted.keys() if not name.endswith(ignored)]
     quantised = [name for name in left_over if name.endswith(QUANTISED)]
     if quantised:
@@ -241,7 +230,7 @@ def check_finite(name: str, tensor, path, remedy: str):
 
 
 def copy_tokenizer(source: Path, directory: Path):
-    """Copy the files of a tokenizer to a finetuned model, so that its directory is complete."""
+    """Copy the files of a tokenizer into the directory of a finetuned model."""
     for pattern in TOKENIZER_FILES:
         for path in source.glob(pattern):
             if path.resolve().parent != directory.resolve():

@@ -74,7 +74,7 @@ def check_range(name: str, value, low, high=math.inf, kind: type = float):
     """Return `value`, a finite number from low to high, both included.
 
     kind  float: any number, int: integers alone, bool: True or False
-    Raises ValueError for another number and for another type, which a file may hold.
+    Raises ValueError for another number or type.
     """
     types = (int, float) if kind is float else kind
     # to Python True is an integer
@@ -124,7 +124,7 @@ def given_flags(parser, argv) -> dict:
 
 
 def refuse_idle(given, rules):
-    """Raise ValueError for a flag without effect: its user expects one.
+    """Raise ValueError for a flag without effect.
 
     rules  (names without dashes, do they have an effect?, what they need)
     """

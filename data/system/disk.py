@@ -2,7 +2,7 @@
 
 A file appears by write, fsync, rename: a reader sees the old one or the new one, also after a power
 cut. A file to be read may be damaged, of another program, or marked by a Windows editor. Every
-error is one line that says what is wrong and how to repair it. data/checkpoints/ builds on this.
+error is one line that says what is wrong and how to repair it.
 """
 
 import codecs
@@ -36,10 +36,10 @@ MARKS = (
 
 @contextmanager
 def appearing(path: str | Path):
-    """Yield a path to write to; at the end the file there becomes `path`, unless an error came."""
+    """Yield a path to write to; without an error, the file there becomes `path` at the end."""
     # a link stays one: the file behind it is replaced
     path = Path(os.path.realpath(path))
-    # a device or a pipe has no old content to protect
+    # a device or a pipe
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
@@ -50,7 +50,7 @@ def appearing(path: str | Path):
     try:
         part = folder / path.name
         yield part
-        # some libraries write for the owner alone; the folder has the mode of the umask
+        # some libraries write for the owner alone
         os.chmod(part, folder.stat().st_mode & 0o666)
         flush(part)
         os.replace(part, path)
@@ -86,7 +86,7 @@ def write_json(content: dict, path: str | Path):
 
 
 def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = None):
-    """Raises OSError, in one line, if the file cannot be written."""
+    """Raises OSError if the file cannot be written."""
     try:
         with appearing(path) as part:
             save_file(tensors, part, metadata)
@@ -100,10 +100,10 @@ def check_writable(path: str | Path):
     """Raise OSError, before the work, if a file cannot be written there."""
     path = Path(os.path.realpath(path))
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; allowed: the name of a file")
+        raise OSError(f"{path} is a directory; allowed: the name of a file")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no directory, so {path.name} cannot be written "
-                                "there; make it first")
+        raise OSError(f"{path.parent} is no directory, so {path.name} cannot be written there; "
+                      "make it first")
     try:
         # permissions do not tell: a disk may be mounted read-only
         with tempfile.TemporaryFile(dir=path.parent):
@@ -146,18 +146,18 @@ def decode(content: bytes, where) -> str:
 
 
 def parse_json(content: bytes | str, where):
-    """Any JSON value. Raises ValueError, in one line that names the file `where`."""
+    """Any JSON value. Raises ValueError that names the file `where`."""
     text = content if isinstance(content, str) else decode(content, where)
     try:
         return json.loads(text)
-    # brackets nested too deeply for Python, or a number with too many digits
+    # RecursionError: too many nested brackets
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}); "
                          "copy or download it again") from None
 
 
 def read_json(path: str | Path) -> dict:
-    """Parse a JSON object. Raises ValueError, in one line, for a missing or damaged file."""
+    """Parse a JSON object. Raises ValueError for a missing or damaged file."""
     try:
         content = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
@@ -188,12 +188,11 @@ def claimed(directory: Path):
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with open(directory / "lock", "a", encoding="utf-8") as handle:
-            # closing the file releases the lock, also when the process dies
             if not try_lock(handle):
                 raise ValueError(f"another process is writing to {directory}; "
                                  "wait for it, or choose another --out_dir")
+            # of killed runs
             for path in directory.glob(f"*{PART}"):
-                # of killed runs
                 remove(path)
             yield
     finally:
@@ -202,7 +201,7 @@ def claimed(directory: Path):
 
 
 def try_lock(handle) -> bool:
-    """Lock an open file; False if another process has locked it."""
+    """Lock an open file until it is closed or the process dies; False if another has locked it."""
     try:
         if os.name == "nt":
             msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)

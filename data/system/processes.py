@@ -4,7 +4,7 @@
 
 Tokens, losses and gradients are summed over all processes, so that all of them take the step that a
 single process would have taken. With one process nothing here has an effect. Read next:
-sharding.py, for a model that does not fit one GPU; train.py calls both.
+sharding.py, for a model that does not fit one GPU.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from data.system.command import visible
 
-LOST = "another process of this training has ended, or torchrun was told to end"
+LOST = "another process of this training has ended, or torchrun has been stopped"
 saved = ["nothing was saved yet"]       # the last entry ends the message about a lost process
 
 
@@ -71,11 +71,9 @@ def exchange_device() -> str:
 
 def sum_gradients(parameters):
     """Replace every gradient by the sum over all processes."""
-    if count() == 1:
-        return
     # those of divided weights are sums already
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    if not gradients:
+    if count() == 1 or not gradients:
         return
     # one long vector: a message per tensor would spend most of its time waiting
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -85,7 +83,7 @@ def sum_gradients(parameters):
 
 
 def any_of(wish: bool) -> bool:
-    """Is `wish` true in any process? So all of them end after the same update."""
+    """Is `wish` true in any process?"""
     return bool(total(torch.tensor(int(wish))))
 
 
@@ -112,7 +110,7 @@ def card(device: str | None) -> str | None:
 def together(name: str):
     """Around a command: join the processes of torchrun, if it has started this one.
 
-    Only the first process prints. After a mistake or a death in any of them, all end with one line.
+    Only the first process prints. After an error in any of them, all end with one line.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -143,7 +141,7 @@ def together(name: str):
 
 
 def end(store, line: str):
-    """Leave at once, even out of a sum that waits; the first process to end prints the reason."""
+    """Exit at once, even from a sum that waits; the first process to end prints the reason."""
     try:
         first = store.add("ended", 1) == 1
     except RuntimeError:
@@ -178,8 +176,8 @@ def on_sigterm(act):
 class Interrupt:
     """Ctrl-C ends the run after the present update, so that the saved state is complete.
 
-    A second one kills it. Under torchrun it does not: torchrun repeats the signal to every process,
-    and kills them itself.
+    A second one kills it, but not under torchrun, which repeats the signal to every process and
+    kills them itself.
     """
 
     def __init__(self):

@@ -1,13 +1,14 @@
-"""Prompts as a user gives them, and answers: their tokens, what they cost, and where they end.
+"""A user's prompts, and answers: their tokens, their cost in evaluations, and where they end.
 
-Benchmarks cut answers at strings such as "\\n\\nQuestion:", which a vocabulary may break into
-tokens in many ways, so strings are searched for in the decoded text. sample.py fills an Answer
-token by token; a *watcher* sees every evaluation and every token on the way:
+Benchmarks cut answers at strings such as "\\n\\nQuestion:", which may be tokenised in many ways, so
+strings are searched for in the decoded text. sample.py fills an Answer token by token; a *watcher*
+sees every evaluation and every token:
 
     watch(batch, rows, t, logits)                      an evaluation: logits (n, 1, V) of these rows
     watch(batch, rows, 1.0, logits, tokens, solution)  a token of every row was chosen from these
 """
 
+import codecs
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,28 +22,23 @@ from data.text.formats import encode_chat, resolve_style
 # --- prompts --------------------------------------------------------------------------------------
 
 def read_prompts(given: list, file: str | None) -> list:
-    """Texts from a file, one a line, or else those given; `-` is standard input.
-
-    Raises ValueError for a file without a prompt.
-    """
+    """The prompts of a file, one a line, or else those given, of which `-` is standard input."""
     if file:
-        # a line ends at a line feed, and at nothing else that Unicode calls a separator
+        # only a line feed ends a line, no other separator of Unicode
         lines = decode(Path(file).read_bytes(), file).replace("\r\n", "\n").split("\n")
         prompts = [line for line in lines if line.strip()]
         if not prompts:
-            raise ValueError(f"--prompt_file {file} has no prompt; "
-                             "allowed: one prompt a line")
+            raise ValueError(f"--prompt_file {file} has no prompt; allowed: one prompt a line")
         return prompts
     if given.count("-") > 1:
         raise ValueError("--prompt - was given twice; standard input can be read only once")
-    return [read_stdin() if prompt == "-" else prompt for prompt in given]
-
-
-def read_stdin() -> str:
-    # the bytes themselves, whatever encoding the terminal is thought to have
-    stream = getattr(sys.stdin, "buffer", None)
-    text = decode(stream.read(), "standard input") if stream else sys.stdin.read()
-    return text.replace("\r\n", "\n").rstrip("\n")
+    if "-" in given:
+        # the bytes, whatever encoding Python expects of the terminal
+        stream = getattr(sys.stdin, "buffer", None)
+        text = decode(stream.read(), "standard input") if stream else sys.stdin.read()
+        text = text.replace("\r\n", "\n").rstrip("\n")
+        return [text if prompt == "-" else prompt for prompt in given]
+    return given
 
 
 def encode_prompts(texts: list, tokenizer, style: str | None) -> list:
@@ -66,7 +62,7 @@ def cut(text: str, stops) -> str:
 
 @dataclass
 class Stop:
-    """Where answers end: at token ids, or at strings, which the tokenizer finds."""
+    """Where answers end: at token ids, or at strings in the decoded text."""
     ids: set = field(default_factory=set)
     strings: list = field(default_factory=list)
     tokenizer: object = None
@@ -75,7 +71,7 @@ class Stop:
     def of(cls, tokenizer, texts=()) -> "Stop":
         """The model's own ends and further texts, which may name special tokens.
 
-        Raises ValueError for an empty text: every answer would end before it began.
+        Raises ValueError for an empty text, at which every answer would end at once.
         """
         stop = cls(set(tokenizer.stop_ids), [], tokenizer)
         for text in texts:
@@ -88,17 +84,15 @@ class Stop:
         return stop
 
     def found(self, ids) -> bool:
-        """Has a stop string just been completed? Only the end of the text is decoded."""
+        """Has a stop string just been completed?"""
         # a token is at least a byte long, so a string of n bytes lies within the last n tokens
         longest = max(len(string.encode()) for string in self.strings)
         tail = self.tokenizer.decode(ids[-longest:])
         return any(string in tail for string in self.strings)
 
     def text(self, ids) -> str:
-        """The answer in words, up to the first stop string; "" without a tokenizer."""
-        if self.tokenizer is None:
-            return ""
-        return cut(self.tokenizer.decode(ids), self.strings)
+        """The decoded answer up to the first stop string; "" without a tokenizer."""
+        return cut(self.tokenizer.decode(ids), self.strings) if self.tokenizer else ""
 
 
 @dataclass
@@ -107,8 +101,8 @@ class Answer:
     stop: Stop = field(default_factory=Stop, repr=False, compare=False)
     ids: list = field(default_factory=list)
     nfe: list = field(default_factory=list)
-    stopped: bool = False                # it ended by itself, before max_new_tokens
-    unfinished: int = 0                  # tokens whose ODE ran out of max_nfe
+    stopped: bool = False                # it ended before max_new_tokens
+    unfinished: int = 0                  # tokens whose ODE reached max_nfe before t = 1
     log_p: list = field(default_factory=list)     # of every token, under the frozen model
     right: bool = False                  # where it was graded
     traces: list = field(default_factory=list)    # a Trace of every token
@@ -119,7 +113,7 @@ class Answer:
 
     @property
     def score(self) -> float:
-        """Mean log p of its tokens under the frozen model, where a watcher has noted it."""
+        """Mean log p of its tokens under the frozen model, if a `Score` watched."""
         return sum(self.log_p) / max(1, len(self.log_p))
 
     @property
@@ -142,12 +136,12 @@ class Trace:
     reached: float = 0.0
 
     def judge(self, reached: float, rejected: int):
-        """Once the ODE is solved: which predictions were made in one of its `rejected` steps?"""
+        """After the ODE is solved: mark the predictions made in its `rejected` steps."""
         self.reached = reached
-        # a fixed solver rejects nothing, and its times are rounded, too coarse for what follows
+        # a fixed solver rejects nothing, and its rounded times are too coarse for what follows
         if not rejected:
             return
-        # after a rejected step time goes back: evaluations beyond a later time led nowhere
+        # after a rejected step t decreases: evaluations beyond a later t were rejected
         earliest = reached
         for place in reversed(range(len(self.predictions))):
             t = self.predictions[place][0]
@@ -200,12 +194,15 @@ class Live:
     """A watcher: shows a single answer token by token, a character of several when it is whole."""
 
     def __init__(self, prompt: str, tokenizer):
-        self.stream = tokenizer.stream()
+        self.tokenizer = tokenizer
+        # holds the bytes of an incomplete character until the others arrive
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         print(f"{prompt!r}\n   answer  ", end="", flush=True)
 
     def __call__(self, batch, rows, t, logits, tokens=None, solution=None):
         if tokens and tokens[0] not in batch.answers[0].stop.ids:
-            print(self.stream(tokens[0]), end="", flush=True)
+            content = self.tokenizer.token_bytes(tokens[0])
+            print(self.decoder.decode(content), end="", flush=True)
 
     def end(self):
-        print(self.stream.flush())
+        print(self.decoder.decode(b"", final=True))

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.checkpoints.families import ModelConfig
 from data.parts.draws import check_seed
-from data.system.command import command
+from data.system.command import check_range, command
 from data.system.disk import MARKS, PART, claimed, parse_json, read_json, remove
 from data.text.formats import (
     RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
@@ -42,24 +42,19 @@ PAPER_DROPPED_CATEGORIES = (
 # --- from a row to examples -----------------------------------------------------------------------
 
 def parse_row(line):
-    """A line of JSON to (conversation, category).
-
-    A conversation is a list of messages, or a text; ValueError if the row is neither.
-    """
+    """A line of JSON to (messages or a text, category). Raises ValueError for another row."""
     row = parse_json(line, "the line")
     if not isinstance(row, dict):
         row = {}
-    # a table made of several sources has null in the columns that a source lacks
+    # null: a column of another source, in a table made of several
     row = {name: value for name, value in row.items() if value is not None}
     category = row.get("category")
     if "messages" in row:
         return check_messages(row["messages"]), category
     for question, answer in (("prompt", "response"), ("question", "answer")):
         if question in row and answer in row:
-            messages = [
-                {"role": "user", "content": row[question]},
-                {"role": "assistant", "content": row[answer]},
-            ]
+            messages = [{"role": "user", "content": row[question]},
+                        {"role": "assistant", "content": row[answer]}]
             return check_messages(messages), category
     text = row.get("text")
     # white space alone teaches nothing
@@ -69,17 +64,13 @@ def parse_row(line):
 
 
 def encode_examples(conversation, tokenizer, render):
-    """One example per assistant turn: (ids, spans), spans a list of (start, end) of the responses.
+    """(ids, spans): a span (start, end) for each answer of the assistant.
 
-    render: a function of formats.RENDER.
-    The example of a span is ids[:end], everything before the turn being context; only
-    ids[start:end] count.
+    Its example is ids[:end], of which only ids[start:end] count. render: one of formats.RENDER.
     """
     if isinstance(conversation, str):
-        pieces = render_text(conversation)
-    else:
-        pieces = render(conversation)
-    ids, mask = encode_pieces(pieces, tokenizer)
+        render = render_text
+    ids, mask = encode_pieces(render(conversation), tokenizer)
     # a response is a run of ones; its borders are where the mask changes
     borders = np.flatnonzero(np.diff(mask, prepend=0, append=0))
     spans = borders.reshape(-1, 2).tolist()
@@ -90,8 +81,7 @@ def encode_examples(conversation, tokenizer, render):
 
 def split_of(conversation, val_fraction: float) -> str:
     """The split of a conversation, "train" or "val"."""
-    # Decided by the words alone, not by file, order or seed: a conversation that occurs twice
-    # cannot be in both splits.
+    # by its words alone: a conversation that occurs twice cannot be in both splits
     digest = hashlib.sha256(json.dumps(conversation).encode()).digest()
     # eight bytes are practically uniform over [0, 2^64)
     number = int.from_bytes(digest[:8], "big")
@@ -101,15 +91,15 @@ def split_of(conversation, val_fraction: float) -> str:
 # --- from files to examples -----------------------------------------------------------------------
 
 def read_lines(paths, digests: list):
-    """Yield (place, line) of all lines that are not blank; append each file's SHA-256 to digests.
+    """Yield (place, line) of all lines that are not blank; append each file's sha256 to digests.
 
-    Raises ValueError for a file whose first bytes announce another encoding than UTF-8.
+    Raises ValueError for a file with the byte order mark of another encoding than UTF-8.
     """
     total = sum(os.path.getsize(path) for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None) as progress:
         for path in paths:
             digest = hashlib.sha256()
-            # bytes, so that an error in UTF-8 costs its own line and not the whole file
+            # bytes, so that an error in UTF-8 is an error of one line
             with open(path, "rb") as file:
                 start = file.read(4)
                 coding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
@@ -117,7 +107,6 @@ def read_lines(paths, digests: list):
                     raise ValueError(f"{path} is in {coding.upper()}; save it as UTF-8")
                 file.seek(0)
                 for number, line in enumerate(file, start=1):
-                    # blank lines too: the digest is that of the file, as sha256sum prints it
                     digest.update(line)
                     progress.update(len(line))
                     if line.strip():
@@ -128,7 +117,6 @@ def read_lines(paths, digests: list):
 def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_categories):
     """Encode (place, line) pairs into `raw`, a RawSplit per split; returns (counts, first error).
 
-    Holds one line at a time, so the input may be larger than the memory.
     Raises ValueError if more than a tenth of the lines is malformed or no example is left.
     """
     counts = Counter()
@@ -225,12 +213,11 @@ def parse_args(argv):
     if args.block_size is None:
         args.block_size = default_block(args.tokenizer)
     check_seed(args.seed)
-    if args.block_size < 2:
-        raise ValueError(f"--block_size {args.block_size} is out of range; allowed: 2 or more")
+    check_range("--block_size", args.block_size, 2)
     # also refuses nan, which compares as False with everything
     if not 0 <= args.val_fraction < 1:
-        raise ValueError(f"--val_fraction {args.val_fraction} is out of range; "
-                         "allowed: 0 to below 1")
+        raise ValueError(f"--val_fraction = {args.val_fraction} is out of range; "
+                         "allowed: 0 to 1, without 1")
     names = [name.strip() for name in args.drop_categories.split(",") if name.strip()]
     # "paper" among other names is a category
     args.drop_categories = PAPER_DROPPED_CATEGORIES if names == ["paper"] else tuple(names)
@@ -245,29 +232,22 @@ def main(argv=None):
     # two bytes a token if they are enough
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     out_dir = Path(args.out_dir)
-    # inside out_dir, so on the same disk: moving the finished files into place only renames them,
-    # and until then the old ones stay
+    # inside out_dir, so on its disk: a finished file is only renamed, and until then the old stay
     folder = out_dir / f"unfinished{PART}"
     inputs = []
-    raw = {}
     with claimed(out_dir):
         folder.mkdir()
         try:
+            raw = {split: RawSplit(folder / f"{split}.raw", dtype) for split in SPLITS}
             # the raw files are closed, so complete, before they are read
-            with ExitStack() as stack:
-                for split in SPLITS:
-                    raw[split] = RawSplit(folder / f"{split}.raw", dtype)
-                    stack.enter_context(raw[split].file)
-                lines = read_lines(args.inputs, inputs)
+            with raw["train"].file, raw["val"].file:
                 counts, first_malformed = encode_lines(
-                    lines, tokenizer, render, raw, args.block_size, args.val_fraction,
-                    args.drop_categories)
-            splits = {}
-            for split in SPLITS:
-                splits[split] = write_split(raw[split], folder / split, args.block_size, args.seed)
+                    read_lines(args.inputs, inputs), tokenizer, render, raw, args.block_size,
+                    args.val_fraction, args.drop_categories)
+            splits = {split: write_split(raw[split], folder / split, args.block_size, args.seed)
+                      for split in SPLITS}
             meta = {
                 "version": VERSION,
-                # the name is for people, the fingerprint is checked
                 "tokenizer": Path(args.tokenizer).name,
                 "fingerprint": tokenizer.fingerprint,
                 "style": style,

@@ -2,18 +2,20 @@
 
 A model's directory holds a chat template. `recognise` knows the templates of these formats word by
 word; a model with another template is refused. A conversation becomes a list of pieces
-(`render_*`), the pieces become ids (`encode_pieces`); sample.py takes both steps at once
-(`encode_chat`). The pieces also mark the assistant's own words, which alone count in training (L2D
-paper, Section 4).
+(`render_*`), and the pieces become ids (`encode_pieces`). The pieces also mark the assistant's own
+words, which alone count in training (L2D paper, Section 4).
 
 Read tokenizer.py before; read chat.py next, which turns files of conversations into training
 examples.
 """
 
 import hashlib
+import re
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
+
+from data.system.command import choices
 
 
 class Piece(NamedTuple):
@@ -24,12 +26,14 @@ class Piece(NamedTuple):
 
 
 # The special tokens of each format; the last one ends a turn.
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+DEEPSEEK_TOKENS = ("<｜User｜>", "<｜Assistant｜>")
 SPECIAL_TOKENS = {
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "llama3.0": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama3": LLAMA3_TOKENS,
+    "llama3.0": LLAMA3_TOKENS,
     "qwen": ("<|im_start|>", "<|im_end|>"),
-    "deepseek": ("<｜User｜>", "<｜Assistant｜>"),
-    "deepseek-think": ("<｜User｜>", "<｜Assistant｜>"),
+    "deepseek": DEEPSEEK_TOKENS,
+    "deepseek-think": DEEPSEEK_TOKENS,
     "plain": (),
 }
 # The official Llama template prints the day it is run; a fixed day makes runs repeatable.
@@ -59,13 +63,23 @@ TEMPLATES = {
 
 # --- from a conversation to pieces ----------------------------------------------------------------
 
-def llama3_header(role) -> list[Piece]:
-    return [
-        Piece("<|start_header_id|>", special=True),
-        Piece(role),
-        Piece("<|end_header_id|>", special=True),
-        Piece("\n\n"),
-    ]
+def chat_turns(turns, header, end, after, add_generation_prompt) -> list[Piece]:
+    """Turns (role, content): each a header, its content, the token `end`, and a text after it."""
+    if add_generation_prompt:
+        turns = [*turns, ("assistant", None)]
+    pieces = []
+    for role, content in turns:
+        # splitting at a group alternates ordinary text and special tokens
+        parts = enumerate(re.split(r"(<\|.+?\|>)", header.format(role=role)))
+        pieces += [Piece(part, special=place % 2 == 1) for place, part in parts if part]
+        if content is not None:
+            answer = role == "assistant"
+            pieces.append(Piece(content, response=answer))
+            # the end counts too: a model has to learn when to stop
+            pieces.append(Piece(end, special=True, response=answer))
+            # the model stops before this
+            pieces += [Piece(after)] if after else []
+    return pieces
 
 
 def render_llama3(messages: list[dict], add_generation_prompt: bool = False,
@@ -80,17 +94,9 @@ def render_llama3(messages: list[dict], add_generation_prompt: bool = False,
         if turns[0][0] != "system":
             turns.insert(0, ("system", ""))
         turns[0] = ("system", dates + turns[0][1])
-
-    pieces = [Piece("<|begin_of_text|>", special=True)]
-    for role, content in turns:
-        answer = role == "assistant"
-        pieces += llama3_header(role)
-        pieces.append(Piece(content, response=answer))
-        # the end counts too: a model has to learn when to stop
-        pieces.append(Piece("<|eot_id|>", special=True, response=answer))
-    if add_generation_prompt:
-        pieces += llama3_header("assistant")
-    return pieces
+    header = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+    pieces = chat_turns(turns, header, "<|eot_id|>", "", add_generation_prompt)
+    return [Piece("<|begin_of_text|>", special=True), *pieces]
 
 
 def render_qwen(messages: list[dict], add_generation_prompt: bool = False,
@@ -102,21 +108,7 @@ def render_qwen(messages: list[dict], add_generation_prompt: bool = False,
     turns = [(message["role"], message["content"]) for message in messages]
     if system and turns[0][0] != "system":
         turns.insert(0, ("system", system))
-
-    pieces = []
-    for role, content in turns:
-        answer = role == "assistant"
-        pieces += [
-            Piece("<|im_start|>", special=True),
-            Piece(role + "\n"),
-            Piece(content, response=answer),
-            Piece("<|im_end|>", special=True, response=answer),
-            # not part of the response: a model stops before it
-            Piece("\n"),
-        ]
-    if add_generation_prompt:
-        pieces += [Piece("<|im_start|>", special=True), Piece("assistant\n")]
-    return pieces
+    return chat_turns(turns, "<|im_start|>{role}\n", "<|im_end|>", "\n", add_generation_prompt)
 
 
 def render_deepseek(messages: list[dict], add_generation_prompt: bool = False,
@@ -146,15 +138,13 @@ def render_deepseek(messages: list[dict], add_generation_prompt: bool = False,
 def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
     """Questions and answers for base models (GPT-2), which have no chat format.
 
-    The special pieces "bos" and "eos" stand for the tokenizer's first and last token, whatever
-    their names.
+    The special pieces "bos" and "eos" stand for the tokenizer's bos_id and eos_id.
     """
     pieces = [Piece("bos", special=True)]
     for number, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant":
-            # The space belongs to the answer: these vocabularies hold " word", so a prompt that
-            # ends in " " leads to unusual tokens.
+            # these vocabularies hold " word", so a prompt that ends in " " leads to unusual tokens
             pieces += [
                 Piece("Answer:"),
                 Piece(" " + content, response=True),
@@ -207,8 +197,8 @@ def chat_style(tokenizer) -> str:
     for style in ("llama3", "qwen"):
         names = SPECIAL_TOKENS[style]
         known = all(name in tokenizer.special for name in names)
-        # Base models of both families have the chat tokens too, but another end of text than the
-        # end of a turn. They were not trained to chat, so they get plain questions.
+        # Base models, which were not trained to chat, have the chat tokens too, but their end of
+        # text is not the end of a turn.
         if known and tokenizer.special[names[-1]] == tokenizer.eos_id:
             return style
     return "plain"
@@ -223,11 +213,10 @@ def resolve_style(style: str, tokenizer) -> tuple:
     theirs, system = recognise(tokenizer.template)
     if style == "auto":
         if tokenizer.template is not None and theirs is None:
-            raise ValueError("this model's chat template is none that we can write; ask without a "
-                             f"chat format, or name one: {', '.join(RENDER)}")
+            raise ValueError("this model's chat template is not supported; ask without a chat "
+                             f"format, or name one: {', '.join(RENDER)}")
         style = theirs or chat_style(tokenizer)
-    if style not in RENDER:
-        raise ValueError(f"chat style {style!r} is none of auto, {', '.join(RENDER)}")
+    choices(style, RENDER, "chat style")
     missing = [name for name in SPECIAL_TOKENS[style] if name not in tokenizer.special]
     if missing:
         raise ValueError(f"chat style {style!r} needs the special token {missing[0]}, "
@@ -244,8 +233,8 @@ def encode_pieces(pieces, tokenizer) -> tuple[list, list]:
     names = {**tokenizer.special, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     ids = []
     mask = []
-    # Neighbours of one kind are encoded together, because a vocabulary may hold a token across
-    # their border. A response is encoded separately, as it is generated.
+    # Neighbours of one kind are encoded together, because a token may extend across their border.
+    # A response is encoded separately, as it is generated.
     for (special, response), run in groupby(pieces, key=lambda piece: piece[1:]):
         texts = [piece.text for piece in run]
         if special:
@@ -270,8 +259,7 @@ def check_messages(messages) -> list[dict]:
     checked = []
     for message in messages:
         message = message if isinstance(message, dict) else {}
-        role = message.get("role")
-        content = message.get("content")
+        role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"role must be system, user or assistant, not {str(role)[:60]!r}")
         # a user may send an empty message, but an empty answer teaches nothing
@@ -287,9 +275,7 @@ def encode_chat(messages: list[dict], tokenizer, style: str = "auto",
                 add_generation_prompt: bool = True) -> list[int]:
     """A conversation as ids, up to the assistant's next turn if `add_generation_prompt`.
 
-    style: a key of RENDER, or "auto" for the format of the model's own template.
-    Raises ValueError for an unknown style, a special token that the tokenizer lacks, or malformed
-    messages.
+    Raises ValueError as `resolve_style` and `check_messages` do.
     """
     _, render = resolve_style(style, tokenizer)
     pieces = render(check_messages(messages), add_generation_prompt)

@@ -2,8 +2,8 @@ r"""Text to token ids and back, for every model that this project loads.
 
 All supported models (GPT-2, Llama 3, Qwen 2 and 2.5, SmolLM) use byte-level byte-pair encoding: a
 regular expression cuts the text into pieces; inside a piece, the two neighbours that form the token
-with the lowest rank are merged until no pair forms a token. `tiktoken` does the merging. vocab.py
-reads its tables from the files beside the weights; nothing is downloaded.
+with the lowest rank are merged until no pair forms a token. `tiktoken` does the merging; vocab.py
+reads its tables from the files beside the weights.
 
 Read next: `formats.py`, which turns conversations into ids. Try it on a model's directory:
 
@@ -11,7 +11,6 @@ Read next: `formats.py`, which turns conversations into ids. Try it on a model's
 """
 
 import argparse
-import codecs
 import functools
 import hashlib
 import json
@@ -26,8 +25,7 @@ from data.system.disk import present
 from data.text.vocab import (
     READERS, beginning_id, chat_template, end_ids, read_files, special_tokens)
 
-# The splitting regex overflows its stack on some hundred thousand spaces in a row, so such runs are
-# cut first.
+# The splitting regex overflows its stack on some hundred thousand spaces in a row.
 LONGEST_RUN = 25_000
 LONG_RUN = re.compile(r"(?<!\s)\s{%d,}" % LONGEST_RUN)
 
@@ -99,9 +97,8 @@ class Tokenizer:
         """Ids of `text`, without a beginning-of-text token.
 
         special: True turns the names of special tokens into their ids; only for text that the
-        program wrote itself. With False (text of a user or a data set), "<|eot_id|>" is encoded as
-        ordinary characters. `words` are one id in both cases.
-        Raises ValueError if `text` holds half of a surrogate pair, which has no UTF-8 form.
+        program wrote itself. With False, "<|eot_id|>" is ordinary characters. `words` are one id in
+        both cases. Raises ValueError for half of a surrogate pair, which has no UTF-8 form.
         """
         try:
             text.encode("utf-8")
@@ -110,14 +107,10 @@ class Tokenizer:
             raise ValueError(f"text has a lone surrogate U+{code:04X} at character {error.start}; "
                              "read the file with encoding='utf-8'") from None
         names = self._special_pattern if special else self._words_pattern
-        # splitting at a group alternates ordinary text (even places) and special tokens (odd ones)
-        parts = names.split(text) if names else [text]
         ids = []
-        for place, part in enumerate(parts):
-            if place % 2:
-                ids.append(self.special[part])
-            else:
-                ids += self._encode_ordinary(part)
+        # splitting at a group alternates ordinary text (even places) and special tokens (odd ones)
+        for place, part in enumerate(names.split(text)):
+            ids += [self.special[part]] if place % 2 else self._encode_ordinary(part)
         return ids
 
     def encode_start(self, text: str) -> list[int]:
@@ -138,7 +131,7 @@ class Tokenizer:
         return [id for id in ids if id < self.vocab_size]
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes of one token; U+FFFD for an id without a token, as in a padded embedding."""
+        """The bytes of a token; U+FFFD for an id without one, as in a padded embedding."""
         return self._bytes.get(int(id), "\ufffd".encode())
 
     def decode(self, ids) -> str:
@@ -146,10 +139,6 @@ class Tokenizer:
         # joined first: a character may be spread over several tokens
         content = b"".join(map(self.token_bytes, ids))
         return content.decode("utf-8", errors="replace")
-
-    def stream(self) -> "Stream":
-        """A new incremental decoder."""
-        return Stream(self)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -162,41 +151,18 @@ class Tokenizer:
 
 
 def pattern_of_names(names):
-    """A pattern that matches any of these special tokens, or None without names."""
-    if not names:
-        return None
+    """A pattern that matches any of these special tokens; none, if there are no names."""
     # longest first: a special token must not be read as a shorter one that it begins with
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    # a group, so that `split` returns the special tokens too
-    return re.compile("(" + "|".join(longest_first) + ")")
-
-
-class Stream:
-    """Decodes one id at a time, for text that is shown while it is generated.
-
-    stream(id) returns the text that this id completes (perhaps none), never half a character;
-    stream.flush() returns the rest at the end. Joined, they equal `decode` of all ids.
-    """
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        # holds the bytes of an incomplete character until the others arrive
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def __call__(self, id: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+    # a group, so that `split` returns the special tokens too; (?!) matches nothing
+    return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
 
 # --- from a directory -----------------------------------------------------------------------------
 
 def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
-    """Build the tokenizer from the files in a model's directory.
+    """Build the tokenizer from the files in a model's directory, in the first form of READERS.
 
-    Looks for tokenizer.model (tiktoken lines), tokenizer.json, vocab.json + merges.txt,
-    encoder.json + vocab.bpe, in this order.
     vocab_rows: rows of the model's embedding; a tokenizer with higher ids is refused.
     Raises FileNotFoundError if there is none, ValueError (one line) if it cannot be reproduced
     exactly.
@@ -223,9 +189,8 @@ def load_tokenizer(directory, vocab_rows: int | None = None) -> Tokenizer:
             raise ValueError(f"the vocabulary has {tokenizer.vocab_size} ids but the model's "
                              f"embedding has {vocab_rows} rows; use the tokenizer that came with "
                              "the weights")
-    # the readers do not check the form of every value: a wrong one raises one of these
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError,
-            RecursionError) as error:
+    # a value of another form in a file raises one of these
+    except (LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{source}: this file or one beside it has an unexpected form: "
                          f"{error!r}") from error
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Token files: how training examples lie on the disk, and the data set that training reads.
+"""Token files: the training examples on disk, and the data set that training reads.
 
 A split is four arrays, memory-mapped, so that training data may be larger than the memory:
 
@@ -7,9 +7,8 @@ A split is four arrays, memory-mapped, so that training data may be larger than 
     examples  start of each example in the two arrays above, and the end of the last one
     rows      number of the first example of each row, and the number of examples
 
-Examples are packed: a row takes as many as fit, so little is wasted on padding. `RawSplit` collects
-the examples, `write_split` shuffles and packs them, `TokenFiles` reads the result. Read chat.py
-before, which makes the examples; read data/training/batches.py next.
+Examples are packed: a row takes as many as fit, to save padding. Read chat.py before, which makes
+the examples; read data/training/batches.py next.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.system.command import choices
 from data.system.disk import flush, parse_json
 
 VERSION = 1
@@ -35,7 +35,7 @@ class RawSplit:
     def __init__(self, path: Path, dtype):
         self.path = path
         self.dtype = np.dtype(dtype)
-        # length and response start of every example; a list takes several times the 8 bytes each
+        # length and response start of every example, 8 bytes each
         self.numbers = array("q")
         self.file = open(path, "wb")
 
@@ -46,12 +46,9 @@ class RawSplit:
 
 
 def pack(lengths, block_size: int):
-    """The first example of each row, and the number of examples.
-
-    Rows are filled greedily with consecutive examples.
-    """
+    """The first example of each row, and the number of examples; consecutive ones share a row."""
     rows = []
-    # no room, so that the first example opens a row like any other that does not fit
+    # the first example opens a row like any other that does not fit
     room = 0
     for index, length in enumerate(lengths.tolist()):
         if length > room:
@@ -71,7 +68,7 @@ def write_split(raw: RawSplit, target: Path, block_size: int, seed: int) -> dict
     # shuffled before packing, so that neighbours in the input do not share a row
     order = np.random.default_rng(seed).permutation(len(lengths))
     rows = pack(lengths[order], block_size)
-    # one border more than examples, so that example i is borders[i]:borders[i + 1]
+    # example i is borders[i]:borders[i + 1]
     borders = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
     np.save(f"{target}.examples.npy", borders)
     np.save(f"{target}.rows.npy", rows)
@@ -97,13 +94,10 @@ def write_split(raw: RawSplit, target: Path, block_size: int, seed: int) -> dict
 
 def open_npy(path, dtype, count: int):
     """A .npy file, open behind its header: `count` numbers are then appended piece by piece."""
-    # np.save needs the whole array in memory; a full disk kills a process that writes to a mapping
+    # np.save needs the array in memory; writing to a mapping of a full disk kills the process
     file = open(path, "wb")
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": (count,),
-    }
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)
     return file
 
@@ -127,7 +121,7 @@ def map_array(path: Path):
         numbers = np.load(path, mmap_mode="r")
     except OSError:
         raise
-    # the header is a Python literal, and numpy's errors on a damaged one are of many types
+    # numpy's errors on a damaged header are of many types
     except Exception:
         raise ValueError(f"{path.name} is truncated or not a .npy file") from None
     if numbers.ndim != 1 or numbers.dtype.kind not in "ui":
@@ -136,9 +130,8 @@ def map_array(path: Path):
 
 
 class TokenFiles:
-    """The rows of one prepared split, memory-mapped.
+    """The rows of one split that data/text/chat.py has prepared in `directory`, memory-mapped.
 
-    directory: the --out_dir of data/text/chat.py. split: "train" or "val" (which may be empty).
     tokenizer: if given, must be the one that wrote the files.
     `meta` is the content of meta.json, `block_size` the longest possible row; `fingerprint` changes
     with any input and flag.
@@ -147,33 +140,33 @@ class TokenFiles:
     """
 
     def __init__(self, directory: str, split: str, tokenizer=None):
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        choices(split, SPLITS, "split")
         folder = Path(directory)
-        # how every refusal begins and ends
         refused = f"cannot use the token files in {folder}"
         repair = ("prepare them with: python -m data.text.chat INPUT.jsonl --tokenizer=TOKENIZER "
                   f"--out_dir={folder}")
         try:
+            # meta.json lists every flag and the digests of the inputs
             content = (folder / "meta.json").read_bytes()
-            # changes with the inputs, whose digests it lists, and with every flag
             self.fingerprint = hashlib.sha256(content).hexdigest()
             self.meta = parse_json(content, "meta.json")
             arrays = [map_array(folder / f"{split}.{kind}.npy") for kind in ARRAYS]
             self.ids, self.mask, self.examples, self.rows = arrays
-            self.check_meta(split, tokenizer)
-            self.check_values(tokenizer)
+            self.check(split, tokenizer)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {repair}") from None
         # a meta.json of another program, or edited by hand
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{refused}: meta.json has an unexpected form: {error!r}; "
                              f"{repair}") from None
         except ValueError as error:
             raise ValueError(f"{refused}: {error}; {repair}") from None
 
-    def check_meta(self, split, tokenizer):
-        """Version, tokenizer and array lengths are those that meta.json states."""
+    def check(self, split, tokenizer):
+        """Raise ValueError unless meta.json and the values of all arrays fit each other.
+
+        Reads the files once: an index out of range would be an error far from its cause.
+        """
         if self.meta["version"] != VERSION:
             raise ValueError(f"they have version {self.meta['version']}, not {VERSION}")
         # training on ids of another vocabulary would run without an error
@@ -187,12 +180,6 @@ class TokenFiles:
         # files of two preparations, mixed by hand, can still be read as arrays
         if lengths != expected:
             raise ValueError(f"lengths {lengths}, not {expected}")
-
-    def check_values(self, tokenizer):
-        """Borders rise from the first to the last token, and every id is in the vocabulary.
-
-        Reads all of the files once: an index out of range would be an error far from its cause.
-        """
         for borders, end in ((self.examples, len(self.ids)), (self.rows, len(self.examples) - 1)):
             borders = borders.astype(np.int64)
             if borders[0] != 0 or borders[-1] != end or (np.diff(borders) < 1).any():
@@ -221,18 +208,15 @@ class TokenFiles:
         return len(self.rows) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids int64, mask uint8, documents int64), each [tokens <= block_size].
+        """(ids int64, mask uint8, documents int64), each (T,) with T <= block_size.
 
         mask is 1 where the token is to be predicted; documents number the examples of the row from
-        1 (0 is padding); a token attends only to its own document.
-        Raises IndexError outside 0 .. len - 1.
+        1. Raises IndexError outside 0 .. len - 1.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        first = self.rows[index]
-        last = self.rows[index + 1]
         # with the border that closes the last example
-        borders = self.examples[first:last + 1]
+        borders = self.examples[self.rows[index]:self.rows[index + 1] + 1]
         span = slice(borders[0], borders[-1])
         numbers = np.arange(1, len(borders), dtype=np.int64)
         documents = np.repeat(numbers, np.diff(borders))

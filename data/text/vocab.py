@@ -1,10 +1,8 @@
 r"""Vocabularies as they are published: from the files beside the weights to a tokenizer's tables.
 
-All supported models (GPT-2, Llama 3, Qwen 2 and 2.5, SmolLM) use byte-level byte-pair encoding, but
-each publishes its vocabulary in another form. Each reader here returns the same three things: ranks
-{bytes: id}, the regular expression that splits text, and whether text is first normalised to NFC.
-Other files name the special tokens. Nothing is guessed: a vocabulary that cannot be reproduced
-exactly is refused.
+Models publish their vocabularies in several forms. Each reader here returns the same three things:
+ranks {bytes: id}, the regular expression that splits text, and whether text is first normalised to
+NFC. Other files name the special tokens. A vocabulary that cannot be reproduced exactly is refused.
 
 Read next: data/text/tokenizer.py, which encodes and decodes with these tables.
 """
@@ -13,7 +11,7 @@ import base64
 import json
 from pathlib import Path
 
-from data.system.disk import decode, parse_json, present
+from data.system.disk import decode, present, read_json
 
 # GPT-2: English contractions, words and digit runs of any length, each taking one leading space;
 # then the rest.
@@ -47,8 +45,7 @@ PATTERNS = {
     "llama": LLAMA3_PATTERN,
 }
 
-# Llama 3.1 to 3.3; the other ids from 128000 to 128255 are reserved, and in 3.0 so are 128004,
-# 128008 and 128010.
+# Llama 3.1 to 3.3; the other ids up to 128255 are reserved, in 3.0 also 128004, 128008 and 128010.
 LLAMA3_NAMED = {
     "<|begin_of_text|>": 128000,
     "<|end_of_text|>": 128001,
@@ -60,8 +57,7 @@ LLAMA3_NAMED = {
     "<|python_tag|>": 128010,
 }
 
-# Each of these ends an answer if the vocabulary has it. If no file names the token that ends a
-# text, the first one present does.
+# Each of these ends an answer; where no file names the token that ends a text, the first one does.
 KNOWN_STOPS = ["<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"]
 
 
@@ -72,24 +68,17 @@ def read_files(source: Path) -> dict:
     names = ["tokenizer_config", "special_tokens_map", "added_tokens", "generation_config",
              "config"]
     files = {name: read_beside(source, f"{name}.json") for name in names}
-    # tokenizer.json is large: beside a tokenizer.model it is read only if the config does not list
-    # the special tokens
-    files["tokenizer"] = {}
+    # it is large: beside a tokenizer.model it is read only for the special tokens
     listed = files["tokenizer_config"].get("added_tokens_decoder")
-    if source.name != "tokenizer.model" or not listed:
-        files["tokenizer"] = read_beside(source, "tokenizer.json")
+    unused = source.name == "tokenizer.model" and listed
+    files["tokenizer"] = {} if unused else read_beside(source, "tokenizer.json")
     return files
 
 
 def read_beside(source: Path, name: str) -> dict:
     """The object in a JSON file; {} if there is no such file."""
     path = source.with_name(name)
-    if not present(path):
-        return {}
-    content = parse_json(path.read_bytes(), name)
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} does not hold a JSON object")
-    return content
+    return read_json(path) if present(path) else {}
 
 
 def chat_template(source: Path, files) -> str | None:
@@ -99,7 +88,7 @@ def chat_template(source: Path, files) -> str | None:
         return decode(path.read_bytes(), path.name)
     stated = read_beside(source, "chat_template.json") or files["tokenizer_config"]
     template = stated.get("chat_template")
-    # several templates, by name: only the default one is used
+    # several templates by name: the default one is used
     if isinstance(template, list):
         template = {one["name"]: one["template"] for one in template}.get("default")
     if template is not None and not isinstance(template, str):
@@ -138,8 +127,8 @@ def special_tokens(files) -> tuple[dict, set]:
 
 def beginning_id(files, special, always: bool):
     """Id to put before a text, or None. always: does the model expect one if no file says so?"""
-    # Many files name a beginning token that their model never sees. The template that
-    # tokenizer.json has for one text ("single"; the others are for pairs) shows that it is used.
+    # Many files name a beginning token that their model never sees. The template of one text in
+    # tokenizer.json ("single"; the others are for pairs) shows that it is used.
     processor = files["tokenizer"].get("post_processor") or {}
     steps = processor.get("processors", [processor])
     firsts = [step["single"][0] for step in steps if step.get("single")]
@@ -155,14 +144,13 @@ def beginning_id(files, special, always: bool):
 
 def end_ids(files, special) -> tuple[int, set]:
     """Id that ends a text, and all ids that end an answer."""
-    # the first one ends a text, so the token that a file calls by that name comes first
+    # the first one ends a text
     stops = [named_id(files, special, "eos_token")]
     for name in ("generation_config", "config"):
         ids = files[name].get("eos_token_id")
         stops += ids if isinstance(ids, list) else [ids]
     stops += [special.get(text) for text in KNOWN_STOPS]
-    # A config.json often keeps the default id of a larger vocabulary: only a special token can end
-    # a text.
+    # a config.json often keeps the default id of a larger vocabulary, which is no special token
     stops = [id for id in stops if id in special.values()]
     if not stops:
         raise ValueError("no end-of-text token; name it as eos_token in tokenizer_config.json, "
@@ -303,12 +291,27 @@ BYTE_OF |= {chr(0x100 + place): byte for place, byte in enumerate(HIDDEN)}
 
 
 def ranks_of(vocab, merges, special, ignore_merges=False) -> dict:
-    """Ranks {bytes: id} of a vocabulary written in GPT-2's printable alphabet.
+    """Ranks {bytes: id} of a vocabulary in GPT-2's alphabet; its special tokens go to `special`.
 
-    Its special tokens go to `special`.
     ignore_merges: a piece that is a token as a whole is never merged, as in tiktoken.
+    Raises ValueError if the merges and the ids disagree on the order.
     """
-    merged = merge_results(vocab, merges)
+    # tiktoken merges the pair whose result has the lowest id, a merge list the pair that stands
+    # first. They agree if the results' ids rise along the list, and each listed pair is what
+    # merging its own bytes leads to (so it is in every trained vocabulary).
+    merged = set()
+    last = -1
+    for merge in merges:
+        # newer files write a pair as a list, older ones as a text
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        text = "".join(pair)
+        if len(pair) != 2 or not all(part in vocab for part in (*pair, text)):
+            raise ValueError(f"merge {merge!r} is not two tokens that together make a third")
+        if vocab[text] < last:
+            raise ValueError(f"ids do not follow the order of merges: {merge!r} gives "
+                             f"id {vocab[text]} after id {last}")
+        last = vocab[text]
+        merged.add(text)
     ranks = {}
     for text, id in vocab.items():
         # GPT-2 names its only special token in no other file
@@ -328,26 +331,3 @@ def ranks_of(vocab, merges, special, ignore_merges=False) -> dict:
         elif special.setdefault(text, id) != id:
             raise ValueError(f"two files give {text!r} different ids: {id} and {special[text]}")
     return ranks
-
-
-def merge_results(vocab, merges) -> set:
-    """The tokens that merges make; ValueError if the list and the ids disagree on the order.
-
-    tiktoken merges the pair whose result has the lowest id, a merge list the pair that stands
-    first. They agree if the results' ids rise along the list (checked here) and each listed pair is
-    what merging its own bytes leads to (so it is in every trained vocabulary).
-    """
-    merged = set()
-    last = -1
-    for merge in merges:
-        # newer files write a pair as a list, older ones as a text
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        text = "".join(pair)
-        if len(pair) != 2 or not all(part in vocab for part in (*pair, text)):
-            raise ValueError(f"merge {merge!r} is not two tokens that together make a third")
-        if vocab[text] < last:
-            raise ValueError(f"ids do not follow the order of merges: {merge!r} gives "
-                             f"id {vocab[text]} after id {last}")
-        last = vocab[text]
-        merged.add(text)
-    return merged
