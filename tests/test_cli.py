@@ -125,6 +125,13 @@ def test_without_prompts_one_problem_of_every_kind_is_worked(run):
         assert f"{topic}, level {level}: " in out
 
 
+def test_a_trace_without_a_prompt_is_of_the_hardest_chain(run):
+    status, out, _ = run("--trace", "--no-frozen")
+    hardest = TASKS["tiny"].problem(("chains", 8), 0)
+    assert status == 0 and out.startswith(f"{hardest.prompt!r}\n   answer  ")
+    assert "prediction at every evaluation:" in out
+
+
 def test_a_model_without_a_path_answers_with_no_steps(run):
     status, out, _ = run("--prompt", "ab", "--steps", "0", init_from="base")
     assert status == 0

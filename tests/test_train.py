@@ -411,7 +411,7 @@ def validated(model, data, count=100):
     args = Namespace(val_rows=count, backprop=0)
     return train.validate(SimpleNamespace(
         args=args, model=model, val=data, loader=loader([], model), unroll_at=lambda update: 0,
-        average=EMA({}, 0.0), update=0, history=[]))
+        ema=EMA({}, 0.0), update=0, history=[]))
 
 
 def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):

@@ -2,7 +2,9 @@
 
 Nothing else in the project distinguishes GPT-2 from Llama or Qwen 2.5. A family is: the names of
 its settings in config.json, the values of absent settings, and the names of its matrices in the
-files. `ModelConfig` is our form of a config.json.
+files. `ModelConfig` is our form of a config.json. Run alone it prints the names of all tensors:
+
+    python -m data.checkpoints.families
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from data.system.command import check_range, choices
+from data.system.command import check_range, choices, command
 
 # Theirs -> ours; `{i}` is the layer. Several names on the right are one fused matrix.
 LLAMA_MAP = {
@@ -292,3 +294,15 @@ def read_rope(raw: dict, theta: float) -> dict:
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ValueError("config.json: high_freq_factor must be more than low_freq_factor")
     return rope
+
+
+@command("data.checkpoints.families")
+def main(argv=None):
+    for name, family in FAMILIES.items():
+        print(f"{name}: {family.norm} norm, {family.positions} positions")
+        for theirs, ours in family.weights.items():
+            print(f"   {family.prefix + theirs:48} {', '.join(ours)}")
+
+
+if __name__ == "__main__":
+    main()
