@@ -126,7 +126,7 @@ def test_without_prompts_one_problem_of_every_kind_is_worked(run):
 
 
 def test_a_trace_without_a_prompt_is_of_the_hardest_chain(run):
-    status, out, _ = run("--trace", "--no-frozen")
+    status, out, _ = run("--trace")
     hardest = TASKS["tiny"].problem(("chains", 8), 0)
     assert status == 0 and out.startswith(f"{hardest.prompt!r}\n   answer  ")
     assert "prediction at every evaluation:" in out
