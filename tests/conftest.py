@@ -147,6 +147,14 @@ def save_base(directory: Path) -> Path:
 
 
 @pytest.fixture
+def shared() -> Path:
+    """The folder of published data that is no part of the project."""
+    if "NANOL2D_SHARED" not in os.environ:
+        pytest.skip("NANOL2D_SHARED is not set")
+    return Path(os.environ["NANOL2D_SHARED"])
+
+
+@pytest.fixture
 def base(tmp_path):
     return save_base(tmp_path / "base")
 

@@ -1,13 +1,10 @@
 """Benchmarks: files, prompts, verdicts, records, search (data/tasks/, eval.py).
 
-    python -m pytest tests/test_benchmarks.py
-
 With NANOL2D_SHARED set to a folder that holds benchmarks/ and data/datasets/, published verdicts
 and rendered prompts are compared too.
 """
 
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -524,14 +521,6 @@ def test_get_fetches_and_checks_what_was_published(tmp_path, monkeypatch):
 
 
 # --- published verdicts and prompts ---------------------------------------------------------------
-
-@pytest.fixture
-def shared():
-    folder = Path(os.environ.get("NANOL2D_SHARED", "none"))
-    if not (folder / "benchmarks").is_dir():
-        pytest.skip("needs NANOL2D_SHARED")
-    return folder
-
 
 @pytest.mark.parametrize("name", ["gsm8k", "math", "mmlu", "mmlu_pro", "humaneval", "mbpp",
                                   "pass_at_k"])

@@ -1,8 +1,6 @@
 """Chat formats and token files (data/text/formats.py, data/text/chat.py and data/text/tokens.py).
 
 With a byte-level tokenizer written here.
-
-    python -m pytest tests/test_chat.py
 """
 
 import hashlib

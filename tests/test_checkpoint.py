@@ -1,13 +1,9 @@
 """Weights and config.json on disk: exact files, agreement with others, refusals.
 
-    python -m pytest tests/test_checkpoint.py
-
 Where transformers is installed, its networks are the reference. With NANOL2D_SHARED set to a folder
 that holds data/weights, so are the stored logits of two trained models.
 """
 
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -257,10 +253,8 @@ def test_logits_agree_with_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama_tok105"])
 @torch.no_grad()
-def test_trained_models_agree_with_their_stored_logits(name):
-    if "NANOL2D_SHARED" not in os.environ:
-        pytest.skip("NANOL2D_SHARED is not set")
-    folder = Path(os.environ["NANOL2D_SHARED"]) / "data" / "weights" / name
+def test_trained_models_agree_with_their_stored_logits(name, shared):
+    folder = shared / "data" / "weights" / name
     lm = load(folder / "hf")
     reference = load_file(folder / "reference.safetensors")
     ours = lm(reference["input_ids"][None])[0]

@@ -1,7 +1,5 @@
 """HumanEval and MBPP: exact prompts, the program in a text, verdicts, pass@k.
 
-    python -m pytest tests/test_code.py
-
 tests/test_benchmarks.py compares published verdicts and prompts.
 """
 

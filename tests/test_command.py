@@ -1,7 +1,4 @@
-"""data/system/command.py: how commands end, values out of range, flags without effect.
-
-    python -m pytest tests/test_command.py
-"""
+"""data/system/command.py: how commands end, values out of range, flags without effect."""
 
 import math
 import os

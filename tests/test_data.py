@@ -1,7 +1,4 @@
-"""The small files of data/: where answers end, the log, the embedded topics as a task.
-
-python -m pytest tests/test_data.py
-"""
+"""The small files of data/: where answers end, the log, the embedded topics as a task."""
 
 import json
 from types import SimpleNamespace

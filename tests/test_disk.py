@@ -1,7 +1,4 @@
-"""Files that appear whole, and a directory that one run owns.
-
-    python -m pytest tests/test_disk.py
-"""
+"""Files that appear whole, and a directory that one run owns."""
 
 import os
 import subprocess

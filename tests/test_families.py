@@ -1,7 +1,4 @@
-"""What a directory says of its network is all used or refused (data/checkpoints/).
-
-    python -m pytest tests/test_families.py
-"""
+"""What a directory says of its network is all used or refused (data/checkpoints/)."""
 
 import pytest
 import torch

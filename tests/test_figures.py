@@ -1,7 +1,4 @@
-"""Pictures: as text, and by matplotlib where it is installed.
-
-python -m pytest tests/test_figures.py
-"""
+"""Pictures: as text, and by matplotlib where it is installed."""
 
 import json
 import sys

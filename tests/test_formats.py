@@ -1,14 +1,10 @@
 """Chat templates are recognised word by word or refused (formats.py), words are one token.
 
-    python -m pytest tests/test_formats.py
-
 With NANOL2D_SHARED set to a folder that holds data/tokenizers/qwen2, its own template is recognised
 too; with jinja2 installed, our text is compared with that of the templates.
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -99,11 +95,9 @@ def test_sample_refuses_an_unknown_template_wherever_it_stands(place, tmp_path, 
     assert exit_status(sample.main, [*flags, "--chat=plain", "--max_new_tokens=1"]) == 0
 
 
-def test_a_published_template_is_recognised():
-    if "NANOL2D_SHARED" not in os.environ:
-        pytest.skip("needs NANOL2D_SHARED")
-    folder = Path(os.environ["NANOL2D_SHARED"]) / "data" / "tokenizers" / "qwen2"
-    assert recognise(load_tokenizer(folder).template)[0] == "qwen"
+def test_a_published_template_is_recognised(shared):
+    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / "qwen2")
+    assert recognise(tokenizer.template)[0] == "qwen"
 
 
 def test_every_known_template_is_of_a_format_that_we_write():

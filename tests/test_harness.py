@@ -1,7 +1,5 @@
 """data/experiments/harness.py: the answers of our models to lm-evaluation-harness.
 
-    python -m pytest tests/test_harness.py
-
 The harness itself is not needed: the tests call the adapter as it does.
 """
 

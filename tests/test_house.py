@@ -1,7 +1,4 @@
-"""The shape of the project itself: which file may import which, and commands that still exist.
-
-python -m pytest tests/test_house.py
-"""
+"""The shape of the project itself: which file may import which, and commands that still exist."""
 
 import ast
 import re

@@ -1,8 +1,6 @@
 """data/checkpoints/hub.py against a real HTTP server on this machine.
 
 It serves files as the hub does, and misbehaves on request.
-
-    python -m pytest tests/test_hub.py
 """
 
 import hashlib
@@ -156,8 +154,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake(monkeypatch):
-    for name in ("HF_TOKEN", "NANOL2D_CACHE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
     fake = FakeHub()
     monkeypatch.setattr(hub, "sleep", fake.waits.append)
     monkeypatch.setenv("HF_ENDPOINT", fake.url)

@@ -1,15 +1,11 @@
 r"""Equal and different answers of a mathematics problem, and the answer in a text.
 
-    python -m pytest tests/test_math_answer.py
-
 All pairs here are invented. If NANOL2D_SHARED names a folder with MATH-500, its reference solutions
 are graded too.
 """
 
 import itertools
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -218,10 +214,8 @@ def test_hostile_answers_end(text):
 
 # --- the published data ---------------------------------------------------------------------------
 
-def test_reference_solutions_are_right():
-    path = Path(os.environ.get("NANOL2D_SHARED", "nowhere")) / "data/datasets/math500/test.jsonl"
-    if not path.exists():
-        pytest.skip("NANOL2D_SHARED names no folder with MATH-500")
+def test_reference_solutions_are_right(shared):
+    path = shared / "data" / "datasets" / "math500" / "test.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         right = grade(row["solution"], row["answer"])

@@ -1,7 +1,4 @@
-"""Untrusted programs: what they may do, what is refused, and that nothing of them is left.
-
-python -m pytest tests/test_sandbox.py
-"""
+"""Untrusted programs: what they may do, what is refused, and that nothing of them is left."""
 
 import os
 import sys

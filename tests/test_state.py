@@ -1,7 +1,4 @@
-"""train.py checks what it reads (state.py): states, values that are not finite, data.
-
-    python -m pytest tests/test_state.py
-"""
+"""train.py checks what it reads (state.py): states, values that are not finite, data."""
 
 import json
 

@@ -1,7 +1,4 @@
-"""data/tasks/sums.py: its questions, the split, verdicts, eval.py.
-
-    python -m pytest tests/test_sums.py
-"""
+"""data/tasks/sums.py: its questions, the split, verdicts, eval.py."""
 
 import json
 import subprocess

@@ -2,8 +2,6 @@
 
 The same ids from every file form, exact round trips, one clear line per refusal.
 
-    python -m pytest tests/test_tokenizer.py
-
 With NANOL2D_SHARED set to a folder that holds data/tokenizers/{gpt2,llama3,qwen2}, published
 encodings are checked too.
 """
@@ -11,7 +9,6 @@ encodings are checked too.
 import base64
 import functools
 import json
-import os
 import random
 import unicodedata
 from pathlib import Path
@@ -511,9 +508,6 @@ def test_equal_to_the_tokenizers_package(tmp_path, family, pattern):
     ("llama3", "This is a test sentence.", [2028, 374, 264, 1296, 11914, 13]),
     ("qwen2", "hello world 123 你好", [14990, 1879, 220, 16, 17, 18, 220, 108386]),
 ])
-def test_published_encodings(name, text, ids):
-    root = os.environ.get("NANOL2D_SHARED")
-    if not root:
-        pytest.skip("NANOL2D_SHARED is not set")
-    tokenizer = load_tokenizer(Path(root) / "data" / "tokenizers" / name)
+def test_published_encodings(name, text, ids, shared):
+    tokenizer = load_tokenizer(shared / "data" / "tokenizers" / name)
     assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text

@@ -1,7 +1,4 @@
-"""train.py: resuming to the bit, the trained weights, batches, the log, Ctrl-C, refusals.
-
-python -m pytest tests/test_train.py
-"""
+"""train.py: resuming to the bit, the trained weights, batches, the log, Ctrl-C, refusals."""
 
 import functools
 import json
