@@ -1,6 +1,5 @@
 """train.py: resuming to the bit, the trained weights, batches, the log, Ctrl-C, refusals."""
 
-import functools
 import json
 import math
 import os
