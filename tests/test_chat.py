@@ -365,6 +365,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path, run):
     ([], [], "no training example left"),
     ([{"text": "far too long"}], ["--block_size=4"], "--block_size"),
     ([{"text": "a", "category": "b"}], ["--drop_categories=b"], "1 conversations of dropped"),
+    ([{"text": "a"}], ["--val_fraction=0.999"], "1 examples held out by --val_fraction"),
     ([{"text": "fine"}] * 8 + [{"texts": "not"}], [], "line 9: needs messages"),
     ([{"text": "fine"}], ["--style=qwen"], "--style=llama3"),
     ('{"text": "fine"}'.encode("utf-16"), [], "is in UTF-16; save it as UTF-8"),

@@ -151,7 +151,8 @@ def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_c
     if not raw["train"].numbers:
         raise ValueError(f"no training example left of {counts['conversations']} conversations: "
                          f"{counts['dropped_too_long']} examples are longer than --block_size, "
-                         f"{counts['dropped_category']} conversations of dropped categories")
+                         f"{counts['dropped_category']} conversations of dropped categories, "
+                         f"{len(raw['val'].numbers) // 2} examples held out by --val_fraction")
     return counts, first_malformed
 
 
