@@ -254,7 +254,8 @@ def save_paths(run: Run):
     with run.ema.in_place():
         save_model(run, run.args.out_dir)
         if run.args.keep and run.history:
-            keep_best(run, functools.partial(save_model, run))
+            keep_best(run.args.out_dir, run.history, run.args.keep, run.update,
+                      functools.partial(save_model, run))
 
 
 def save_model(run: Run, out_dir):
@@ -336,7 +337,8 @@ def set_up(args) -> Run:
     if not tiny:
         longest = max(data.longest, val.longest)
         check_length(lm.config, longest, "prepare the data with a smaller --block_size")
-    processes.check_shares(args, len(val))
+    processes.check_shares(
+        args.batch_size, args.accumulate, args.val_rows, len(val), args.shard)
     if args.cache_frozen:
         data, val = cache_states(model, [data, val], args.val_rows, args.batch_size,
                                  Path(args.out_dir), args.plan)
@@ -371,7 +373,8 @@ def set_up(args) -> Run:
 
 def resume(run: Run):
     """Go on from the saved state. Raises ValueError where something else has changed since."""
-    meta = restore_state(run, run.facts)
+    facts = {**run.facts, "weights": run.frozen}
+    meta = restore_state(run.args.out_dir, run.trainable, run.optimizer, facts, run.ema.tensors)
     run.update = meta["update"]
     run.curriculum.restore(meta["curriculum"])
     run.history = meta["history"]

@@ -58,14 +58,16 @@ def out_of_patience(history: list, patience: int) -> bool:
     return len(history) - 1 - best >= patience
 
 
-def keep_best(run, save):
-    """Keep the paths of the lowest validation losses; save(directory) writes the present one."""
-    out_dir = Path(run.args.out_dir)
-    best = sorted(run.history, key=lambda entry: entry[1])[:run.args.keep]
-    names = {f"{BEST}{update}" for update, _ in best}
-    if f"{BEST}{run.update}" in names:
-        save(out_dir / f"{BEST}{run.update}")
-    for path in out_dir.glob(f"{BEST}*"):
+def keep_best(out_dir, history: list, keep: int, update: int, save):
+    """Keep the `keep` paths of the lowest validation losses.
+
+    history: [update, loss] of every validation; save(directory) writes the path of `update`
+    """
+    best = sorted(history, key=lambda entry: entry[1])[:keep]
+    names = {f"{BEST}{number}" for number, _ in best}
+    if f"{BEST}{update}" in names:
+        save(Path(out_dir) / f"{BEST}{update}")
+    for path in Path(out_dir).glob(f"{BEST}*"):
         if path.name not in names:
             remove(path)
 
@@ -123,27 +125,28 @@ def read_state(out_dir):
 
 
 @torch.no_grad()
-def restore_state(run, facts: dict) -> dict:
-    """Copy a saved state into a Run of train.py and return its metadata.
+def restore_state(out_dir, trainable: dict, optimizer, facts: dict, ema: dict) -> dict:
+    """Copy a saved state into parameters, optimizer and averages; returns its metadata.
 
-    Raises ValueError if one of `facts` (name -> identity of the data, config or tokenizer) has
-    changed, and for tensors of other names, shapes or types, or with values that are not finite.
+    Raises ValueError if one of `facts` (name -> identity of the data, config, tokenizer or frozen
+    weights) has changed, and for tensors of other names, shapes or types, or not finite.
     """
-    path = Path(run.args.out_dir) / "state.safetensors"
-    tensors, meta = read_state(run.args.out_dir)
+    path = Path(out_dir) / "state.safetensors"
+    tensors, meta = read_state(out_dir)
     stated = {**meta["facts"], "weights": meta["frozen"]}
-    for name, value in {**facts, "weights": run.frozen}.items():
+    for name, value in facts.items():
         if stated.get(name) != value:
-            raise ValueError(f"{name} has changed since the training in {run.args.out_dir} "
-                             f"(model {run.args.init_from}, data {run.args.data}); restore it, "
-                             "or start anew with another --out_dir")
+            raise ValueError(f"{name} has changed since the training in {out_dir} "
+                             f"(model {meta['args'].get('init_from')}, data "
+                             f"{meta['args'].get('data')}); restore it, or start anew with "
+                             "another --out_dir")
     if meta["update"] > 0:
-        for p in run.trainable.values():
-            run.optimizer.state[p] = {
+        for p in trainable.values():
+            optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p)}
-    ours = named_tensors(run.trainable, run.optimizer, run.ema.tensors)
+    ours = named_tensors(trainable, optimizer, ema)
     shapes, expected = ({(name, tensor.shape) for name, tensor in found.items()}
                         for found in (tensors, ours))
     wrong = sorted({name for name, _ in shapes ^ expected})

@@ -39,17 +39,20 @@ def share(rows: list) -> list:
     return rows[number()::count()]
 
 
-def check_shares(args, val_rows: int):
-    """Raise ValueError unless the rows can be divided evenly among the processes."""
-    rows = args.batch_size * args.accumulate
+def check_shares(batch_size: int, accumulate: int, val_rows: int, held: int, shard: bool):
+    """Raise ValueError unless the rows can be divided evenly among the processes.
+
+    held: validation rows in the data, of which val_rows are used
+    """
+    rows = batch_size * accumulate
     if rows % count():
-        raise ValueError(f"--batch_size {args.batch_size} times --accumulate {args.accumulate} are "
+        raise ValueError(f"--batch_size {batch_size} times --accumulate {accumulate} are "
                          f"{rows} rows an update; allowed with {count()} processes: a multiple")
-    rows = min(args.val_rows, val_rows)
+    rows = min(val_rows, held)
     # divided weights are gathered by all processes at once, so all need as many batches
-    if rows < count() or (args.shard and rows % count()):
-        raise ValueError(f"{rows} validation rows (--val_rows {args.val_rows}, {val_rows} in the "
-                         f"data); allowed with {count()} processes: at least as many, and with "
+    if rows < count() or (shard and rows % count()):
+        raise ValueError(f"{rows} validation rows (--val_rows {val_rows}, {held} in the data); "
+                         f"allowed with {count()} processes: at least as many, and with "
                          "--shard a multiple")
 
 
