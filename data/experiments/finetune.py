@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from data.experiments.headline import run, train_once
+from data.results.records import read_lines
 from data.system.command import command, flag_parser
 from data.system.disk import appearing
 from data.tasks import TASKS
@@ -41,8 +42,7 @@ def write_conversations(task, folder: Path, path: Path):
 def show_losses(out_dir: Path, methods: list):
     """Held-out loss at the start, at the end, and in each tenth of t."""
     for method in methods:
-        lines = (out_dir / method / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines]
+        entries = read_lines(out_dir / method / "log.jsonl")
         validations = [entry for entry in entries if "val_loss" in entry]
         first, last = validations[0], validations[-1]
         seconds = [entry["seconds"] for entry in entries if "seconds" in entry]
