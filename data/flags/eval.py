@@ -21,7 +21,6 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
     # the measurement
     add("--init_from", default="tiny",
         help="directory of a trained path or of a model, or tiny (default)")
-    add("--base", help="directory of the path's frozen model, if it has moved since training")
     add("--task", default="tiny", choices=list(tasks), help="default: tiny")
     add("--regrade", metavar="IN.jsonl", help="records to grade again, without a model")
     # how tokens are found

@@ -15,7 +15,6 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
     # model and prompts
     add("--init_from", default="tiny",
         help="model name, or directory of a model or of a trained path (default: tiny)")
-    add("--base", help="directory of the path's frozen model, if it has moved since training")
     add("--prompt", action="append", default=[],
         help="text to continue, `-` for standard input; may be repeated (default: test problems)")
     add("--prompt_file", help="file with one prompt a line")

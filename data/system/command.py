@@ -107,6 +107,7 @@ def flag_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_model_flags(add):
     """The flags of loading a model; add: the add_argument of a parser."""
+    add("--base", help="directory of the path's frozen model, if it has moved since training")
     add("--merge_lora", "--fold_lora", action=argparse.BooleanOptionalAction, default=True,
         help="the path's LoRA added into copies of its matrices: faster, more memory")
     add("--device", help="cuda, mps or cpu (default: the best available)")
@@ -115,7 +116,7 @@ def add_model_flags(add):
 
 
 def given_flags(parser, argv) -> dict:
-    """The flags on the command line, without those that have their default value."""
+    """The flags that stand on the command line; afterwards the parser has no default values."""
     names = vars(parser.parse_args(argv))
     # no value on a command line is None
     parser.set_defaults(**dict.fromkeys(names))
