@@ -345,7 +345,7 @@ def write_answers(bench: Bench, settings: Settings, questions: list, seeds: list
     """An answer in words to every question, and its cost."""
     stop = Stop.of(bench.tokenizer, bench.task.stops[bench.asked.style])
     prompts = [question.ids for question in questions]
-    score = Score(getattr(bench.model, "lm", bench.model))
+    score = Score(bench.model.lm)
     answers = generate(bench.model, prompts, settings, stop, seeds=seeds, watch=score)
     return [{"output": answer.text, "tokens": len(answer.nfe), "nfe": sum(answer.nfe),
              "cut": not answer.stopped, "score": answer.score} for answer in answers]
@@ -382,8 +382,8 @@ def score_rows(bench: Bench, columns: list) -> list:
 def benchmark(model, tokenizer, task, args, columns: list):
     """Every problem in every column, a line each as they come; then the table."""
     asked = write_prompts(
-        task, tokenizer, getattr(model, "lm", model).config.max_positions, args.data_dir,
-        args.style, args.shots, args.max_new_tokens, args.limit, args.show_prompts)
+        task, tokenizer, model.lm.config.max_positions, args.data_dir, args.style, args.shots,
+        args.max_new_tokens, args.limit, args.show_prompts)
     about = {**asked.about, "model": fingerprint(model), "tokenizer": tokenizer.fingerprint,
              "draws": args.draws, "choices": args.choices, "seed": args.seed,
              "estimate": args.estimate, "rtol": args.rtol}
@@ -440,14 +440,15 @@ def check(args, task, given: dict):
 
 @command("eval.py")
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.regrade:
         if not args.out:
             raise ValueError("--regrade needs --out, the file to write")
         grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
         return regrade(Path(args.regrade), Path(args.out), grader, args.overwrite)
     task = TASKS[args.task]
-    given = given_flags(build_parser(), argv)
+    given = given_flags(parser, argv)
     fill_defaults(args)
     check(args, task, given)
 

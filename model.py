@@ -335,6 +335,11 @@ class LM(nn.Module):
         self.head = nn.Linear(c, config.vocab_size, bias=False)
         self.tie()
 
+    @property
+    def lm(self) -> "LM":
+        """Itself: `model.lm` is the frozen model, with a path beside it or without."""
+        return self
+
     def tie(self):
         """Small models score a token by the vector that they read it as."""
         if self.config.tied:

@@ -58,7 +58,7 @@ def generate(model: L2D | LM, prompts: list, settings: "Settings", stop: Stop | 
     """
     check_request(model, prompts, settings, class_ids)
     if not settings.steps:
-        model = getattr(model, "lm", model)
+        model = model.lm
     stop = stop or Stop()
     answers = [Answer(stop) for _ in prompts]
     # 1. The frozen model reads the prompts, once.
@@ -248,7 +248,7 @@ RANGES = {
 
 def check_request(model, prompts: list, settings: Settings, class_ids=None):
     """Raise ValueError for a request that `generate` cannot fulfil, before any work."""
-    lm = getattr(model, "lm", model)
+    lm = model.lm
     if settings.steps and lm is model:
         raise ValueError("this model has no diffusion path, so --steps must be 0; "
                          "make one with train.py")
@@ -296,7 +296,7 @@ def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int) ->
     """(p (n, B, V) of the next token for every draw of the noise, the NFE of each prompt)."""
     if not settings.steps:
         # without noise every draw is the same
-        model, draws = getattr(model, "lm", model), 1
+        model, draws = model.lm, 1
     batch = Decoding(model, prompts, [Answer() for _ in prompts], seeds, None)
     found, costs = [], []
     for _ in range(draws):
@@ -418,10 +418,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 @command("sample.py")
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     known = vars(args)
     settings = Settings(**{f.name: known[f.name] for f in fields(Settings) if f.name in known})
-    given = given_flags(build_parser(), argv)
+    given = given_flags(parser, argv)
     check_flags(args, given, ADAPTIVE)
     if args.html is not None:
         check_absent(args.html, args.overwrite)

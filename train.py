@@ -122,14 +122,10 @@ class Run:
     history: list = field(default_factory=list)     # [update, validation loss] of every one
 
     @property
-    def lm(self) -> LM:
-        return self.model.lm if isinstance(self.model, L2D) else self.model
-
-    @property
     def facts(self) -> dict:
         """What must be the same in a resumed run, beside the frozen weights."""
         data = "tiny" if self.args.data == "tiny" else self.data.fingerprint
-        return {"data": data, "config": self.lm.config.numbers,
+        return {"data": data, "config": self.model.lm.config.numbers,
                 "tokenizer": self.tokenizer.fingerprint}
 
 
@@ -326,7 +322,7 @@ def set_up(args) -> Run:
     tiny = args.data == "tiny"
     model, frozen = build_model(args, len(TASKS["tiny"].classes) if tiny else 0)
     is_path = isinstance(model, L2D)
-    lm = model.lm if is_path else model
+    lm = model.lm
     source = source_directory(args.init_from, args.cache_dir)
     tokenizer = load_tokenizer(source, lm.config.vocab_size)
     data, val = load_data(args.data, args.method, tokenizer)
@@ -421,7 +417,7 @@ def announce(run: Run):
     args = run.args
     count = sum(p.numel() for p in run.trainable.values())
     print(f"{args.method} on {args.data}, from {args.init_from}: {count:,} trainable parameters, "
-          f"{run.loader.device}, {run.lm.embed.weight.dtype}")
+          f"{run.loader.device}, {run.model.lm.embed.weight.dtype}")
     print(f"preset {args.preset}: {args.updates - run.update:,} updates of {run.loader.rows} rows, "
           f"lr {args.lr:g}, validation every {args.eval_every}")
 

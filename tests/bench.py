@@ -48,7 +48,7 @@ def print_time(name: str, ms: float, first: float, more: str = ""):
 
 def random_ids(model, *size):
     """Token ids on the model's device."""
-    lm = getattr(model, "lm", model)
+    lm = model.lm
     ids = torch.randint(lm.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
     return ids.to(lm.embed.weight.device)
 

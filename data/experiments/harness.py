@@ -44,7 +44,7 @@ class Adapter(HarnessLM):
         self.settings = settings
         self.draws = draws
         self.size = batch_size
-        self.lm = getattr(model, "lm", model)
+        self.lm = model.lm
         self.room = self.lm.config.max_positions
         self.chat = False       # are special tokens in texts those of a chat format?
 

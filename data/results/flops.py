@@ -64,7 +64,7 @@ def flops_per_token(model, nfe: float, length: int, settings) -> float:
 
     The evaluation at t = 0 needs the head alone; guidance makes two of them.
     """
-    lm = getattr(model, "lm", model)
+    lm = model.lm
     frozen = frozen_flops(lm, length)
     head = matrix_flops(lm.head)
     if not settings.steps:

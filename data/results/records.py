@@ -159,5 +159,5 @@ def provenance(model, args, start: float) -> dict:
         "threads": torch.get_num_threads(),
         "device": str(next(model.parameters()).device),
         "seconds": round(time.time() - start, 1),
-        "base_sha256": getattr(model, "lm", model).fingerprint(),
+        "base_sha256": model.lm.fingerprint(),
     }
