@@ -53,13 +53,19 @@ class L2D(nn.Module):
         self.config = config
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
-        # with words to read, the path starts as a copy of the frozen layers, which understand them
-        working_copy = config.self_conditioning or config.own_kv
+        # The frozen start: the path begins as a copy of the frozen layers, reads the current token
+        # as they do, and adds what it changes. So does a path with words of its own to read, but
+        # its prediction then takes the place of the token.
+        self.frozen_start = config.start == "frozen"
+        self.merges_difference = self.frozen_start and config.without != "difference"
+        self.reads_token = self.frozen_start or (config.own_kv and not config.self_conditioning)
+        working_copy = self.reads_token or config.self_conditioning
         self.from_z = two_layers(z, s, c, zero=working_copy)
         self.from_prediction = None
         if config.self_conditioning:
             self.from_prediction = nn.Linear(c, c, bias=False)
-            nn.init.eye_(self.from_prediction.weight)
+            start = nn.init.zeros_ if self.frozen_start else nn.init.eye_
+            start(self.from_prediction.weight)
         self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:
@@ -146,6 +152,9 @@ class L2D(nn.Module):
         e, e_0 = embedded
         # w_d(t) = g(e(t)) − g(e(0))                                    (paper Eq. 6)
         w_d = self.time_gate(e) - self.time_gate(e_0)
+        if self.merges_difference:
+            # w_d(t) = 1 + g(e(t)) − g(e(0)) for t > 0
+            w_d = 1 + w_d
         # zero at t = 0 to the bit, however the device orders its sums
         w_d = w_d * (t > 0)[..., None]
         # the time itself and the difference above need float32, these large layers do not
@@ -190,9 +199,13 @@ class L2D(nn.Module):
             positions = positions.expand(hidden.shape[:2])[index]
             hidden = hidden[index]
             inputs = inputs[index]
-        # u = x_t / √((1−t)²σ² + t²): unit variance at every t
         variance = (1 - t) ** 2 * self.config.sigma ** 2 + t ** 2
-        u = x_t.float() / variance.sqrt()[..., None]                    # (..., Z)
+        if self.frozen_start and self.config.without != "estimate":
+            # u = t·x_t / ((1−t)²σ² + t²): the least-squares estimate of x_1, silent at t = 0
+            u = x_t.float() * (t / variance)[..., None]                 # (..., Z)
+        else:
+            # u = x_t / √((1−t)²σ² + t²): unit variance at every t
+            u = x_t.float() / variance.sqrt()[..., None]                # (..., Z)
         with self.autocast():
             h = self.from_z(u)                                          # (..., C)
             if self.config.self_conditioning:
@@ -202,12 +215,15 @@ class L2D(nn.Module):
                 p = before.float().softmax(-1).to(self.lm.embed.weight.dtype)
                 # E·Σ_y p_y·e_y
                 h = h + self.from_prediction(p @ self.lm.embed.weight)
-            elif self.config.own_kv:
+            if self.reads_token:
                 h = h + inputs
             h = self.lm.add_positions(h, positions)
             pairs = zip(states.keys, states.values)
             for block, m, frozen, kv in zip(self.blocks, modulation.blocks, self.lm.blocks, pairs):
                 h, *_ = block(h, m, frozen, states, kv, index)
+        if self.merges_difference:
+            # h_LM + w_d(t)·(h − h_LM): at the start h is h_LM
+            h = h - hidden
         # h_LM + w_d(t)·h                                               (paper Eq. 6)
         return hidden + (modulation.w_d * h).to(hidden.dtype)
 

@@ -77,8 +77,13 @@ def update_once(model, optimizer, batches: list, objective, clip: float):
         total += loss.detach()
         found.append(losses._replace(values=None, last=losses.last.detach()))
     processes.sum_gradients(trained)
-    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
-    total, norm = float(processes.total(total)), float(sharding.whole(norm))
+    # groups that learn at unlike rates have unlike gradients, so each kind is clipped on its own
+    norms = []
+    for share in {group["share"] for group in optimizer.param_groups}:
+        some = [p for group in optimizer.param_groups if group["share"] == share
+                for p in group["params"]]
+        norms.append(sharding.whole(nn.utils.clip_grad_norm_(some, clip or math.inf)))
+    total, norm = float(processes.total(total)), math.hypot(*map(float, norms))
     # before the step: the weights can still be saved
     if not math.isfinite(total + norm):
         raise FloatingPointError(f"the loss is {total:g}, the norm of its gradient {norm:g}")
@@ -182,7 +187,7 @@ def one_update(run: Run, objective) -> dict:
     # from the number of the update alone, so it needs no place in the state
     lr = learning_rate(run.update, args.updates, args.warmup, args.lr, args.min_lr)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
     # our own objective on labelled rows: easy ones first
     learning = run.unroll_at(run.update) and args.data == "tiny"
     if learning:
@@ -262,8 +267,8 @@ def save_model(run: Run, out_dir):
         return
     sharding.gather(run.model)
     if run.args.method == "lora":
-        # merged, so that the directory is an ordinary model
-        replace_linears(run.model, LoRA, merge_linear)
+        # merged, so that the directory is an ordinary model; in bfloat16 the sum would lose bits
+        replace_linears(run.model.float(), LoRA, merge_linear)
     if processes.number():
         return
     run.model.save_pretrained(out_dir)
@@ -299,7 +304,7 @@ def build_model(args, classes: int):
         # on the CPU, so that every device starts from the same weights
         init_weights(lm, torch.Generator().manual_seed(args.seed))
         return lm.to(device), None
-    if args.method != "l2d":
+    if args.method in ("full", "pretrain"):
         dtype = torch.float32       # weights that are trained themselves need all their bits
     lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
     if args.method == "l2d":
@@ -307,7 +312,7 @@ def build_model(args, classes: int):
         l2d = L2D(lm, L2DConfig(args.width, args.cond_dim, rank=rank, classes=classes,
                                 time_distribution=args.time_distribution,
                                 self_conditioning=args.objective != "paper",
-                                own_kv=args.own_kv))
+                                own_kv=args.own_kv, start=args.start, without=args.without))
         return l2d, l2d.base_sha256
     if args.method != "lora":
         return lm, None
@@ -360,7 +365,8 @@ def set_up(args) -> Run:
         # the embedded problems grow harder with what is learned, so they cannot be made before
         ahead=0 if tiny else args.updates)
     run = Run(args, model, frozen, tokenizer, data, val, trainable,
-              build_optimizer(trainable, args.lr, args.weight_decay), unroll_at, loader,
+              build_optimizer(trainable, args.lr, args.weight_decay, args.new_lr if is_path else 1),
+              unroll_at, loader,
               Curriculum(max(LEVELS["chains"])), EMA(trainable, args.ema))
     if args.resume:
         resume(run)

@@ -14,6 +14,10 @@ from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
+# What the path computes before training: nothing, as in the paper; or what the frozen model does.
+STARTS = ("paper", "frozen")
+# Parts of the frozen start that an ablation may leave out.
+PARTS = ("difference", "estimate")
 # Earlier names of fields of path.json, and of modules.
 OLD_FIELDS = {"conditioning": "cond_dim", "schedule": "time_distribution", "own_reading": "own_kv"}
 OLD_TENSORS = {"merge": "time_gate", "from_guess": "from_prediction"}
@@ -43,9 +47,14 @@ class L2DConfig:
     time_distribution: str = "uniform"    # of the training times, see data/parts/draws.py
     self_conditioning: bool = False       # the path reads its own previous prediction
     own_kv: bool = False                  # the path has keys and values of its own
+    start: str = "paper"                  # one of STARTS
+    without: str | None = None            # one of PARTS, for an ablation
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")
+        choices(self.start, STARTS, "start")
+        if self.without is not None:
+            choices(self.without, PARTS if self.start == "frozen" else (), "without")
         for name, limits in RANGES.items():
             value = getattr(self, name)
             if value is not None or name not in ("sigma", "rank"):
@@ -143,7 +152,7 @@ def fill(ours: dict, path: Path, config: L2DConfig):
                          f"first {names[0]}; copy both files of the same training")
     # older files lack it
     stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
-    if stated is not None and renamed(stated) != asdict(config):
+    if stated is not None and L2DConfig(**renamed(stated)) != config:
         raise ValueError(f"{path} was trained with another config than path.json says; "
                          "copy both files of the same training")
     for name, p in ours.items():

@@ -7,7 +7,7 @@ would do nothing is refused, and one that cannot change in a resumed run.
 import argparse
 
 from data.checkpoints.hub import check_not_a_model
-from data.checkpoints.path import TIME_DISTRIBUTIONS
+from data.checkpoints.path import PARTS, STARTS, TIME_DISTRIBUTIONS
 from data.checkpoints.state import read_state_meta
 from data.parts.draws import check_seed
 from data.system import processes
@@ -18,7 +18,8 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
 # the path of the paper
-PAPER = {"objective": "paper", "own_kv": False, "ema": 0.0, **REFINEMENT}
+PAPER = {"start": "paper", "new_lr": 1.0, "objective": "paper", "own_kv": False, "ema": 0.0,
+         **REFINEMENT}
 
 # the embedded model is small and learns with large steps
 EMBEDDED = {
@@ -30,7 +31,8 @@ PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
         **EMBEDDED, "updates": 1900, "eval_every": 475,
-        "objective": "refine", "own_kv": True, "ema": 0.98, **REFINEMENT,
+        "start": "paper", "new_lr": 1.0, "objective": "refine", "own_kv": True, "ema": 0.98,
+        **REFINEMENT,
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
@@ -69,7 +71,7 @@ def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
 
 # flags that a resumed run cannot change
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
-            "own_kv", "objective", "seed")
+            "own_kv", "start", "without", "new_lr", "objective", "seed")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -99,6 +101,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="distribution of the training times (default: uniform)")
     add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
+    add("--start", choices=STARTS,
+        help="what the path computes at first: nothing (paper), or what the frozen model does")
+    add("--without", choices=PARTS, help="part of --start=frozen to leave out, for an ablation")
     # objective
     add("--objective", choices=("paper", "refine", "both"),
         help="paper: random times; refine: the path's own steps; both: by turns")
@@ -111,6 +116,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="rows per forward pass")
     add("--accumulate", type=int, help="forward passes per update")
     add("--lr", type=float, help="highest learning rate")
+    add("--new_lr", type=float,
+        help="share of --lr for the path's layers that stand on no frozen matrix; below 1 they are "
+             "clipped on their own")
     add("--min_lr", type=float, help="last learning rate")
     add("--warmup", type=int, help="updates of linear warm-up, before the linear decay")
     add("--weight_decay", type=float, help="weight decay of matrices")
@@ -206,6 +214,7 @@ def check(args, given: dict):
     for least, names in at_least.items():
         for name in names:
             check_range(f"--{name}", getattr(args, name), least)
+    check_range("--new_lr", args.new_lr, 0, 1)
     if not args.ema < 1:
         raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")
     if args.cache_frozen and args.shard:
@@ -220,8 +229,11 @@ def check(args, given: dict):
     # --report 0 is allowed everywhere: it asks for no report
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
-        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "objective",
-          "unroll", "backprop", "dtype", "keep"), l2d, "--method=l2d"),
+        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "start", "without",
+          "new_lr", "objective",
+          "unroll", "backprop", "keep"), l2d, "--method=l2d"),
+        (("dtype",), args.method in ("l2d", "lora"), "--method=l2d or lora"),
+        (("without",), args.start == "frozen", "--start=frozen"),
         (("rank",), args.method == "lora" or (l2d and not args.full_copies),
          "--method=lora, or l2d without --full_copies"),
         (("unroll", "backprop"), args.objective != "paper", "--objective=refine or both"),

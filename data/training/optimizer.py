@@ -5,6 +5,7 @@ train.py uses it; read that next.
 
 import math
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 import torch.nn as nn
@@ -12,13 +13,22 @@ import torch.nn as nn
 BETAS = (0.9, 0.95)        # as in the paper
 
 
-def build_optimizer(trainable: dict, lr: float, weight_decay: float):
-    """AdamW on name -> parameter; matrices decay, biases and norms do not."""
-    # decay pulls towards zero: good for a matrix, wrong for the scale of a norm
-    matrices = [p for p in trainable.values() if p.dim() >= 2]
-    vectors = [p for p in trainable.values() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+def build_optimizer(trainable: dict, lr: float, weight_decay: float, new_lr: float = 1.0):
+    """AdamW on name -> parameter; matrices decay, biases and norms do not.
+
+    new_lr  share of lr for a path's new layers, which stand on no frozen matrix; 1: all of it
+    """
+    def is_new(name):
+        # not a LoRA, nor a copy of a frozen matrix: those are in the blocks beside the modulation
+        return not name.startswith("blocks.") or ".modulation." in name
+
+    groups = []
+    for new, vector in product((False, True), (False, True)):
+        some = [p for name, p in trainable.items()
+                if is_new(name) == new and (p.dim() < 2) == vector]
+        # decay pulls towards zero: good for a matrix, wrong for the scale of a norm
+        groups.append({"params": some, "weight_decay": 0.0 if vector else weight_decay,
+                       "share": new_lr if new else 1.0})
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
