@@ -22,7 +22,7 @@ from data.system.command import command      # first: from here on Ctrl-C is one
 import torch
 
 from data.checkpoints.hub import resolve
-from data.checkpoints.path import check_tokenizer, check_trained, read_path
+from data.checkpoints.path import check_tokenizer, check_trained, class_number, read_path
 from data.flags.sample import check_flags, sample_flags
 from data.parts.draws import check_classes, draw_tokens
 from data.parts.kv_cache import KVCache
@@ -274,7 +274,6 @@ def answer_problems(model, tokenizer, task, problems: list, settings: Settings, 
     Each problem has a noise of its own, whatever stands beside it.
     """
     stop = Stop.of(tokenizer)
-    knows_classes = isinstance(model, L2D) and model.config.classes == len(task.classes)
     answers = []
     for at in range(0, len(problems), batch_size):
         batch = problems[at:at + batch_size]
@@ -282,8 +281,8 @@ def answer_problems(model, tokenizer, task, problems: list, settings: Settings, 
         # from the problem itself: neither its place nor its neighbours change its noise
         seeds = [zlib.crc32(task.key(problem).encode()) + seed for problem in batch]
         class_ids = None
-        # a path with other topics, or none, gets no class
-        if knows_classes:
+        # a path with other classes, or none, gets no class
+        if knows_classes(model, task):
             class_ids = [task.class_id(problem) for problem in batch]
         answers += generate(model, prompts, settings, stop, class_ids, seeds)
     for problem, answer in zip(problems, answers):
@@ -291,13 +290,22 @@ def answer_problems(model, tokenizer, task, problems: list, settings: Settings, 
     return answers
 
 
+def knows_classes(model, task) -> bool:
+    """Was the path trained with just the classes of the task?"""
+    return isinstance(model, L2D) and model.config.class_names == list(task.classes)
+
+
 @torch.no_grad()
-def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int) -> tuple:
-    """(p (n, B, V) of the next token for every draw of the noise, the NFE of each prompt)."""
+def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int,
+           class_ids=None) -> tuple:
+    """(p (n, B, V) of the next token for every draw of the noise, the NFE of each prompt).
+
+    class_ids: one integer per prompt, as in `generate`
+    """
     if not settings.steps:
         # without noise every draw is the same
         model, draws = model.lm, 1
-    batch = Decoding(model, prompts, [Answer() for _ in prompts], seeds, None)
+    batch = Decoding(model, prompts, [Answer() for _ in prompts], seeds, class_ids)
     found, costs = [], []
     for _ in range(draws):
         logits, nfe, _ = next_logits(batch, settings)
@@ -354,8 +362,7 @@ def worked_answers(model, tokenizer, settings: Settings, seed: int) -> tuple:
 
 def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) -> tuple:
     """Print num_samples answers to every prompt; returns them all and the seconds they took."""
-    classes = model.config.classes if isinstance(model, L2D) else 0
-    label = None if args.label is None else TASKS["tiny"].class_number(args.label, classes)
+    label = None if args.label is None else class_number(args.label, model.config)
     stop = Stop.of(tokenizer, args.stop)
     texts = [text for text in read_prompts(args.prompt, args.prompt_file)
              for _ in range(args.num_samples)]

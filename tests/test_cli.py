@@ -9,14 +9,15 @@ import pytest
 
 from conftest import exit_status, make_l2d, save_base
 from data.tasks import TASKS
+from data.tiny.topics import CLASSES
 from sample import Settings, main
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory with a random path of five classes, `path`, and its frozen model, `base`."""
+    """A directory with a random path of the five topics, `path`, and its frozen model, `base`."""
     root = tmp_path_factory.mktemp("models")
-    l2d = make_l2d(classes=5)
+    l2d = make_l2d(classes=5, class_names=list(CLASSES))
     l2d.lm.directory = str(save_base(root / "base"))
     l2d.save(root / "path")
     return root

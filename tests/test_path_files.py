@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data.checkpoints.hub import resolve
+from data.checkpoints.path import class_number
 from data.flags.train import PRESETS, build_parser
+from data.tiny.topics import CLASSES
 from data.training.optimizer import BETAS
 from diffusion import L2D, L2DConfig
 from model import LM
@@ -19,7 +21,7 @@ VARIANTS = [
     dict(rank=4),
     dict(rank=None),
     dict(rank=4, classes=3),
-    dict(rank=None, classes=3),
+    dict(rank=None, classes=3, class_names=["a", "b", "c"]),
     dict(sigma=7.0, time_distribution="cosmap"),
 ]
 
@@ -100,7 +102,34 @@ def test_a_path_saved_under_older_names_still_loads(distribution, tmp_path):
 def test_the_embedded_path_belongs_to_the_embedded_base():
     """It was saved when the final norm had another name, which the fingerprint must not notice."""
     l2d = L2D.load(resolve("tiny"), device="cpu")
-    assert l2d.config.classes == 5
+    assert l2d.config.class_names == list(CLASSES)
+
+
+@pytest.mark.parametrize("classes, names", [(5, list(CLASSES)), (3, None)])
+def test_five_classes_without_names_are_the_topics_in_files_of_earlier_versions(
+        classes, names, tmp_path):
+    l2d = make_l2d(classes=classes, class_names=names)
+    l2d.save(tmp_path)
+    edit_json(tmp_path, lambda content: content["config"].pop("class_names"))
+    assert L2D.load(tmp_path, make_lm()).config == l2d.config
+
+
+@pytest.mark.parametrize("names, numbers", [
+    (["1", "b"], {"1": 0, "b": 1, "0": 0}),
+    (None, {"1": 1, "0": 0}),
+])
+def test_a_class_by_its_name_and_then_by_its_number(names, numbers):
+    config = L2DConfig(classes=2, class_names=names)
+    for name, number in numbers.items():
+        assert class_number(name, config) == number
+    with pytest.raises(ValueError, match=f"allowed: {', '.join(numbers) if names else '0, 1'}$"):
+        class_number("2", config)
+
+
+@pytest.mark.parametrize("config", [L2DConfig(), make_lm().config])
+def test_without_classes_none_can_be_given(config):
+    with pytest.raises(ValueError, match="--class a: this model has no classes; allowed: no --"):
+        class_number("a", config)
 
 
 # --- refusals: one line each ----------------------------------------------------------------------
@@ -189,6 +218,11 @@ def test_damaged_path_is_refused_in_one_line(saved, act, message):
     (dict(classes=-1), "classes = -1 is out of range; allowed: 0 to 65536, an integer"),
     (dict(sigma=0.0), "sigma = 0.0 is out of range; allowed: 1e-06 to"),
     (dict(own_kv=1), "own_kv = 1 is out of range; allowed: False to True"),
+    (dict(classes=2, class_names=["a"]), "class names .* allowed: a list of 2 different names"),
+    (dict(classes=2, class_names=["a", "a"]), "class names .* are not supported"),
+    (dict(classes=2, class_names=["a", " "]), "class names .* are not supported"),
+    (dict(classes=1, class_names="a"), "class names 'a' are not supported"),
+    (dict(class_names=["a"]), "allowed: a list of 0 different names"),
 ])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from data.text.answer import Stop, TraceFirst
 from data.text.tokenizer import load_tokenizer
 from diffusion import L2D
 from model import LM
-from sample import Settings, generate
+from sample import Settings, generate, next_p
 from solvers import odeint
 
 # predictions of random models change often; a loose tolerance keeps the tests short
@@ -110,6 +110,19 @@ def test_guided_text_equals_everything_computed_again(guidance):
 
 
 # --- seeds, batches, stopping ---------------------------------------------------------------------
+
+def test_the_class_reaches_the_probabilities_of_the_next_token():
+    l2d, settings = make_l2d(classes=3), Settings(steps=3, guidance=2.5, max_new_tokens=1)
+    classes = [0, 2, 1, 3]
+    p, nfe = next_p(l2d, PROMPTS, settings, SEEDS, 1, classes)
+    assert nfe == [8] * 4
+    expected = ids_of(generate(l2d, PROMPTS, settings, class_ids=classes, seeds=SEEDS))
+    assert p[0].argmax(-1)[:, None].tolist() == expected
+    # the last class is none
+    without, _ = next_p(l2d, PROMPTS, settings, SEEDS, 1)
+    same = [torch.allclose(*pair, atol=1e-5) for pair in zip(p[0], without[0])]
+    assert same == [False, False, False, True]
+
 
 @pytest.mark.parametrize("options", [{}, SAMPLED])
 def test_same_seeds_same_answers(options):

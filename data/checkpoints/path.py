@@ -12,6 +12,7 @@ from pathlib import Path
 from data.checkpoints.weights import check_finite
 from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
+from data.tiny.topics import CLASSES
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
 # What the path computes before training: nothing, as in the paper; or what the frozen model does.
@@ -42,7 +43,8 @@ class L2DConfig:
     sigma: float | None = None
     rank: int | None = 32                 # of the LoRA on the path's matrices; None: full copies
     alpha: float = 32.0
-    classes: int = 0                      # topics for guidance; 0: none
+    classes: int = 0                      # of guidance; 0: none
+    class_names: list | None = None       # None: the classes have numbers only
     class_dropout: float = 0.2            # probability that training hides the class
     time_distribution: str = "uniform"    # of the training times, see data/parts/draws.py
     self_conditioning: bool = False       # the path reads its own previous prediction
@@ -59,8 +61,34 @@ class L2DConfig:
             value = getattr(self, name)
             if value is not None or name not in ("sigma", "rank"):
                 check_range(name, value, *limits)
+        if self.class_names is not None:
+            check_class_names(self.class_names, self.classes)
         if self.sigma is None:
             self.sigma = 4 * math.sqrt(self.width)
+
+
+def check_class_names(names, classes: int):
+    """Raise ValueError unless `names` is a list of as many different names, none of them blank."""
+    texts = isinstance(names, list) and all(isinstance(name, str) and name.strip()
+                                            for name in names)
+    if not texts or not len(set(names)) == len(names) == classes:
+        raise ValueError(f"class names {repr(names)[:60]} are not supported; "
+                         f"allowed: a list of {classes} different names")
+
+
+def class_number(name: str, config) -> int:
+    """The number of a class that --class gives by its name, or by number.
+
+    config  of the path, or of a model without one
+    Raises ValueError for any other name or number.
+    """
+    classes = getattr(config, "classes", 0)
+    if not classes:
+        raise ValueError(f"--class {name}: this model has no classes; allowed: no --class")
+    names = config.class_names or []
+    choices(name, dict.fromkeys([*names, *map(str, range(classes))]), "--class")
+    # first as a name: the names themselves may be numbers
+    return names.index(name) if name in names else int(name)
 
 
 def save_path(ours: dict, config: L2DConfig, facts: dict, directory: Path):
@@ -101,7 +129,10 @@ def read_path(directory: Path) -> dict:
 
 def renamed(config: dict) -> dict:
     """The fields of a config under their present names."""
-    return {OLD_FIELDS.get(name, name): value for name, value in config.items()}
+    # paths of earlier versions do not name their classes: five are the embedded topics
+    names = list(CLASSES) if config.get("classes") == len(CLASSES) else None
+    present = {OLD_FIELDS.get(name, name): value for name, value in config.items()}
+    return {"class_names": names, **present}
 
 
 def check_base(meta: dict, lm, directory: Path):

@@ -5,7 +5,6 @@ data/tiny/topics.py makes the problems; read that first and eval.py next.
     python eval.py --task tiny --problems 8
 """
 
-from data.system.command import choices
 from data.tiny.topics import (
     CLASSES, UNSEEN, LEVELS, Problem, encode_problem, final_answer, make_problem)
 
@@ -34,20 +33,6 @@ class Tiny:
 
     def class_id(self, problem: Problem) -> int:
         return CLASSES.index(problem.label)
-
-    def class_number(self, name: str, classes: int) -> int:
-        """The number of a class given by number, or by name if the path has these classes.
-
-        classes   number of classes of the path
-        Raises ValueError for any other name or number.
-        """
-        if not classes:
-            raise ValueError(f"--class {name}: this model has no classes; allowed: no --class")
-        allowed = [str(number) for number in range(classes)]
-        if classes == len(CLASSES):
-            allowed = [*CLASSES, *allowed]
-        choices(name, allowed, "--class")
-        return CLASSES.index(name) if name in CLASSES else int(name)
 
     def grade(self, problem: Problem, text: str, ended: bool) -> bool:
         """Is the answer exactly right, and did the model end it itself?"""
