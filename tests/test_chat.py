@@ -14,6 +14,7 @@ from conftest import exit_status
 from data.text import chat, formats, tokens
 from data.text.formats import RENDER, encode_chat
 from data.text.tokens import SPLITS, TokenFiles
+from data.training.batches import collate
 
 LLAMA3 = formats.SPECIAL_TOKENS["llama3"]
 QWEN = formats.SPECIAL_TOKENS["qwen"]
@@ -357,6 +358,85 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path, run):
 
     # An example has about 1,000 tokens: 2,000 bytes as the smallest array, 8,000 as a list.
     assert (peak_of(900) - peak_of(300)) / 600 < 300
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+CLASSED = [{"text": "one", "class": "word"}, {"text": "12", "class": 7},
+           {"text": "three", "class": "word"}, {"text": "none", "class": None}]
+
+
+def test_every_token_has_the_class_of_its_example(tmp_path, run, capsys):
+    """Numbered by their first appearance among what is kept; the id behind the last: no class."""
+    rows = [{"text": "too long" * 9, "class": "dropped"}, *CLASSED]
+    assert run(rows, tmp_path / "out", "--val_fraction=0", "--block_size=40") == 0
+    assert "\nclasses: word, 7\n" in capsys.readouterr().out
+    files = TokenFiles(tmp_path / "out", "train")
+    assert files.classes == ("word", "7")
+    (ids, mask, documents, classes), = files
+    assert classes.dtype == np.int64
+    tokenizer = ByteTokenizer()
+    found = [(tokenizer.decode(ids[documents == number]), classes[documents == number])
+             for number in range(1, 5)]
+    expected = {"one": 0, "12": 1, "three": 0, "none": 2}
+    for text, numbers in found:
+        assert set(numbers) == {expected.pop(text[len("<s>"):-len("<|eot_id|>")])}
+    assert not expected
+    targets = collate([files[0], files[0]]).targets
+    assert targets.class_ids.tolist() == 2 * classes[mask == 1].tolist()
+
+
+def test_data_without_classes_leave_none_of_earlier_data(tmp_path, run):
+    out = tmp_path / "out"
+    run(CLASSED, out, "--val_fraction=0")
+    assert {path.name for path in out.glob("*.classes.npy")} == {
+        "train.classes.npy", "val.classes.npy"}
+    assert TokenFiles(out, "val").classes == ("word", "7")
+    run([{"text": "abc"}], out, "--val_fraction=0")
+    assert not list(out.glob("*.classes.npy"))
+    # files of earlier versions do not mention them
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta.pop("classes") == []
+    (out / "meta.json").write_text(json.dumps(meta))
+    files = TokenFiles(out, "train")
+    assert files.classes == () and len(files[0]) == 3
+
+
+@pytest.mark.parametrize("value, shown", [
+    (True, "True"), (1.5, "1.5"), (" ", "' '"), ([], "[]"), ({"a": 1}, "{'a': 1}")])
+def test_a_class_of_another_kind_is_malformed(tmp_path, run, capsys, value, shown):
+    rows = [{"text": "fine"}] * 10 + [{"text": "fine", "class": value}]
+    assert run(rows, tmp_path / "out", "--val_fraction=0") == 0
+    expected = f"line 11: has class {shown}; allowed: a name, or an integer"
+    assert expected in capsys.readouterr().out
+    assert TokenFiles(tmp_path / "out", "train").classes == ()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda a: a[:2], "lengths [22, 22, 5, 2, 2], not [22, 22, 5, 2, 4]"),
+    (lambda a: a + 1, "a class outside 0 to 2"),
+    (lambda a: a.astype(int) - 1, "a class outside 0 to 2"),
+])
+def test_damaged_classes_are_refused(tmp_path, run, change, words):
+    out = tmp_path / "out"
+    run(CLASSED, out, "--val_fraction=0")
+    path = out / "train.classes.npy"
+    np.save(path, change(np.load(path)))
+    refusal(ValueError, words, out)
+    path.unlink()
+    refusal(FileNotFoundError, "train.classes.npy", out)
+
+
+@pytest.mark.parametrize("names, words", [
+    (["a", "a"], "class names ['a', 'a'] are not supported"),
+    (["a", ""], "class names ['a', ''] are not supported"),
+    ("ab", "class names 'ab' are not supported"),
+    (None, "meta.json has an unexpected form"),
+])
+def test_damaged_names_of_classes_are_refused(out, names, words):
+    path = out / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": names}))
+    refusal(ValueError, words, out)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_problem_rows_mask_the_answer_and_its_end(tokenizer):
 
 def test_document_rows_are_full_and_every_document_has_its_segment(tokenizer):
     for i in range(20):
-        ids, mask, segments, _ = Documents(tokenizer)[i]
+        ids, mask, segments = Documents(tokenizer)[i]
         assert len(ids) == len(mask) == len(segments) == ROW
         assert segments[0] == 1
         starts = ids == tokenizer.bos_id

@@ -6,8 +6,9 @@ data/text/tokens.py next, which writes the examples to the disk.
 
     python -m data.text.chat gsm8k.jsonl --tokenizer=tokenizers/llama3 --out_dir=data/gsm8k
 
-A row holds `messages` (a list of role and content, perhaps with a `category`), or `prompt` and
-`response`, or `question` and `answer`, or plain `text`.
+A row holds `messages` (a list of role and content), or `prompt` and `response`, or `question` and
+`answer`, or plain `text`; perhaps a `category`, by which rows can be dropped, and a `class`, a name
+or an integer, towards which guidance can push (sample.py --class).
 """
 
 import argparse
@@ -42,24 +43,32 @@ PAPER_DROPPED_CATEGORIES = (
 # --- from a row to examples -----------------------------------------------------------------------
 
 def parse_row(line):
-    """A line of JSON to (messages or a text, category). Raises ValueError for another row."""
+    """A line of JSON to (messages or a text, category, class's name or None).
+
+    Raises ValueError for another row.
+    """
     row = parse_json(line, "the line")
     if not isinstance(row, dict):
         row = {}
     # null: a column of another source, in a table made of several
     row = {name: value for name, value in row.items() if value is not None}
-    category = row.get("category")
+    category, label = row.get("category"), row.get("class")
+    # by type: to Python True is an integer
+    if type(label) is int:
+        label = str(label)
+    if label is not None and not (isinstance(label, str) and label.strip()):
+        raise ValueError(f"has class {repr(label)[:60]}; allowed: a name, or an integer")
     if "messages" in row:
-        return check_messages(row["messages"]), category
+        return check_messages(row["messages"]), category, label
     for question, answer in (("prompt", "response"), ("question", "answer")):
         if question in row and answer in row:
             messages = [{"role": "user", "content": row[question]},
                         {"role": "assistant", "content": row[answer]}]
-            return check_messages(messages), category
+            return check_messages(messages), category, label
     text = row.get("text")
     # white space alone teaches nothing
     if isinstance(text, str) and text.strip():
-        return text, category
+        return text, category, label
     raise ValueError("needs messages, or prompt and response, or question and answer, or text")
 
 
@@ -115,16 +124,19 @@ def read_lines(paths, digests: list):
 
 
 def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_categories):
-    """Encode (place, line) pairs into `raw`, a RawSplit per split; returns (counts, first error).
+    """Encode (place, line) pairs into `raw`, a RawSplit per split.
 
+    Returns the counts, the first error, and the names of the classes, in order of appearance.
     Raises ValueError if more than a tenth of the lines is malformed or no example is left.
     """
     counts = Counter()
     first_malformed = None
+    # name -> number
+    classes = {}
     for place, line in lines:
         counts["conversations"] += 1
         try:
-            conversation, category = parse_row(line)
+            conversation, category, label = parse_row(line)
             if category in drop_categories:
                 counts["dropped_category"] += 1
                 continue
@@ -141,8 +153,9 @@ def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_c
             # dropped and not cut: a cut answer would teach to stop in the middle
             if end > block_size:
                 counts["dropped_too_long"] += 1
-            else:
-                split.add(ids[:end], start)
+                continue
+            class_id = -1 if label is None else classes.setdefault(label, len(classes))
+            split.add(ids[:end], start, class_id)
 
     # many malformed rows: the file is of another kind, or damaged
     if counts["malformed"] > counts["conversations"] / 10:
@@ -152,8 +165,8 @@ def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_c
         raise ValueError(f"no training example left of {counts['conversations']} conversations: "
                          f"{counts['dropped_too_long']} examples are longer than --block_size, "
                          f"{counts['dropped_category']} conversations of dropped categories, "
-                         f"{len(raw['val'].numbers) // 2} examples held out by --val_fraction")
-    return counts, first_malformed
+                         f"{len(raw['val'].numbers) // 3} examples held out by --val_fraction")
+    return counts, first_malformed, list(classes)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -178,6 +191,8 @@ def report(meta) -> str:
     fills = [f"{split['tokens'] / room:.1%}" for split, room in zip(splits, rooms)]
     table.append(("mean fill of a row", *fills))
     lines = [f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells) for name, *cells in table]
+    if meta["classes"]:
+        lines.append(f"classes: {', '.join(meta['classes'])}")
     if meta["first_malformed"]:
         lines.append(f"first malformed: {meta['first_malformed']}")
     return "\n".join(lines)
@@ -242,10 +257,11 @@ def main(argv=None):
             raw = {split: RawSplit(folder / f"{split}.raw", dtype) for split in SPLITS}
             # the raw files are closed, so complete, before they are read
             with raw["train"].file, raw["val"].file:
-                counts, first_malformed = encode_lines(
+                counts, first_malformed, classes = encode_lines(
                     read_lines(args.inputs, inputs), tokenizer, render, raw, args.block_size,
                     args.val_fraction, args.drop_categories)
-            splits = {split: write_split(raw[split], folder / split, args.block_size, args.seed)
+            splits = {split: write_split(raw[split], folder / split, args.block_size, args.seed,
+                                         len(classes))
                       for split in SPLITS}
             meta = {
                 "version": VERSION,
@@ -256,6 +272,7 @@ def main(argv=None):
                 "seed": args.seed,
                 "val_fraction": args.val_fraction,
                 "drop_categories": list(args.drop_categories),
+                "classes": classes,
                 "inputs": inputs,
                 "splits": splits,
                 "counts": dict(counts),

@@ -1,11 +1,12 @@
 """Token files: the training examples on disk, and the data set that training reads.
 
-A split is four arrays, memory-mapped, so that training data may be larger than the memory:
+A split is four arrays or five, memory-mapped, so that it may be larger than the memory:
 
     ids       the tokens of all examples, one after another
     mask      1 where a token is to be predicted
     examples  start of each example in the two arrays above, and the end of the last one
     rows      number of the first example of each row, and the number of examples
+    classes   class of each example, for guidance; only where the data have classes
 
 Examples are packed: a row takes as many as fit, to save padding. Read chat.py before, which makes
 the examples; read data/training/batches.py next.
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.checkpoints.path import check_class_names
 from data.system.command import choices
 from data.system.disk import flush, parse_json
 
@@ -30,19 +32,22 @@ ARRAYS = ("ids", "mask", "examples", "rows")
 # --- writing: in input order to a raw file, then from there in shuffled order ---------------------
 
 class RawSplit:
-    """The examples of one split in input order: tokens in a file, two numbers each in memory."""
+    """The examples of one split in input order: tokens in a file, three numbers each in memory."""
 
     def __init__(self, path: Path, dtype):
         self.path = path
         self.dtype = np.dtype(dtype)
-        # length and response start of every example, 8 bytes each
+        # length, response start and class of every example, 8 bytes each
         self.numbers = array("q")
         self.file = open(path, "wb")
 
-    def add(self, ids, start: int):
-        """One example: `ids`, an array of our dtype; those from `start` on are the response."""
+    def add(self, ids, start: int, class_id: int):
+        """One example: `ids`, an array of our dtype; those from `start` on are the response.
+
+        class_id: -1 for none
+        """
         self.file.write(ids.tobytes())
-        self.numbers.extend((len(ids), start))
+        self.numbers.extend((len(ids), start, class_id))
 
 
 def pack(lengths, block_size: int):
@@ -58,9 +63,12 @@ def pack(lengths, block_size: int):
     return np.array(rows + [len(lengths)], dtype=np.int64)
 
 
-def write_split(raw: RawSplit, target: Path, block_size: int, seed: int) -> dict:
-    """Shuffle and pack `raw`, whose file is closed, into target.KIND.npy; returns the counts."""
-    lengths, starts = np.array(raw.numbers, np.int64).reshape(-1, 2).T
+def write_split(raw: RawSplit, target: Path, block_size: int, seed: int, classes: int) -> dict:
+    """Shuffle and pack `raw`, whose file is closed, into target.KIND.npy; returns the counts.
+
+    classes: their number in both splits together
+    """
+    lengths, starts, class_ids = np.array(raw.numbers, np.int64).reshape(-1, 3).T
     size = raw.dtype.itemsize
     # positions in the raw file, which is in input order
     offsets = (np.cumsum(lengths) - lengths) * size
@@ -72,6 +80,10 @@ def write_split(raw: RawSplit, target: Path, block_size: int, seed: int) -> dict
     borders = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
     np.save(f"{target}.examples.npy", borders)
     np.save(f"{target}.rows.npy", rows)
+    if classes:
+        # the id behind the last means no class
+        class_ids[class_ids < 0] = classes
+        np.save(f"{target}.classes.npy", class_ids[order].astype(np.min_scalar_type(classes)))
     with (
         open(raw.path, "rb") as file,
         open_npy(f"{target}.ids.npy", raw.dtype, total) as ids,
@@ -104,12 +116,14 @@ def open_npy(path, dtype, count: int):
 
 def install(folder: Path, out_dir: Path):
     """Move the finished files into place."""
-    names = [f"{split}.{kind}.npy" for split in SPLITS for kind in ARRAYS]
     # meta.json is removed first and moved last, so files of an interrupted run cannot be read
     (out_dir / "meta.json").unlink(missing_ok=True)
-    for name in [*names, "meta.json"]:
-        flush(folder / name)
-        os.replace(folder / name, out_dir / name)
+    # the new data may have no classes
+    for split in SPLITS:
+        (out_dir / f"{split}.classes.npy").unlink(missing_ok=True)
+    for path in [*folder.glob("*.npy"), folder / "meta.json"]:
+        flush(path)
+        os.replace(path, out_dir / path.name)
     flush(out_dir)
 
 
@@ -133,8 +147,8 @@ class TokenFiles:
     """The rows of one split that data/text/chat.py has prepared in `directory`, memory-mapped.
 
     tokenizer: if given, must be the one that wrote the files.
-    `meta` is the content of meta.json, `block_size` the longest possible row; `fingerprint` changes
-    with any input and flag.
+    `meta` is the content of meta.json, `block_size` the longest possible row, `classes` the
+    names of the classes; `fingerprint` changes with any input and flag.
     Raises FileNotFoundError or ValueError, in one line, if files are missing, damaged or of another
     tokenizer.
     """
@@ -152,6 +166,11 @@ class TokenFiles:
             self.meta = parse_json(content, "meta.json")
             arrays = [map_array(folder / f"{split}.{kind}.npy") for kind in ARRAYS]
             self.ids, self.mask, self.examples, self.rows = arrays
+            # older files lack it
+            names = self.meta.get("classes", [])
+            check_class_names(names, len(names))
+            self.classes = tuple(names)
+            self.class_ids = map_array(folder / f"{split}.classes.npy") if names else None
             self.check(split, tokenizer)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {repair}") from None
@@ -174,9 +193,12 @@ class TokenFiles:
             raise ValueError(f"they are of another tokenizer, {self.meta['tokenizer']}")
         self.block_size = self.meta["block_size"]
         counts = self.meta["splits"][split]
-        examples = counts["examples"] + 1
-        expected = [counts["tokens"], counts["tokens"], examples, counts["rows"] + 1]
+        examples = counts["examples"]
+        expected = [counts["tokens"], counts["tokens"], examples + 1, counts["rows"] + 1]
         lengths = [len(part) for part in (self.ids, self.mask, self.examples, self.rows)]
+        if self.classes:
+            expected.append(examples)
+            lengths.append(len(self.class_ids))
         # files of two preparations, mixed by hand, can still be read as arrays
         if lengths != expected:
             raise ValueError(f"lengths {lengths}, not {expected}")
@@ -193,6 +215,10 @@ class TokenFiles:
         largest = int(self.ids.max())
         if self.ids.min() < 0 or (tokenizer is not None and largest >= tokenizer.vocab_size):
             raise ValueError(f"token id {largest} is beyond the vocabulary")
+        # the largest means no class
+        classes = len(self.classes)
+        if classes and not 0 <= self.class_ids.min() <= self.class_ids.max() <= classes:
+            raise ValueError(f"a class outside 0 to {classes}")
 
     @property
     def lengths(self) -> np.ndarray:
@@ -207,18 +233,24 @@ class TokenFiles:
     def __len__(self) -> int:
         return len(self.rows) - 1
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         """(ids int64, mask uint8, documents int64), each (T,) with T <= block_size.
 
         mask is 1 where the token is to be predicted; documents number the examples of the row from
-        1. Raises IndexError outside 0 .. len - 1.
+        1. Data with classes add those of the tokens, int64 (T,); len(classes) means no class.
+        Raises IndexError outside 0 .. len - 1.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         # with the border that closes the last example
-        borders = self.examples[self.rows[index]:self.rows[index + 1] + 1]
+        first, end = self.rows[index:index + 2]
+        borders = self.examples[first:end + 1]
         span = slice(borders[0], borders[-1])
         numbers = np.arange(1, len(borders), dtype=np.int64)
         documents = np.repeat(numbers, np.diff(borders))
         # copies: torch warns of arrays that cannot be written to
-        return self.ids[span].astype(np.int64), np.array(self.mask[span]), documents
+        row = self.ids[span].astype(np.int64), np.array(self.mask[span]), documents
+        if not self.classes:
+            return row
+        class_ids = self.class_ids[first:end].astype(np.int64)
+        return *row, np.repeat(class_ids, np.diff(borders))

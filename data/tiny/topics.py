@@ -262,6 +262,7 @@ def encode_problem(problem: Problem, tokenizer) -> tuple:
 
 class Problems:
     """Finetuning examples; row i is problem i of the split."""
+    classes = CLASSES
 
     def __init__(self, tokenizer, split: str = "train", seed: int = 0):
         self.tokenizer = tokenizer
@@ -280,6 +281,7 @@ class Problems:
 
 class Documents(Problems):
     """Pretraining text: row i is ROW tokens of documents, numbered from 1."""
+    classes = ()
 
     def __getitem__(self, index: int):
         rng = random.Random(f"{self.seed}/{self.split}/text/{index}")
@@ -294,7 +296,7 @@ class Documents(Problems):
             documents += [number] * len(document)
             number += 1
         # the last document is cut, so that all rows have one length and need no padding
-        return np.array(ids[:ROW]), np.array(mask[:ROW]), np.array(documents[:ROW]), 0
+        return np.array(ids[:ROW]), np.array(mask[:ROW]), np.array(documents[:ROW])
 
 
 def main():

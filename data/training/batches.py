@@ -1,8 +1,8 @@
 """Rows to batches: padding, next_ids, and the order in which rows are read.
 
-A row is (ids, mask, documents), perhaps with a class id and its hops; mask is 1 on the tokens to be
-predicted, documents number the examples packed into one row. Data sets are in data/text/tokens.py
-and data/tiny/topics.py; read train.py next.
+A row is (ids, mask, documents), perhaps with a class id, one for all tokens or one for each, and
+its hops; mask is 1 on the tokens to be predicted, documents number the examples of a row. Data sets
+are in data/text/tokens.py and data/tiny/topics.py; read train.py next.
 
     python -m data.training.batches
 """
@@ -85,14 +85,17 @@ def collate(rows, packed: bool = True) -> Batch:
     packed  documents of one row by their borders, or else by the number of every token
     """
     length = max(len(row[0]) for row in rows)
-    ids, mask, documents = torch.zeros(3, len(rows), length, dtype=torch.long)    # (B, T + 1) each
+    tables = torch.zeros(4, len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
-        for table, values in zip((ids, mask, documents), row):
-            table[i, :len(values)] = torch.as_tensor(values)
+        for table, values in zip(tables, row):
+            # one class may stand for the whole row
+            table[i, :len(row[0])] = torch.as_tensor(values)
+    ids, mask, documents, class_ids = tables                            # (B, T + 1) each
     # position k predicts token k + 1: the last token is only a target, the first only an input
     next_ids = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
-    class_ids, hops = (torch.tensor([row[place] for row in rows]) if len(rows[0]) > place else None
-                       for place in (3, 4))
+    # of the tokens to be predicted
+    class_ids = class_ids[:, 1:] if len(rows[0]) > 3 else None
+    hops = torch.tensor([row[4] for row in rows]) if len(rows[0]) > 4 else None
     # padding on the right needs no mask: attention is causal
     several = bool(documents.max() > 1)
     documents = documents[:, :-1].contiguous() if several else None
@@ -102,14 +105,14 @@ def collate(rows, packed: bool = True) -> Batch:
 
 
 def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
-    """The positions of next_ids (B, T) that are not IGNORE; class_ids, hops (B,) or None.
+    """The positions of next_ids (B, T) that are not IGNORE; class_ids (B, T), hops (B,) or None.
 
-    next_ids[b, k] is the token after ids[b, k].
+    next_ids[b, k] is the token after ids[b, k], class_ids[b, k] its class.
     """
     rows, columns = (next_ids != IGNORE).nonzero(as_tuple=True)
     # two tensors of their own: torch.compile would see them as views of one
     index = (rows.clone(), columns.clone())
-    return Targets(index, next_ids[index], pick(class_ids, rows), pick(hops, rows))
+    return Targets(index, next_ids[index], pick(class_ids, index), pick(hops, rows))
 
 
 @functools.lru_cache(maxsize=1)     # one epoch: every row of an update needs the same order
