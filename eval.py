@@ -25,6 +25,7 @@ from data.system.command import command, given_flags
 import torch
 from tqdm import tqdm
 
+from data.checkpoints.path import class_number
 from data.checkpoints.weights import fingerprint
 from data.flags.eval import check_flags, eval_flags, fill_defaults
 from data.parts.draws import RowDraws
@@ -43,7 +44,7 @@ from data.tasks.sandbox import NOTICE
 from data.text.answer import Score, Stop
 from data.training.batches import Batch, collate
 from diffusion import ESTIMATES, L2D, VelocityField
-from sample import Settings, answer_problems, generate, load_model, next_p
+from sample import Settings, answer_problems, generate, knows_classes, load_model, next_p
 from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
 
 BATCH = 128        # problems at a time, where tokens are forced
@@ -99,8 +100,10 @@ def answer_questions(bench: "Bench", columns: list):
                     # from the problem itself: neither its place nor its neighbours change its noise
                     seeds = [zlib.crc32(question.problem["id"].encode()) + bench.seed + sample
                              for question, sample in batch]
+                    class_ids = None if bench.class_id is None else [bench.class_id] * len(batch)
                     start = time.perf_counter()
-                    answers = answer(bench, settings, [question for question, _ in batch], seeds)
+                    answers = answer(bench, settings, [question for question, _ in batch], seeds,
+                                     class_ids)
                     seconds = (time.perf_counter() - start) / len(batch)
                     for (question, sample), found in zip(batch, answers):
                         record = {"benchmark": bench.task.name, "column": column.name,
@@ -114,9 +117,13 @@ def answer_questions(bench: "Bench", columns: list):
 
 
 def columns_to_compare(steps: list, solvers: list, temperature: float, estimate: str, rtol: float,
-                       stop_unchanged: int) -> list:
-    """The frozen model, every fixed solver at every number of steps, and the adaptive columns."""
-    columns = [Column("frozen", "frozen", Settings(steps=0, temperature=temperature))]
+                       stop_unchanged: int, weights: list) -> list:
+    """The frozen model, every fixed solver at every number of steps, and the adaptive columns.
+
+    weights  of guidance: the solvers' columns stand once for each
+    """
+    frozen = Column("frozen", "frozen", Settings(steps=0, temperature=temperature))
+    columns = []
     for solver in solvers:
         common = {"solver": solver, "temperature": temperature, "estimate": estimate,
                   "rtol": rtol, "atol": rtol}
@@ -133,7 +140,10 @@ def columns_to_compare(steps: list, solvers: list, temperature: float, estimate:
         longest = max(fixed, key=lambda column: column.settings.steps)
         settings = replace(longest.settings, stop_unchanged=stop_unchanged)
         columns.append(Column(f"{longest.name} stop {stop_unchanged}", "adaptive", settings))
-    return columns
+    guided = [Column(column.name if weight == 1 else f"{column.name} w {weight:g}", column.kind,
+                     replace(column.settings, guidance=weight))
+              for weight in weights for column in columns]
+    return [frozen, *guided]
 
 
 # --- the embedded topics --------------------------------------------------------------------------
@@ -201,7 +211,7 @@ def solved(model, batch: Batch, settings: Settings, seed: int, draws: int):
                          [torch.Generator().manual_seed(seed + i) for i in range(len(batch.ids))])
     velocity = VelocityField(
         AtPositions(model, targets.index), model.read(batch.ids), settings.estimate,
-        class_ids=targets.class_ids if model.config.classes else None,
+        class_ids=targets.class_ids,
         generators=[torch.Generator().manual_seed(seed + i) for i in range(len(targets.y))])
     total = 0.0
     for _ in range(draws):
@@ -223,6 +233,8 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
     for at in range(0, len(problems), BATCH):
         # the right tokens are given, so one early mistake does not spoil all that follows
         references = [task.reference(one, tokenizer) for one in problems[at:at + BATCH]]
+        if not knows_classes(model, task):
+            references = [row[:3] for row in references]
         batch = collate(references).to(next(model.parameters()).device)
         targets = batch.targets
         if settings.steps:
@@ -302,7 +314,7 @@ def measure_topics(model, tokenizer, task, args, columns: list):
         broken, calibrated = token_tables(
             model, tokenizer, task, everything, solver, sorted(set(args.steps)), args.estimate,
             args.draws, args.seed)
-        if model.config.classes:
+        if knows_classes(model, task):
             guidance = guidance_table(model, tokenizer, task, problems, args.guidance,
                                       args.estimate, args.seed)
     print_changes(broken)
@@ -330,6 +342,7 @@ class Bench:
     searches: list       # (how, k), see parse_search
     answers: int         # to each problem
     by_letters: bool     # the likeliest letter, without a text
+    class_id: int | None    # of all answers
     draws: int           # noises for a letter
     batch_size: int
     seed: int
@@ -341,20 +354,22 @@ class Bench:
         return max([self.answers, *(k for _, k in self.searches)])
 
 
-def write_answers(bench: Bench, settings: Settings, questions: list, seeds: list) -> list:
+def write_answers(bench: Bench, settings: Settings, questions: list, seeds: list,
+                  class_ids) -> list:
     """An answer in words to every question, and its cost."""
     stop = Stop.of(bench.tokenizer, bench.task.stops[bench.asked.style])
     prompts = [question.ids for question in questions]
     score = Score(bench.model.lm)
-    answers = generate(bench.model, prompts, settings, stop, seeds=seeds, watch=score)
+    answers = generate(bench.model, prompts, settings, stop, class_ids, seeds, score)
     return [{"output": answer.text, "tokens": len(answer.nfe), "nfe": sum(answer.nfe),
              "cut": not answer.stopped, "score": answer.score} for answer in answers]
 
 
-def choose_letters(bench: Bench, settings: Settings, questions: list, seeds: list) -> list:
+def choose_letters(bench: Bench, settings: Settings, questions: list, seeds: list,
+                   class_ids) -> list:
     """The likeliest letter of each question, its probability a mean over draws of the noise."""
     prompts = [question.ids for question in questions]
-    p, nfe = next_p(bench.model, prompts, settings, seeds, bench.draws)
+    p, nfe = next_p(bench.model, prompts, settings, seeds, bench.draws, class_ids)
     found = []
     for row, question in enumerate(questions):
         names = bench.task.options(question.problem)
@@ -381,12 +396,13 @@ def score_rows(bench: Bench, columns: list) -> list:
 
 def benchmark(model, tokenizer, task, args, columns: list):
     """Every problem in every column, a line each as they come; then the table."""
+    class_id = None if args.label is None else class_number(args.label, model.config)
     asked = write_prompts(
         task, tokenizer, model.lm.config.max_positions, args.data_dir, args.style, args.shots,
         args.max_new_tokens, args.limit, args.show_prompts)
     about = {**asked.about, "model": fingerprint(model), "tokenizer": tokenizer.fingerprint,
              "draws": args.draws, "choices": args.choices, "seed": args.seed,
-             "estimate": args.estimate, "rtol": args.rtol}
+             "estimate": args.estimate, "rtol": args.rtol, "class": class_id}
     grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
     grader.problems[task.name] = {one["id"]: one for one in asked.problems}
     if task.kind == "code":
@@ -399,7 +415,7 @@ def benchmark(model, tokenizer, task, args, columns: list):
         by_letters = task.kind == "letters" and args.choices == "letters"
         bench = Bench(model, tokenizer, task, asked, records, grader,
                       [parse_search(how) for how in args.search], args.samples, by_letters,
-                      args.draws, args.batch_size, args.seed)
+                      class_id, args.draws, args.batch_size, args.seed)
         answer_questions(bench, columns)
         table = score_rows(bench, columns)
         print_scores(table, about)
@@ -452,9 +468,13 @@ def main(argv=None):
     fill_defaults(args)
     check(args, task, given)
 
+    # the embedded topics have a table of their own for it
+    weights = [1.0] if args.task == "tiny" else args.guidance
+
     def columns_of(solvers: list) -> list:
         return [column for temperature in args.temperatures for column in columns_to_compare(
-            args.steps, solvers, temperature, args.estimate, args.rtol, args.stop_unchanged)]
+            args.steps, solvers, temperature, args.estimate, args.rtol, args.stop_unchanged,
+            weights)]
 
     # every setting is refused or taken now, not when its turn comes
     columns = columns_of(args.solvers)

@@ -479,6 +479,10 @@ def test_lines_that_cannot_be_graded_are_one_line(line, words, data_dir, tmp_pat
     (["--task=mmlu", "--data_dir=DIR", "--search", "vote:3"], "--search would do nothing"),
     (["--task=sums", "--choices=letters"], "--choices would do nothing"),
     (["--task=sums", "--data_dir=DIR"], "--data_dir would do nothing"),
+    (["--task=tiny", "--class=sort"], "--class would do nothing: it needs --task with a bench"),
+    (["--task=sums", "--class=a", "--steps=0"], "--class would do nothing: it needs a diffusion"),
+    (["--task=sums", "--guidance", "1", "2"], "--guidance would do nothing: it needs --class"),
+    (["--task=sums", "--class=a"], "--class a: this model has no classes; allowed: no --class"),
     (["--task=gsm8k", "--data_dir=DIR", "--limit=0"], "--limit = 0 is out of range"),
     (["--task=humaneval", "--data_dir=DIR"],
      "needs --allow_code_execution; Programs run with limits on time, memory, files, network and "

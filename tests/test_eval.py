@@ -21,7 +21,7 @@ from data.tasks import TASKS
 from data.tiny.topics import make_problem
 from data.training.batches import collate
 from diffusion import L2D, VelocityField
-from sample import Settings, answer_problems, load_model
+from sample import Settings, answer_problems, knows_classes, load_model
 from solvers import odeint
 
 TINY = resolve("tiny")
@@ -120,6 +120,14 @@ def test_own_kv_costs_one_token_through_the_layers_of_the_path(rank, merged):
     attention = 2 * 4 * 2 * 1 * 32
     expected = flops.frozen_flops(l2d.lm, 1) + flops.own_kv_flops(l2d, 1)
     assert counter.get_total_flops() in (expected, expected - attention)
+
+
+def test_guidance_costs_all_evaluations_twice():
+    l2d = make_l2d(FULL_HEADS, classes=2)
+    reading = flops.frozen_flops(l2d.lm, 12)
+    one, two = (flops.flops_per_token(l2d, nfe, 12, Settings(guidance=w)) - reading
+                for nfe, w in ((9, 1), (18, 2)))
+    assert two == 2 * one
 
 
 # --- the shipped model ----------------------------------------------------------------------------
@@ -233,6 +241,26 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
     _, found = evaluation.forced_tokens(model, tokenizer, TASK, problems, Settings(steps=3), 0)
     assert found.tolist() == expected
     assert any(expected)
+
+
+@pytest.mark.parametrize("names", [None, list("abcde")])
+def test_a_path_with_other_classes_gets_none_of_the_topics(names, tiny):
+    _, tokenizer = tiny
+    other = make_l2d(classes=5 if names else 2, class_names=names)
+    assert knows_classes(tiny[0], TASK) and not knows_classes(other, TASK)
+    assert not knows_classes(tiny[0].lm, TASK)
+    problems, settings = some(2, topic="strings"), Settings(steps=2)
+
+    def found():
+        p, _ = evaluation.forced_tokens(other, tokenizer, TASK, problems, settings, 0)
+        answers = answer_problems(other, tokenizer, TASK, problems, settings)
+        return p.tolist(), [answer.ids for answer in answers]
+
+    before = found()
+    # whatever it has learned of its own classes
+    with torch.no_grad():
+        other.class_embedding.weight[:-1] += 1
+    assert found() == before
 
 
 # --- the command ----------------------------------------------------------------------------------

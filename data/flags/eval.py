@@ -7,8 +7,8 @@ from data.system.command import (
     add_model_flags, check_range, choices, flag_parser, refuse_idle)
 
 # flags of the embedded topics alone, and of benchmarks alone
-TINY = ("topics", "problems", "guidance", "plot")
-BENCHMARK = ("data_dir", "limit", "shots", "style", "choices", "samples", "search",
+TINY = ("topics", "problems", "plot")
+BENCHMARK = ("data_dir", "limit", "shots", "style", "choices", "class", "samples", "search",
              "max_new_tokens", "batch_size", "show_prompts", "allow_code_execution",
              "code_seconds")
 
@@ -41,13 +41,14 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
              "or for the letters of multiple choice (default: 8)")
     add("--temperatures", type=float, nargs="+",
         help="temperatures for choosing the token; 0: greedy (default: 0 1, for benchmarks 0)")
+    add("--guidance", type=float, nargs="+",
+        help="guidance weights to compare; on the embedded topics where the class matters "
+             "(default: 0 1 1.5 2 3, for benchmarks 1)")
     add("--seed", type=int, default=0, help="seed of problems and noise (default: 0)")
     # the embedded topics
     add("--topics", nargs="+", help="tiny: topics to measure (default: all)")
     add("--problems", type=int, default=200,
         help="tiny: test problems of each kind (default: 200)")
-    add("--guidance", type=float, nargs="*", default=[0, 1, 1.5, 2, 3],
-        help="tiny: guidance weights to compare where the class matters (default: 0 1 1.5 2 3)")
     add("--plot", action=switch, default=False,
         help="tiny: the results as a picture too, a PNG beside the JSON")
     # benchmarks
@@ -60,6 +61,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
              "(default: chat where the model has a format)")
     add("--choices", choices=("letters", "generate"), default="letters",
         help="multiple choice: the likeliest letter, or a generated text (default: letters)")
+    add("--class", dest="label", help="benchmarks: class of all answers, by name or number")
     add("--samples", type=int, default=1, help="benchmarks: answers per problem, for pass@k")
     add("--search", nargs="+", default=[], metavar="HOW",
         help="benchmarks: vote:K, the commonest of K answers; best:K, the one that the frozen "
@@ -85,10 +87,11 @@ def fill_defaults(args):
     """Set the defaults that depend on the task."""
     if args.task == "tiny":
         defaults = {"steps": [1, 2, 4, 8, 16], "solvers": ["euler", "dopri5"],
-                    "temperatures": [0.0, 1.0], "stop_unchanged": 2, "draws": 4, "out": "eval.json"}
+                    "temperatures": [0.0, 1.0], "guidance": [0, 1, 1.5, 2, 3],
+                    "stop_unchanged": 2, "draws": 4, "out": "eval.json"}
     else:
         # benchmarks take hours: one column
-        defaults = {"steps": [8], "solvers": ["euler"], "temperatures": [0.0],
+        defaults = {"steps": [8], "solvers": ["euler"], "temperatures": [0.0], "guidance": [1],
                     "stop_unchanged": 0, "draws": 8, "out": f"out-{args.task}"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -113,10 +116,15 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     if tiny:
         for topic in args.topics or []:
             choices(topic, dict(task.groups), "--topics")
+    # the dest of --class
+    given = {"class" if name == "label" else name for name in given}
     generated = task.kind != "letters" or args.choices == "generate"
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),
         (BENCHMARK, not tiny, "--task with a benchmark"),
+        (("class", "guidance"), adaptive or max(args.steps) > 0,
+         "a diffusion path, --steps of 1 or more"),
+        (("guidance",), tiny or args.label is not None or set(args.guidance) == {1}, "--class"),
         (("data_dir",), tiny or task.folder, "a benchmark that is read from files"),
         (("rtol",), adaptive, "--solvers dopri5"),
         (("stop_unchanged",), fixed or not args.stop_unchanged, "a fixed solver"),

@@ -62,7 +62,8 @@ def own_kv_flops(model, length: int) -> int:
 def flops_per_token(model, nfe: float, length: int, settings) -> float:
     """One token after `length` others: reading a token, and `nfe` evaluations.
 
-    The evaluation at t = 0 needs the head alone; guidance makes two of them.
+    The evaluation at t = 0 needs the head alone; guidance by another weight than 0 and 1 makes two
+    of them.
     """
     lm = model.lm
     frozen = frozen_flops(lm, length)
@@ -70,4 +71,5 @@ def flops_per_token(model, nfe: float, length: int, settings) -> float:
     if not settings.steps:
         return frozen + head
     read = frozen + own_kv_flops(model, length)
-    return read + head + (nfe - 1) * evaluation_flops(model, length, settings)
+    first = 1 if settings.guidance in (0, 1) else 2
+    return read + first * head + (nfe - first) * evaluation_flops(model, length, settings)
