@@ -27,12 +27,12 @@ from data.checkpoints.hub import resolve
 from data.checkpoints.path import L2DConfig
 from data.checkpoints.state import (
     check_out_dir, clear, keep_best, out_of_patience, restore_state, write_state)
-from data.checkpoints.weights import copy_tokenizer, pick_device
+from data.checkpoints.weights import copy_tokenizer, pick_device, read_config
 from data.flags.train import parse
 from data.parts.lora import LoRA, merge_linear, replace_linears
 from data.parts.positions import check_length
 from data.system import processes, sharding
-from data.system.disk import claimed, read_json, remove
+from data.system.disk import claimed, remove
 from data.system.processes import Interrupt
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
@@ -278,7 +278,10 @@ def save_model(run: Run, out_dir):
 # --- what a run is made of ------------------------------------------------------------------------
 
 def load_data(data: str, method: str, tokenizer):
-    """(train, val) data sets, whose rows are as data/training/batches.py says."""
+    """(train, val) data sets, whose rows are as data/training/batches.py says.
+
+    `classes` are the names of the rows' classes, () where they have none.
+    """
     # of one's own: any text, prepared once by data/text/chat.py
     if data != "tiny":
         return [TokenFiles(data, split, tokenizer) for split in ("train", "val")]
@@ -292,15 +295,17 @@ def source_directory(init_from: str, cache_dir: str | None) -> Path:
     return resolve("tiny" if init_from == "scratch" else init_from, cache_dir)
 
 
-def build_model(args, classes: int):
-    """(module to train, fingerprint of the weights frozen beside it): an L2D, or the LM itself."""
+def build_model(args, config: ModelConfig, classes: tuple):
+    """(module to train, fingerprint of the weights frozen beside it): an L2D, or the LM itself.
+
+    config of the LM; classes: names of those that an L2D learns
+    """
     # the only use of the global generator: torch fills new layers from it
     torch.manual_seed(args.seed)
     device = processes.card(args.device)
     device, dtype = pick_device(device, args.dtype and getattr(torch, args.dtype))
     if args.init_from == "scratch":
-        directory = source_directory(args.init_from, args.cache_dir)
-        lm = LM(ModelConfig.from_hf(read_json(directory / "config.json")))
+        lm = LM(config)
         # on the CPU, so that every device starts from the same weights
         init_weights(lm, torch.Generator().manual_seed(args.seed))
         return lm.to(device), None
@@ -309,7 +314,8 @@ def build_model(args, classes: int):
     lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
     if args.method == "l2d":
         rank = None if args.full_copies else args.rank
-        l2d = L2D(lm, L2DConfig(args.width, args.cond_dim, rank=rank, classes=classes,
+        l2d = L2D(lm, L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
+                                class_names=list(classes) or None,
                                 time_distribution=args.time_distribution,
                                 self_conditioning=args.objective != "paper",
                                 own_kv=args.own_kv, start=args.start, without=args.without))
@@ -325,11 +331,9 @@ def build_model(args, classes: int):
 def set_up(args) -> Run:
     """Everything that the loop needs, from a saved state where resuming."""
     tiny = args.data == "tiny"
-    model, frozen = build_model(args, len(TASKS["tiny"].classes) if tiny else 0)
-    is_path = isinstance(model, L2D)
-    lm = model.lm
     source = source_directory(args.init_from, args.cache_dir)
-    tokenizer = load_tokenizer(source, lm.config.vocab_size)
+    config = ModelConfig.from_hf(read_config(source))
+    tokenizer = load_tokenizer(source, config.vocab_size)
     data, val = load_data(args.data, args.method, tokenizer)
     # found now and not at the first validation
     if not len(val):
@@ -337,9 +341,12 @@ def set_up(args) -> Run:
                          "prepare it again with a larger --val_fraction")
     if not tiny:
         longest = max(data.longest, val.longest)
-        check_length(lm.config, longest, "prepare the data with a smaller --block_size")
+        check_length(config, longest, "prepare the data with a smaller --block_size")
     processes.check_shares(
         args.batch_size, args.accumulate, args.val_rows, len(val), args.shard)
+    # the data say which classes there are
+    model, frozen = build_model(args, config, data.classes)
+    is_path = isinstance(model, L2D)
     if args.cache_frozen:
         data, val = cache_states(model, [data, val], args.val_rows, args.batch_size,
                                  Path(args.out_dir), args.plan)
@@ -347,7 +354,7 @@ def set_up(args) -> Run:
     if args.checkpointing:
         recompute(model.blocks)
     if args.shard and processes.count() > 1:
-        sharding.shard(lm, model.blocks if is_path else None)
+        sharding.shard(model.lm, model.blocks if is_path else None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unroll_at = functools.partial(unroll_of, args.objective if is_path else "paper", args.unroll,
                                   tiny, updates=args.updates)

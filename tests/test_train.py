@@ -18,11 +18,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
+import sample
 import train
-from conftest import ROOT, assert_same, generator, make_ids, make_lm
+from conftest import ROOT, assert_same, exit_status, generator, make_ids, make_lm
+from data.checkpoints.hub import resolve
 from data.checkpoints.state import out_of_patience, read_state
 from data.flags.train import PRESETS
 from data.parts.lora import LoRA
+from data.results.records import read_lines
+from data.text import chat
 from data.training.batches import Losses, collate
 from data.training.loader import Loader
 from data.training.optimizer import EMA
@@ -229,7 +234,7 @@ def test_one_batch_is_learned_by_heart(method, base):
     """
     shape = {"rank": 8, "width": 16, "cond_dim": 32}
     args = train.parse([f"--init_from={base}", *flags(method=method, **shape)])
-    model, _ = train.build_model(args, classes=0)
+    model, _ = train.build_model(args, None, ())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = train.build_optimizer(trainable, 0.02, 0.0)
     batch, = loader(rows(4, 12), model).update(0)
@@ -369,6 +374,10 @@ def test_targets_are_the_next_tokens_of_the_response():
     assert targets.y.tolist() == [9, 10, 6]
     assert targets.class_ids.tolist() == [3, 3, 0]
     assert targets.hops is None
+    # or a class for every token
+    batch = collate([([7, 8, 9, 10], [0, 1, 0, 1], [1, 1, 2, 2], [5, 6, 7, 8]),
+                     ([5, 6], [0, 1], [1, 1], [1, 2])])
+    assert batch.targets.class_ids.tolist() == [6, 8, 2]
 
 
 def test_packed_rows_keep_their_documents():
@@ -653,6 +662,7 @@ def test_a_plan_trains_nothing_and_writes_nothing(method, base, tmp_path, capsys
 class Rows(list):
     """As data.text.tokens has them, with a fingerprint."""
     fingerprint = "rows"
+    classes = ()
 
     @property
     def lengths(self):
@@ -722,3 +732,49 @@ def test_the_room_for_cached_states_is_planned_and_checked(
     assert "--cache_frozen would do nothing" in refused(
         capsys, f"--init_from={base}", "--cache_frozen", out)
     assert not (tmp_path / "out").exists()
+
+
+# --- classes of one's own -------------------------------------------------------------------------
+
+def test_a_class_of_ones_own_says_which_answer_is_right(tmp_path, capsys):
+    """From rows with a class to guided answers, and to a benchmark; the prompts say nothing."""
+    # the first class has the number of the second as its name
+    lines = [json.dumps({"text": f"{number} = ?\nAnswer:{letter * 9}", "class": label}) + "\n"
+             for number in range(20) for letter, label in (("a", 1), ("b", "second"))]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    data, out = tmp_path / "data", tmp_path / "out"
+    chat.main([str(tmp_path / "rows.jsonl"), f"--tokenizer={resolve('tiny')}", f"--out_dir={data}",
+               "--val_fraction=0.2", "--block_size=100"])
+    train.main(["--init_from=tiny", f"--data={data}", f"--out_dir={out}", "--cache_frozen",
+                *flags(width=16, cond_dim=16, rank=4, updates=60, lr=0.01), "--ema=0", "--objective=paper"])
+
+    def answered(*words):
+        capsys.readouterr()
+        status = exit_status(sample.main, [
+            f"--init_from={out}", "--prompt=3 = ?\nAnswer:", "--device=cpu", "--no-frozen",
+            "--max_new_tokens=1", *words])
+        return status, *capsys.readouterr()
+
+    for name, answer in (("1", "a"), ("0", "a"), ("second", "b")):
+        status, shown, _ = answered(f"--class={name}", "--guidance=2")
+        assert status == 0
+        # two copies of nine evaluations
+        assert f"   answer  {answer}\n   NFE 18 for 1 tokens\n" in shown
+    status, _, error = answered("--class=third")
+    assert status == 2
+    assert "--class 'third' is not supported; allowed: 1, second, 0\n" in error
+
+    words = [f"--init_from={out}", "--task=sums", "--limit=4", "--shots=0", "--steps=2",
+             "--max_new_tokens=1", "--device=cpu", f"--out={tmp_path / 'sums'}"]
+    evaluation.main([*words, "--class=second", "--guidance", "1", "2"])
+    rows = json.loads((tmp_path / "sums" / "summary.json").read_text())["rows"]
+    assert [(row["column"], row["nfe_per_token"]) for row in rows] == [
+        ("frozen", 0), ("euler 2", 3), ("euler 2 w 2", 6)]
+    lines = read_lines(tmp_path / "sums" / "records.jsonl")[1:]
+    outputs = {line["output"] for line in lines if line["column"] == "euler 2 w 2"}
+    # the prompts are of another kind
+    assert "b" in outputs and "a" not in outputs
+    # what was answered in one class is not taken for another
+    capsys.readouterr()
+    assert exit_status(evaluation.main, [*words, "--class=1"]) == 2
+    assert "holds records of another class (1, not 0)" in capsys.readouterr().err
