@@ -21,7 +21,7 @@ from data.tasks import TASKS
 from data.tiny.topics import make_problem
 from data.training.batches import collate
 from diffusion import L2D, VelocityField
-from sample import Settings, answer_problems, load_model
+from sample import Settings, answer_problems, forced_log_p, load_model
 from solvers import odeint
 
 TINY = resolve("tiny")
@@ -207,7 +207,8 @@ def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
 def test_the_mean_of_several_noises_is_that_of_each_alone(tiny):
     model, tokenizer = tiny
     batch = collate([TASK.reference(problem, tokenizer) for problem in some(2, topic="math")])
-    one, two = (evaluation.solved(model, batch, Settings(steps=2), 0, draws) for draws in (1, 2))
+    one, two = (forced_log_p(model, batch, Settings(steps=2), [0, 1], draws)[0].exp()
+                for draws in (1, 2))
     assert torch.allclose(two.sum(-1), torch.ones(len(two)), atol=1e-5)
     assert not torch.equal(one, two)
     # the second noise alone

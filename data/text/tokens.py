@@ -215,8 +215,12 @@ class TokenFiles:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        return self.part(self.rows[index], self.rows[index + 1])
+
+    def part(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Some examples as a row, of the same form."""
         # with the border that closes the last example
-        borders = self.examples[self.rows[index]:self.rows[index + 1] + 1]
+        borders = self.examples[first:last + 1]
         span = slice(borders[0], borders[-1])
         numbers = np.arange(1, len(borders), dtype=np.int64)
         documents = np.repeat(numbers, np.diff(borders))
