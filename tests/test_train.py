@@ -274,6 +274,23 @@ def test_the_gradient_is_clipped(base, tmp_path):
     assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
 
 
+def test_new_layers_learn_at_a_share_of_the_rate_and_are_clipped_on_their_own(base, tmp_path):
+    words = ["--start=frozen", "--own_kv", "--new_lr=0.25", "--rank=4", "--ema=0"]
+    words += flags(updates=1, clip=1e-3, warmup=0, lr=0.01)
+    train.train(train.parse([f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *words]))
+    moments = state(tmp_path / "out", "exp_avg")
+    adapted = {name for name in moments if name.endswith((".A", ".B"))}
+    assert adapted and adapted < moments.keys()
+    for names in (adapted, moments.keys() - adapted):
+        norm = torch.cat([moments[name].flatten() for name in names]).norm()
+        # 1 − β₁ = 0.1
+        assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    # the first step of AdamW is the rate itself, where there is a gradient
+    path = load_file(tmp_path / "out" / "path.safetensors")
+    assert float(path["blocks.0.q.B"].abs().max()) == pytest.approx(0.01, rel=1e-2)
+    assert float(path["from_z.2.weight"].abs().max()) == pytest.approx(0.0025, rel=1e-2)
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 4])
 def test_learning_rate_rises_and_falls_in_straight_lines(warmup):
     rates = [train.learning_rate(update, 10, warmup, 1.0, 0.1) for update in range(11)]
