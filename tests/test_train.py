@@ -608,7 +608,10 @@ def test_a_compiler_that_does_not_work_is_one_line(base, tmp_path, capsys, monke
     (["--objective=paper"], "tiny_paper", 2700),
     (["--init_from=scratch", "--method=pretrain"], "scratch", 3600),
     (["--init_from=gpt2"], "topics", 1000),
-    (["--init_from=gpt2", "--data=somewhere"], "paper", 27_900),
+    (["--init_from=gpt2", "--start=paper"], "topics_paper", 1000),
+    (["--init_from=gpt2", "--data=somewhere"], "data", 27_900),
+    (["--init_from=gpt2", "--data=somewhere", "--start=paper"], "paper", 27_900),
+    (["--init_from=gpt2", "--data=somewhere", "--method=full"], "paper", 27_900),
     (["--init_from=tiny", "--data=somewhere"], "tiny", 1900),
     (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
 ])
