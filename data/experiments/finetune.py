@@ -64,7 +64,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--init_from", required=True, help="directory of an instruction-tuned model")
     add("--data_dir", help="folder of the benchmark's files; sums has none")
-    add("--task", default="sums", choices=["sums", "arc_easy", "arc_challenge", "gsm8k"])
+    add("--task", default="sums",
+        choices=["sums", "hard_sums", "arc_easy", "arc_challenge", "gsm8k"])
     add("--methods", "--ways", nargs="+", default=["lora", "paper", "frozen", "refine"],
         choices=list(METHODS), help="training methods (default: lora paper frozen refine)")
     add("--sweep", nargs="+", default=[], metavar="RATE",
