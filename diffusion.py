@@ -188,17 +188,13 @@ class L2D(nn.Module):
                 values.append(v)
         return replace(states, keys=tuple(keys), values=tuple(values))
 
-    def last_hidden(self, x_t, t, modulation, states, before=None, index=None):
+    def last_hidden(self, x_t, t, modulation, states, before=None):
         """Hidden state (..., C) from which final norm and head make the logits f(x_t, t, c).
 
         x_t (..., Z), t (...), modulation and, with self-conditioning, the logits of the prediction
-        before (..., V), for every token of the states, or for those at `index`: two tensors (N,).
+        before (..., V), for every token of the states, or for those at their index.
         """
-        hidden, positions, inputs = states.hidden, states.positions, states.inputs
-        if index is not None:
-            positions = positions.expand(hidden.shape[:2])[index]
-            hidden = hidden[index]
-            inputs = inputs[index]
+        hidden = states.hidden
         variance = (1 - t) ** 2 * self.config.sigma ** 2 + t ** 2
         if self.frozen_start and self.config.without != "estimate":
             # u = t·x_t / ((1−t)²σ² + t²): the least-squares estimate of x_1, silent at t = 0
@@ -216,11 +212,11 @@ class L2D(nn.Module):
                 # E·Σ_y p_y·e_y
                 h = h + self.from_prediction(p @ self.lm.embed.weight)
             if self.reads_token:
-                h = h + inputs
-            h = self.lm.add_positions(h, positions)
+                h = h + states.inputs
+            h = self.lm.add_positions(h, states.positions)
             pairs = zip(states.keys, states.values)
             for block, m, frozen, kv in zip(self.blocks, modulation.blocks, self.lm.blocks, pairs):
-                h, *_ = block(h, m, frozen, states, kv, index)
+                h, *_ = block(h, m, frozen, states, kv)
         if self.merges_difference:
             # h_LM + w_d(t)·(h − h_LM): at the start h is h_LM
             h = h - hidden
@@ -294,7 +290,7 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     """
     targets = batch.targets
     # 1. The frozen model reads the text once, without gradient.
-    states = l2d.read(batch.ids, batch.documents, cached=batch.cached)
+    states = l2d.read(batch.ids, batch.documents, cached=batch.cached).at(targets.index)
     # 2. The noisy vector of the right token; the gradient also goes through V_y.
     t = targets.t                                                       # (N,)
     x_0 = l2d.config.sigma * targets.noise                              # (N, Z)
@@ -303,7 +299,7 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                     # (N, Z)
     # 3. The path predicts the token, and is scored like any language model.
     modulation = l2d.modulation(t, targets.class_ids)
-    hidden = l2d.last_hidden(x_t, t, modulation, states, index=targets.index)
+    hidden = l2d.last_hidden(x_t, t, modulation, states)
     # L = −log f(x_t, t, c)_y                                           (paper Eq. 3)
     losses = -l2d.lm.log_p(hidden, targets.y)
     return Losses(losses, losses, t, targets.hops)
@@ -345,7 +341,8 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
             new_x = x[:n] + (x_hat - x[:n]) * part[:, None]
             # 4. The next prediction, which reads the one before.
             modulation = l2d.modulation(new_t, some.class_ids)
-            hidden = l2d.last_hidden(new_x, new_t, modulation, states, logits[:n], some.index)
+            hidden = l2d.last_hidden(
+                new_x, new_t, modulation, states.at(some.index), logits[:n])
             new_logits = l2d.lm.logits(hidden).float()
         x = torch.cat((new_x, x[n:]))
         logits = torch.cat((new_logits, logits[n:]))

@@ -3,13 +3,15 @@
     python eval.py                          the table, printed and written to eval.json
     python eval.py --problems 400 --steps 1 2 4 8 16 32 --solvers euler midpoint dopri5 --plot
     python eval.py --task gsm8k --init_from=DIR --data_dir=DIR --steps 8 --solvers midpoint
+    python eval.py --task text --init_from=DIR --data=DATA --steps 1 4
     python eval.py --regrade out-gsm8k/records.jsonl --out again.jsonl
 
 For every kind of problem of the embedded task: accuracy with its 95 % Wilson interval for the
 frozen model, for each number of steps of the fixed solvers and for the adaptive one, greedy and at
 temperature 1; network evaluations (NFE), seconds and arithmetic per token; the evaluations that
 adaptive solvers spend on each level; tokens that extra steps fixed and broke, and calibration;
-guidance. For a benchmark: every answer on a line as it comes, and their table. First the two loops,
+guidance. For a benchmark: every answer on a line as it comes, and their table. For held-out text:
+nats per token that counts. First the two loops,
 then what they call. No task is known here: they are in data/tasks/. Read train.py first.
 """
 
@@ -28,24 +30,25 @@ from tqdm import tqdm
 from data.checkpoints.path import class_number
 from data.checkpoints.weights import fingerprint
 from data.flags.eval import check_flags, eval_flags, fill_defaults
-from data.parts.draws import RowDraws
 from data.results.figures import new_figure, plot_accuracy
 from data.results.flops import flops_per_token
 from data.results.records import Records, provenance, regrade
 from data.results.scores import parse_search, print_scores, read_letters, rows
-from data.results.statistics import calibration, changes, mean, wilson
+from data.results.statistics import calibration, changes, mean, ratio, wilson
 from data.results.tables import (
-    effort, print_accuracy, print_calibration, print_changes, print_effort, print_guidance)
+    effort, print_accuracy, print_calibration, print_changes, print_effort, print_guidance,
+    print_text)
 from data.system.disk import check_absent, check_writable, claimed, write_json
 from data.tasks import TASKS
 from data.tasks.grading import Grader
 from data.tasks.prompting import Prompts, letter_tokens, write_prompts
 from data.tasks.sandbox import NOTICE
 from data.text.answer import Score, Stop
-from data.training.batches import Batch, collate
-from diffusion import ESTIMATES, L2D, VelocityField
-from sample import Settings, answer_problems, generate, knows_classes, load_model, next_p
-from solvers import ADAPTIVE, FIXED, SOLVERS, odeint
+from data.training.batches import collate
+from diffusion import ESTIMATES, L2D
+from sample import (
+    Settings, answer_problems, forced_log_p, generate, knows_classes, load_model, next_p)
+from solvers import ADAPTIVE, FIXED, SOLVERS
 
 BATCH = 128        # problems at a time, where tokens are forced
 
@@ -177,51 +180,6 @@ def measure(model, tokenizer, task, problems: list, settings: Settings, seed: in
     }
 
 
-@dataclass
-class AtPositions:
-    """A path at N positions of a batch, `index`, each of them a sequence of one token."""
-    model: L2D
-    index: tuple
-
-    @property
-    def config(self):
-        return self.model.config
-
-    def vocabulary(self):
-        return self.model.vocabulary()
-
-    def predict(self, x_t, t, class_ids, states, before=None):
-        """As L2D.predict: logits (N, 1, V), x_t (N, 1, Z); the states are those of the batch."""
-        lm = self.model.lm
-        if t == 0:
-            return lm.logits(states.hidden[self.index]).float()[:, None]
-        looked_up = self.model.time_table.at(t, class_ids)
-        modulation = looked_up._replace(
-            blocks=[m[:, 0] for m in looked_up.blocks], w_d=looked_up.w_d[:, 0])
-        time = torch.tensor([t], device=x_t.device)
-        before = None if before is None else before[:, 0]
-        hidden = self.model.last_hidden(x_t[:, 0], time, modulation, states, before, self.index)
-        return lm.logits(hidden).float()[:, None]
-
-
-def solved(model, batch: Batch, settings: Settings, seed: int, draws: int):
-    """p (N, V) at the end of an ODE at every position that counts, the mean over noises."""
-    targets = batch.targets
-    noises = RowDraws.of(targets.index[0].cpu(),
-                         [torch.Generator().manual_seed(seed + i) for i in range(len(batch.ids))])
-    velocity = VelocityField(
-        AtPositions(model, targets.index), model.read(batch.ids), settings.estimate,
-        class_ids=targets.class_ids,
-        generators=[torch.Generator().manual_seed(seed + i) for i in range(len(targets.y))])
-    total = 0.0
-    for _ in range(draws):
-        noise = noises.normal(model.config.width).to(batch.ids.device)
-        x_0 = model.config.sigma * noise[:, None]                       # (N, 1, Z)
-        solution = odeint(velocity, x_0, settings.solver, settings.steps)
-        total = total + velocity.final_logits(solution.x, solution.prediction)[:, 0].softmax(-1)
-    return total / draws
-
-
 @torch.no_grad()
 def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, seed: int,
                   draws: int = 1):
@@ -236,14 +194,11 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
         if not knows_classes(model, task):
             references = [row[:3] for row in references]
         batch = collate(references).to(next(model.parameters()).device)
-        targets = batch.targets
-        if settings.steps:
-            p = solved(model, batch, settings, seed + at, draws)
-        else:
-            p = model.lm(batch.ids)[targets.index].softmax(-1)
-        confidence, token = p.max(-1)                                   # (N,)
-        confidences.append(confidence)
-        rights.append(token == targets.y)
+        seeds = [seed + at + row for row in range(len(references))]
+        log_p, _ = forced_log_p(model, batch, settings, seeds, draws)
+        confidence, token = log_p.max(-1)                               # (N,)
+        confidences.append(confidence.exp())
+        rights.append(token == batch.targets.y)
     return torch.cat(confidences), torch.cat(rights)
 
 
@@ -326,6 +281,49 @@ def measure_topics(model, tokenizer, task, args, columns: list):
     print(f"\nwritten to {out} after {time.time() - start:.0f} s")
     if args.plot:
         plot_accuracy(accuracy, out.with_suffix(".png"))
+
+
+# --- held-out text --------------------------------------------------------------------------------
+
+def text_nats(model, rows: list, settings: Settings, draws: int, batch_size: int, seed: int):
+    """(nats, number of counted tokens, NFE) of every row, three tensors (rows,)."""
+    found = torch.zeros(3, len(rows), dtype=torch.float64)
+    # short ones first: a batch is as long as its longest row
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
+    for at in tqdm(range(0, len(rows), batch_size), disable=None, desc="text"):
+        numbers = order[at:at + batch_size]
+        batch = collate([rows[number] for number in numbers]).to(next(model.parameters()).device)
+        y = batch.targets.y
+        # from the row's number: neither its batch nor its neighbours change its noise
+        seeds = [seed + number for number in numbers]
+        log_p, nfe = forced_log_p(model, batch, settings, seeds, draws)
+        nats = -log_p.gather(1, y[:, None])[:, 0]
+        of_tokens = torch.stack((nats, torch.ones_like(nats), nfe)).double().cpu()
+        found.index_add_(1, torch.tensor(numbers)[batch.targets.index[0].cpu()], of_tokens)
+    return found
+
+
+def measure_text(model, tokenizer, task, args, columns: list):
+    """Nats of the tokens that count, a row for every column, each beside the frozen model's."""
+    start = time.time()
+    rows = task.rows(args.data, tokenizer, args.limit)
+    if not knows_classes(model, task):
+        rows = [row[:3] for row in rows]
+    table = []
+    for column in columns:
+        begun = time.perf_counter()
+        nats, counts, nfe = text_nats(
+            model, rows, column.settings, args.draws, args.batch_size, args.seed)
+        if column.kind == "frozen":
+            frozen = nats
+        table.append({"column": column.name, "settings": asdict(column.settings),
+                      "examples": len(rows), "tokens": int(counts.sum()),
+                      "nats": ratio(nats, counts), "gain": ratio(frozen - nats, counts),
+                      "nfe_per_token": float(nfe.sum() / counts.sum()),
+                      "seconds": time.perf_counter() - begun})
+    print_text(table)
+    write_json({**provenance(model, args, start), "text": table}, Path(args.out))
+    print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")
 
 
 # --- benchmarks -----------------------------------------------------------------------------------
@@ -442,7 +440,7 @@ def check(args, task, given: dict):
     if task.kind == "code" and not args.allow_code_execution:
         raise ValueError(f"--task {args.task} runs what the model writes, which needs "
                          f"--allow_code_execution; {NOTICE}")
-    if args.task != "tiny":
+    if args.task not in ("tiny", "text"):
         return
     # hours of work must not end with a missing package, or at a disk that takes nothing
     outputs = [Path(args.out)]
@@ -486,6 +484,8 @@ def main(argv=None):
         columns = columns_of([])
     if args.task == "tiny":
         measure_topics(model, tokenizer, task, args, columns)
+    elif args.task == "text":
+        measure_text(model, tokenizer, task, args, columns)
     else:
         benchmark(model, tokenizer, task, args, columns)
 

@@ -175,6 +175,10 @@ class FrozenStates:
                   or the borders of packed documents
     cos_sin       (B or 1, 2, T, D/2) of their rotary angles, or None
     inputs        (B, T, C) their embeddings
+    index         rows and columns, two tensors (N,), if only these N of the tokens are to be
+                  predicted from: then hidden and inputs are (N, C) and positions (N,), or (N, 1, C)
+                  and (N, 1)
+    size          (B, T), where there is an index
     """
     hidden: torch.Tensor
     keys: tuple
@@ -183,6 +187,19 @@ class FrozenStates:
     mask: torch.Tensor | tuple | None
     cos_sin: torch.Tensor | None
     inputs: torch.Tensor
+    index: tuple | None = None
+    size: tuple | None = None
+
+    def at(self, index) -> "FrozenStates":
+        """The same for N of the tokens; all of them stay to be attended to."""
+        size = self.hidden.shape[:2]
+        return replace(self, hidden=self.hidden[index], inputs=self.inputs[index],
+                       positions=self.positions.expand(size)[index], index=index, size=size)
+
+    def alone(self) -> "FrozenStates":
+        """The N tokens of an index as N sequences of one token each."""
+        return replace(self, hidden=self.hidden[:, None], inputs=self.inputs[:, None],
+                       positions=self.positions[:, None])
 
     def last(self) -> "FrozenStates":
         """The same for the last token of every sequence, from which decoding goes on."""
@@ -205,6 +222,10 @@ class FrozenStates:
         def pick(x):
             return x[index] if self.is_own(x) else x
 
+        if self.index:
+            return replace(self, hidden=self.hidden[index], inputs=self.inputs[index],
+                           positions=self.positions[index],
+                           index=tuple(places[index] for places in self.index))
         return FrozenStates(
             hidden=self.hidden[index],
             keys=tuple(k[index] for k in self.keys),
@@ -217,11 +238,17 @@ class FrozenStates:
 
     def copies(self, count: int) -> "FrozenStates":
         """The tokens `count` times over, (count·B, T), before the same keys: no key is copied."""
-        def repeat(x):
-            return torch.cat([x] * count) if self.is_own(x) else x
+        rows, tokens = self.size or self.hidden.shape[:2]
 
+        def repeat(x):
+            # a single row stands for all of them
+            return x if x is None or len(x) < rows else torch.cat([x] * count)
+
+        index = self.index
+        if index:
+            shifted = [index[0] + copy * rows for copy in range(count)]
+            index = torch.cat(shifted), index[1].repeat(count)
         mask = self.mask
-        tokens = self.hidden.shape[1]
         if tokens > 1:
             # causal in every copy, which attention does not know by itself
             if mask is None:
@@ -235,6 +262,8 @@ class FrozenStates:
             mask=mask,
             cos_sin=repeat(self.cos_sin),
             inputs=repeat(self.inputs),
+            index=index,
+            size=self.size and (count * rows, tokens),
         )
 
 
@@ -282,12 +311,11 @@ class PathBlock(nn.Module):
             for gate in (2, 5):
                 nn.init.ones_(gates[gate])
 
-    def forward(self, h, modulation, frozen, states: FrozenStates, kv=None, index=None, cache=None,
-                layer=0):
+    def forward(self, h, modulation, frozen, states: FrozenStates, kv=None, cache=None, layer=0):
         """(h, keys, values): h one layer further, and what its queries attended to.
 
-        h       (B, T, C), one vector for every token of the states, or (N, C) for N of them, at
-                the rows and columns `index`: two tensors (N,)
+        h       (B, T, C), one vector for every token of the states, or (N, C) or (N, 1, C) for
+                those at their index
         frozen  the same layer of the language model
         kv      keys and values (B, G, S, D) to attend to. None: the layer computes its own from
                 h (B, T, C), and they go into the cache, if there is one, as number `layer`
@@ -300,13 +328,14 @@ class PathBlock(nn.Module):
             if cache is not None:
                 kv = cache.append(layer, *kv)
         q = self.q(n)                                                   # (..., H·D)
-        if index is not None:
+        index = states.index
+        if index:
             # N queries go to their places among B·T and are taken out again. The empty places cost
             # a little attention; a copy of the keys for each query would cost N·S of memory.
-            q = q.new_zeros(*states.hidden.shape[:2], q.shape[-1]).index_put(index, q)
+            q = q.new_zeros(*states.size, q.shape[-1]).index_put(index, q.flatten(0, -2))
         out = attention(q, *kv, states.mask, states.cos_sin)
-        if index is not None:
-            out = out[index]
+        if index:
+            out = out[index].view(*h.shape[:-1], out.shape[-1])
         # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), K, V))
         h = h + g1 * self.o(out)
         # h ← h + g2·MLP((w + a2)·norm(h) + s2)

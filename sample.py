@@ -24,7 +24,7 @@ import torch
 from data.checkpoints.hub import resolve
 from data.checkpoints.path import check_tokenizer, check_trained, class_number, read_path
 from data.flags.sample import check_flags, sample_flags
-from data.parts.draws import check_classes, draw_tokens
+from data.parts.draws import RowDraws, check_classes, draw_tokens, row_generator
 from data.parts.kv_cache import KVCache
 from data.parts.positions import check_length
 from data.results.figures import trace_text
@@ -35,6 +35,7 @@ from data.tasks import TASKS
 from data.text.answer import Answer, Live, Stop, TraceFirst, encode_prompts, read_prompts
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import LEVELS
+from data.training.batches import Batch
 from diffusion import ESTIMATES, L2D, VelocityField
 from model import LM
 from solvers import ADAPTIVE, SOLVERS, odeint
@@ -312,6 +313,36 @@ def next_p(model, prompts: list, settings: Settings, seeds: list, draws: int,
         found.append(logits[:, 0].softmax(-1))
         costs.append(nfe)
     return torch.stack(found), [sum(cost) for cost in zip(*costs)]
+
+
+@torch.no_grad()
+def forced_log_p(model, batch: Batch, settings: Settings, seeds: list, draws: int) -> tuple:
+    """(log p (N, V) at every position of a batch that counts, the NFE of each).
+
+    The tokens before are those of the text. seeds: one a row; p is the mean over `draws` noises.
+    """
+    targets = batch.targets
+    states = model.read(batch.ids, batch.documents).at(targets.index)
+    if not settings.steps:
+        log_p = model.lm.logits(states.hidden).float().log_softmax(-1)
+        return log_p, torch.zeros_like(targets.y)
+    rows = targets.index[0].cpu()
+    noises = RowDraws.of(rows, [torch.Generator().manual_seed(seed) for seed in seeds])
+    velocity = VelocityField(
+        model, states.alone(), settings.estimate, settings.estimate_temperature,
+        targets.class_ids, settings.guidance,
+        [row_generator(seeds[row], place) for place, row in enumerate(rows.tolist())])
+    cost, *_ = velocity.guided_inputs
+    found, nfe = [], 0
+    for _ in range(draws):
+        noise = noises.normal(model.config.width).to(batch.ids.device)
+        x_0 = model.config.sigma * noise[:, None]                       # (N, 1, Z)
+        solution = odeint(velocity, x_0, settings.solver, settings.steps, settings.rtol,
+                          settings.atol, stop_unchanged=settings.stop_unchanged)
+        logits = velocity.final_logits(solution.x, solution.prediction)[:, 0]
+        found.append(logits.log_softmax(-1))
+        nfe = nfe + (solution.nfe + 1) * cost
+    return torch.stack(found).logsumexp(0) - math.log(draws), nfe
 
 
 def load_model(init_from: str, dtype: str | None = None, device: str | None = None,

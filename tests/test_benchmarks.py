@@ -629,13 +629,13 @@ def test_a_finetune_trains_and_measures_each_method_once(
     monkeypatch.setattr(finetune, "run", note)
     monkeypatch.setattr(headline, "run", note)
     flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
-             "--updates=3", "--task=arc_easy"]
+             "--updates=3", "--task=arc_easy", "--methods", "frozen", "lora"]
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in commands] == ["-m", "train.py", "train.py", "eval.py", "eval.py"]
     assert "--method=l2d" in commands[1] and "--method=lora" in commands[2]
     text = capsys.readouterr().out
     assert "the same before and after: True" in text
-    assert "lora     held-out loss 2.000 -> 1.500, 3 s" in text
+    assert "lora           held-out loss 2.000 -> 1.500, 3 s" in text
     rows = [json.loads(line) for line in (tmp_path / "o" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]

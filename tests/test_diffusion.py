@@ -43,6 +43,11 @@ VARIANTS = [
     dict(rank=4, self_conditioning=True),
     dict(rank=None, own_kv=True),
     dict(rank=4, classes=3, self_conditioning=True, own_kv=True),
+    dict(rank=4, start="frozen"),
+    dict(rank=None, start="frozen", own_kv=True),
+    dict(rank=4, start="frozen", without="estimate", own_kv=True),
+    dict(rank=4, start="frozen", without="difference", own_kv=True),
+    dict(rank=4, classes=3, start="frozen", self_conditioning=True, own_kv=True),
 ]
 
 
@@ -87,6 +92,61 @@ def test_bfloat16_base_starts_at_its_own_logits_and_the_path_stays_float32(famil
     l2d.time_gate[2].weight += 0.2
     assert torch.equal(path_logits(l2d, ids, *noisy(l2d, ids, 0.0)), lm(ids))
     assert not torch.equal(path_logits(l2d, ids, *noisy(l2d, ids, 0.5)), lm(ids))
+
+
+@torch.no_grad()
+def test_bfloat16_base_and_the_frozen_start(family):
+    lm = make_lm(family).bfloat16()
+    l2d = L2D(lm, L2DConfig(width=16, cond_dim=24, rank=4, start="frozen", own_kv=True))
+    ids = make_ids()
+    assert torch.equal(path_logits(l2d, ids, *noisy(l2d, ids, 0.5)), lm(ids))
+
+
+def test_the_frozen_start_teaches_the_lora_of_every_layer_at_once(family):
+    l2d = make_l2d(family, perturb=0, start="frozen", own_kv=True).train()
+    batch = make_batch(make_ids(), make_ids(seed=1))
+    mean_loss(l2d, drawn(l2d, batch, generators(3))).backward()
+    found = reached(l2d)
+    corrections = {name for name, _ in l2d.path_parameters().items() if name.endswith(".B")}
+    assert corrections <= found
+    # A waits for B, and the layers before a last layer at zero wait for that
+    assert not any(name.endswith(".A") for name in found)
+    assert "time_gate.2.weight" not in found
+
+
+@torch.no_grad()
+def test_the_frozen_start_reads_the_least_squares_estimate_of_the_token():
+    l2d = make_l2d(start="frozen")
+    ids = make_ids()
+    seen = []
+    l2d.from_z.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    for t in (1e-6, 0.4, 1.0):
+        x_t, times = noisy(l2d, ids, t)
+        path_logits(l2d, ids, x_t, times)
+        # cov(x_1, x_t) / var(x_t), per coordinate of unit variance
+        expected = x_t * t / ((1 - t) ** 2 * l2d.config.sigma ** 2 + t ** 2)
+        torch.testing.assert_close(seen.pop(), expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_states_at_some_positions_are_those_of_all(family):
+    """As sequences of one token each, in rows and in copies: the same logits as all at once."""
+    l2d = make_l2d(family, start="frozen", own_kv=True, classes=3)
+    ids = make_ids()
+    states = l2d.read(ids)
+    x_t = torch.randn(*ids.shape, 16, generator=generator())
+    index = torch.tensor([2, 0, 2]), torch.tensor([4, 9, 0])
+    some = states.at(index).alone()
+    labels = torch.tensor([1, 0, 2])
+    at_once = l2d.predict(x_t, 0.3, labels, states)
+    alone = l2d.predict(x_t[index][:, None], 0.3, labels[index[0]], some)
+    torch.testing.assert_close(alone[:, 0], at_once[index], atol=1e-4, rtol=1e-4)
+    part = torch.tensor([2, 0])
+    rows = l2d.predict(x_t[index][part, None], 0.3, labels[index[0]][part], some.rows(part))
+    torch.testing.assert_close(rows, alone[part], atol=1e-4, rtol=1e-4)
+    twice = l2d.predict(x_t[index][:, None].repeat(2, 1, 1), 0.3, labels[index[0]].repeat(2),
+                        some.copies(2))
+    torch.testing.assert_close(twice, alone.repeat(2, 1, 1), atol=1e-4, rtol=1e-4)
 
 
 def reached(l2d) -> set:

@@ -16,12 +16,13 @@ import eval as evaluation
 from conftest import LLAMA, exit_status, generator, make_ids, make_l2d
 from data.checkpoints.hub import resolve
 from data.results import flops
-from data.results.statistics import calibration, changes, rank_correlation, wilson
+from data.results.statistics import calibration, changes, rank_correlation, ratio, wilson
 from data.tasks import TASKS
+from data.text import chat
 from data.tiny.topics import make_problem
 from data.training.batches import collate
 from diffusion import L2D, VelocityField
-from sample import Settings, answer_problems, knows_classes, load_model
+from sample import Settings, answer_problems, forced_log_p, knows_classes, load_model
 from solvers import odeint
 
 TINY = resolve("tiny")
@@ -211,11 +212,84 @@ def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
     assert TASK.problem(("math", 1), 0, 0) != TASK.problem(("math", 1), 0, 1)
 
 
+def test_ratio_is_that_of_all_tokens_with_the_spread_of_examples():
+    sums, counts = torch.tensor([2.0, 6.0, 1.0]), torch.tensor([2.0, 3.0, 1.0])
+    middle, low, high = ratio(sums, counts)
+    assert middle == pytest.approx(1.5)
+    # residuals -1, 1.5, -0.5: √(3/2 · 3.5)/6
+    assert high - middle == pytest.approx(1.959964 * (5.25 ** 0.5) / 6)
+    assert middle - low == pytest.approx(high - middle)
+    assert ratio(counts, counts) == (1.0, 1.0, 1.0)
+
+
+# --- held-out text --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def text_dir(tmp_path_factory):
+    """Held-out sums of different lengths, prepared by data/text/chat.py."""
+    root = tmp_path_factory.mktemp("text")
+    rows = [{"prompt": f"({i}*3)+{j}?", "response": f"{3 * i}+{j}={3 * i + j} #### {3 * i + j}"}
+            for i in range(2, 9) for j in (4, 15)]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [str(root / "rows.jsonl"), f"--tokenizer={TINY}", f"--out_dir={root / 'data'}",
+             "--block_size=128", "--val_fraction=0.5"]
+    assert exit_status(chat.main, words) == 0
+    return root / "data"
+
+
+def measured(text_dir, out, *more):
+    words = ["--task=text", f"--data={text_dir}", f"--out={out}", *more]
+    assert exit_status(evaluation.main, words) == 0
+    return {row["column"]: row for row in json.loads(out.read_text())["text"]}
+
+
+def test_nats_of_held_out_text_are_those_of_each_token_alone(tiny, text_dir, tmp_path):
+    found = measured(text_dir, tmp_path / "a.json", "--steps", "2", "--draws=2", "--solvers",
+                     "euler", "midpoint")
+    model, tokenizer = tiny
+    rows = TASKS["text"].rows(str(text_dir), tokenizer, None)
+    nats = tokens = 0
+    with torch.no_grad():
+        for ids, mask, *_ in rows:
+            log_p = model.lm(torch.tensor(ids[None])).log_softmax(-1)[0]
+            places = [k for k in range(1, len(ids)) if mask[k]]
+            nats -= sum(float(log_p[k - 1, ids[k]]) for k in places)
+            tokens += len(places)
+    assert found["frozen"]["tokens"] == tokens
+    assert found["frozen"]["nats"][0] == pytest.approx(nats / tokens, rel=1e-4)
+    assert found["frozen"]["gain"] == [0, 0, 0]
+    for name, row in found.items():
+        gain = found["frozen"]["nats"][0] - row["nats"][0]
+        assert row["gain"][0] == pytest.approx(gain, abs=1e-6), name
+    # two draws of two evaluations and the final one
+    assert found["euler 2"]["nfe_per_token"] == 6
+    assert found["euler 2"]["nats"] != found["frozen"]["nats"]
+    # its neighbours change nothing
+    again = measured(text_dir, tmp_path / "b.json", "--steps", "2", "--draws=2", "--batch_size=1",
+                     "--solvers", "euler", "midpoint")
+    for name, row in found.items():
+        assert again[name]["nats"] == pytest.approx(row["nats"], rel=1e-3), name
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "--task text needs --data=DIR"),
+    (["--data=DIR", "--shots=2"], "--shots"),
+    (["--data=DIR", "--temperatures", "1"], "--temperatures"),
+    (["--data=DIR", "--problems=4"], "--problems"),
+])
+def test_text_refuses_what_would_do_nothing(text_dir, words, message, tmp_path, capsys):
+    words = [word.replace("DIR", str(text_dir)) if "--data" in word else word for word in words]
+    words += ["--task=text", f"--out={tmp_path / 'x.json'}"]
+    assert exit_status(evaluation.main, words) == 2
+    assert message in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_the_mean_of_several_noises_is_that_of_each_alone(tiny):
     model, tokenizer = tiny
     batch = collate([TASK.reference(problem, tokenizer) for problem in some(2, topic="math")])
-    one, two = (evaluation.solved(model, batch, Settings(steps=2), 0, draws) for draws in (1, 2))
+    one, two = (forced_log_p(model, batch, Settings(steps=2), [0, 1], draws)[0].exp()
+                for draws in (1, 2))
     assert torch.allclose(two.sum(-1), torch.ones(len(two)), atol=1e-5)
     assert not torch.equal(one, two)
     # the second noise alone

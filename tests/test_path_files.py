@@ -277,8 +277,8 @@ def test_defaults_are_the_papers_values():
     assert [found for found, _ in table] == [expected for _, expected in table]
 
 
-def test_a_model_and_data_of_ones_own_get_the_papers_preset(tmp_path):
-    args = train.parse(["--init_from=gpt2", f"--data={tmp_path}"])
+def test_the_papers_start_has_the_papers_values(tmp_path):
+    args = train.parse(["--init_from=gpt2", f"--data={tmp_path}", "--start=paper"])
     assert args.preset == "paper"
     for name, value in PRESETS["paper"].items():
         assert getattr(args, name) == value, name

@@ -122,8 +122,8 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
     l2d = make_l2d(**BOTH).train()
     original, recorded = L2D.last_hidden, []
 
-    def last_hidden(self, x, t, modulation, states, before, index):
-        hidden = original(self, x, t, modulation, states, before, index)
+    def last_hidden(self, x, t, modulation, states, before):
+        hidden = original(self, x, t, modulation, states, before)
         recorded.append((before.requires_grad, hidden.requires_grad))
         return hidden
 

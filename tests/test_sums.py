@@ -10,19 +10,20 @@ import eval as evaluation
 from conftest import ROOT, exit_status
 from data.results import records
 from data.tasks import TASKS
-from data.tasks.sums import KINDS, MOST, of_all_kinds, of_kind
+from data.tasks.sums import HARD_KINDS, KINDS, MOST, of_all_kinds, of_kind
 from data.tasks.task import of_split
 from test_benchmarks import build_models
 from test_formats import SMOLLM
 
-TASK = TASKS["sums"]
+TASK, HARD = TASKS["sums"], TASKS["hard_sums"]
 PROBLEMS = TASK.load()
+ALL = PROBLEMS + HARD.load()
 
 
 def parts(problem: dict) -> tuple:
     """(kind, smaller, sign, larger), read from the id."""
     kind, numbers = problem["id"].split("/")[2:]
-    sign = KINDS[kind][0]
+    sign = {**KINDS, **HARD_KINDS}[kind][0]
     a, b = sorted(map(int, numbers.split(sign)))
     return kind, a, sign, b
 
@@ -49,22 +50,27 @@ def test_the_same_problems_every_time():
 
 
 def test_no_two_numbers_of_a_test_question_are_trained_on():
-    test, train = (pairs(of_split(PROBLEMS, split)) for split in ("test", "train"))
+    test, train = (pairs(of_split(ALL, split)) for split in ("test", "train"))
     assert len(test) > 100 and not test & train
     # by construction: also of those that the limit leaves out
-    for kind in KINDS:
-        assert not pairs(of_kind(kind, "test")) & pairs(of_kind(kind, "train"))
+    for task in (TASK, HARD):
+        for kind in task.kinds:
+            test, train = (pairs(of_kind(kind, split, task.kinds, task.name))
+                           for split in ("test", "train"))
+            assert not test & train
 
 
 def test_no_question_occurs_twice():
-    assert len({one["question"] for one in PROBLEMS}) == len(PROBLEMS)
-    assert len({one["id"] for one in PROBLEMS}) == len(PROBLEMS)
+    assert len({one["question"] for one in ALL}) == len(ALL)
+    assert len({one["id"] for one in ALL}) == len(ALL)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_has_all_pairs_of_its_ranges_in_both_orders(kind):
-    _, smaller, larger = KINDS[kind]
-    problems = of_kind(kind, "test") + of_kind(kind, "train")
+@pytest.mark.parametrize("task, kind", [(task, kind) for task in (TASK, HARD)
+                                        for kind in task.kinds])
+def test_a_kind_has_all_pairs_of_its_ranges_in_both_orders(task, kind):
+    _, smaller, larger = task.kinds[kind]
+    problems = [one for split in ("test", "train")
+                for one in of_kind(kind, split, task.kinds, task.name)]
     assert pairs(problems) == {(a, b) for a in smaller for b in larger if a <= b}
     # of equal numbers there is one order
     equal = sum(a == b for a, b in pairs(problems))
@@ -72,7 +78,7 @@ def test_a_kind_has_all_pairs_of_its_ranges_in_both_orders(kind):
 
 
 def test_answers_are_the_numbers():
-    for problem in PROBLEMS:
+    for problem in ALL:
         _, a, sign, b = parts(problem)
         assert problem["answer"] == str(a + b if sign == "+" else a * b)
 
@@ -80,7 +86,7 @@ def test_answers_are_the_numbers():
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_the_first_questions_are_of_all_kinds(split):
     counts = {kind: 0 for kind in KINDS}
-    for problem in of_all_kinds(split):
+    for problem in of_all_kinds(split, KINDS, "sums"):
         counts[parts(problem)[0]] += 1
     assert max(counts.values()) == MOST[split] and min(counts.values()) >= 20
     first = [parts(one)[0] for one in of_split(PROBLEMS, split)[:60]]

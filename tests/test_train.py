@@ -27,6 +27,7 @@ from data.checkpoints.state import out_of_patience, read_state
 from data.flags.train import PRESETS
 from data.parts.lora import LoRA
 from data.results.records import read_lines
+from data.tasks import TASKS
 from data.text import chat
 from data.training.batches import Losses, collate
 from data.training.loader import Loader
@@ -277,6 +278,23 @@ def test_the_gradient_is_clipped(base, tmp_path):
     assert updates(tmp_path / "out")[0]["norm"] > 1
     # 1 − β₁ = 0.1
     assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def test_new_layers_learn_at_a_share_of_the_rate_and_are_clipped_on_their_own(base, tmp_path):
+    words = ["--start=frozen", "--own_kv", "--new_lr=0.25", "--rank=4", "--ema=0"]
+    words += flags(updates=1, clip=1e-3, warmup=0, lr=0.01)
+    train.train(train.parse([f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *words]))
+    moments = state(tmp_path / "out", "exp_avg")
+    adapted = {name for name in moments if name.endswith((".A", ".B"))}
+    assert adapted and adapted < moments.keys()
+    for names in (adapted, moments.keys() - adapted):
+        norm = torch.cat([moments[name].flatten() for name in names]).norm()
+        # 1 − β₁ = 0.1
+        assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    # the first step of AdamW is the rate itself, where there is a gradient
+    path = load_file(tmp_path / "out" / "path.safetensors")
+    assert float(path["blocks.0.q.B"].abs().max()) == pytest.approx(0.01, rel=1e-2)
+    assert float(path["from_z.2.weight"].abs().max()) == pytest.approx(0.0025, rel=1e-2)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
@@ -600,7 +618,10 @@ def test_a_compiler_that_does_not_work_is_one_line(base, tmp_path, capsys, monke
     (["--objective=paper"], "tiny_paper", 2700),
     (["--init_from=scratch", "--method=pretrain"], "scratch", 3600),
     (["--init_from=gpt2"], "topics", 1000),
-    (["--init_from=gpt2", "--data=somewhere"], "paper", 27_900),
+    (["--init_from=gpt2", "--start=paper"], "topics_paper", 1000),
+    (["--init_from=gpt2", "--data=somewhere"], "data", 27_900),
+    (["--init_from=gpt2", "--data=somewhere", "--start=paper"], "paper", 27_900),
+    (["--init_from=gpt2", "--data=somewhere", "--method=full"], "paper", 27_900),
     (["--init_from=tiny", "--data=somewhere"], "tiny", 1900),
     (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
 ])
@@ -774,6 +795,17 @@ def test_a_class_of_ones_own_says_which_answer_is_right(tmp_path, capsys):
     outputs = {line["output"] for line in lines if line["column"] == "euler 2 w 2"}
     # the prompts are of another kind
     assert "b" in outputs and "a" not in outputs
+    # held-out text is read with its classes
+    evaluation.main([f"--init_from={out}", "--task=text", f"--data={data}", "--steps=2",
+                     "--draws=1", "--device=cpu", f"--out={tmp_path / 'text.json'}"])
+    _, path = json.loads((tmp_path / "text.json").read_text())["text"]
+    model, tokenizer = sample.load_model(str(out), device="cpu")
+    rows = TASKS["text"].rows(str(data), tokenizer, None)
+    known, unknown = (
+        evaluation.text_nats(model, some, sample.Settings(steps=2), 1, 16, 0)
+        for some in (rows, [row[:3] for row in rows]))
+    assert path["nats"][0] == pytest.approx(float(known[0].sum() / known[1].sum()))
+    assert known[0].sum() < unknown[0].sum()
     # what was answered in one class is not taken for another
     capsys.readouterr()
     assert exit_status(evaluation.main, [*words, "--class=1"]) == 2

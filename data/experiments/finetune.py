@@ -1,6 +1,7 @@
 """Finetuning of a real model: a path beside a LoRA of as many parameters and the frozen model.
 
     python -m data.experiments.finetune --init_from=DIR     hours on a CPU; repeats no finished part
+    python -m data.experiments.finetune --init_from=DIR --sweep 3e-4 1e-3 3e-3 --updates 24
 
 Every training question is a turn, its answer the reply. Runs train.py and eval.py, by the commands
 that a reader would type. The accuracy of the base at the task should be neither that of chance nor
@@ -18,6 +19,7 @@ from data.system.disk import appearing
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
+from solvers import SOLVERS
 
 FROZEN = ["--method=l2d", "--start=frozen", "--objective=paper", "--own_kv"]
 # A rank of LoRA is 305,280 parameters of SmolLM2-135M: 128 are as many as the path's 39.1 M. Rates
@@ -52,7 +54,7 @@ def show_losses(out_dir: Path, methods: list):
         validations = [entry for entry in entries if "val_loss" in entry]
         first, last = validations[0], validations[-1]
         seconds = [entry["seconds"] for entry in entries if "seconds" in entry]
-        print(f"{method:8} held-out loss {first['val_loss']:.3f} -> {last['val_loss']:.3f}, "
+        print(f"{method:14} held-out loss {first['val_loss']:.3f} -> {last['val_loss']:.3f}, "
               f"{seconds[-1]:.0f} s; by tenth of t {last.get('by_tenth', '-')}")
 
 
@@ -62,15 +64,24 @@ def main(argv=None):
     add = parser.add_argument
     add("--init_from", required=True, help="directory of an instruction-tuned model")
     add("--data_dir", help="folder of the benchmark's files; sums has none")
-    add("--task", default="sums", choices=["sums", "arc_easy", "arc_challenge", "gsm8k"])
-    add("--methods", "--ways", nargs="+", default=["l2d", "lora"], choices=list(METHODS),
-        help="training methods (default: l2d lora)")
+    add("--task", default="sums",
+        choices=["sums", "hard_sums", "arc_easy", "arc_challenge", "gsm8k"])
+    add("--methods", "--ways", nargs="+", default=["lora", "paper", "frozen", "refine"],
+        choices=list(METHODS), help="training methods (default: lora paper frozen refine)")
+    add("--sweep", nargs="+", default=[], metavar="RATE",
+        help="learning rates to try instead: held-out losses alone, no answers")
     add("--updates", type=int, default=150,
         help="updates of 4 rows each (default: 150, one epoch of sums)")
+    add("--warmup", type=int, default=20, help="updates of warm-up (default: 20)")
     add("--eval_every", type=int, default=50, help="updates between validations (default: 50)")
     add("--limit", type=int, default=300, help="number of test questions (default: 300)")
-    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16],
-        help="Euler steps of a path (default: 1 2 4 8 16)")
+    add("--steps", type=int, nargs="+", default=[1, 2, 4, 8],
+        help="steps of the fixed solvers of a path (default: 1 2 4 8)")
+    add("--solvers", nargs="+", default=["euler"], choices=list(SOLVERS),
+        help="ODE solvers of a path (default: euler)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="precision of the frozen weights in training and evaluation; full finetuning trains "
+             "in float32 (default: chosen by train.py and eval.py)")
     add("--seed", type=int, default=42, help="seed of the training (default: 42)")
     add("--out_dir", default="out-finetune",
         help="folder of all results (default: out-finetune)")
@@ -89,22 +100,29 @@ def main(argv=None):
         # a row holds several questions
         run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
             "--block_size=256", "--val_fraction=0.1")
-    for method in args.methods:
-        train_once(out_dir / method, *METHODS[method], f"--init_from={init_from}", f"--data={data}",
+    precision = [f"--dtype={args.dtype}"] if args.dtype else []
+    trainings = {method: [] for method in args.methods}
+    if args.sweep:
+        trainings = {f"{method}-{rate}": [f"--lr={rate}"]
+                     for method in args.methods for rate in args.sweep}
+    for name, more in trainings.items():
+        method = name.partition("-")[0]
+        words = METHODS[method] + ([] if method == "full" else precision) + more
+        train_once(out_dir / name, *words, f"--init_from={init_from}", f"--data={data}",
                    f"--seed={args.seed}", f"--updates={args.updates}", "--batch_size=4",
-                   "--accumulate=1", "--warmup=20", f"--eval_every={args.eval_every}",
+                   "--accumulate=1", f"--warmup={args.warmup}", f"--eval_every={args.eval_every}",
                    "--val_rows=48")
-    for method in args.methods:
+    for method in args.methods if not args.sweep else []:
         words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={args.limit}"]
         if args.data_dir:
             words.append(f"--data_dir={Path(args.data_dir).absolute()}")
         # with a path the frozen model is measured too
         if "--method=l2d" in METHODS[method]:
-            words += ["--steps", *args.steps]
+            words += ["--steps", *args.steps, "--solvers", *args.solvers]
         # if records exist, eval.py continues them
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
-            f"--out={out_dir / f'eval-{method}'}", *words)
-    show_losses(out_dir, args.methods)
+            f"--out={out_dir / f'eval-{method}'}", *words, *precision)
+    show_losses(out_dir, list(trainings))
     after = hashlib.sha256(weights.read_bytes()).hexdigest()
     print("the base's file is the same before and after:", before == after, before)
 

@@ -8,9 +8,8 @@ from data.system.command import (
 
 # flags of the embedded topics alone, and of benchmarks alone
 TINY = ("topics", "problems", "plot")
-BENCHMARK = ("data_dir", "limit", "shots", "style", "choices", "class", "samples", "search",
-             "max_new_tokens", "batch_size", "show_prompts", "allow_code_execution",
-             "code_seconds")
+BENCHMARK = ("data_dir", "shots", "style", "choices", "class", "samples", "search",
+             "max_new_tokens", "show_prompts", "allow_code_execution", "code_seconds")
 
 
 def eval_flags(description, tasks, default, solvers, estimates) -> argparse.ArgumentParser:
@@ -51,10 +50,13 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
         help="tiny: test problems of each kind (default: 200)")
     add("--plot", action=switch, default=False,
         help="tiny: the results as a picture too, a PNG beside the JSON")
+    # held-out text
+    add("--data", help="text: directory made by data/text/chat.py")
     # benchmarks
     add("--data_dir", help="benchmarks: directory of the published files (default: the cache of "
                            "data.tasks)")
-    add("--limit", type=int, help="benchmarks: number of problems, the first ones (default: all)")
+    add("--limit", type=int,
+        help="benchmarks, text: number of problems or examples, the first ones (default: all)")
     add("--shots", type=int, help="benchmarks: worked examples in a prompt (default: the task's)")
     add("--style", choices=("chat", "plain"),
         help="benchmarks: turns of the model's chat format, or one text "
@@ -68,7 +70,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
              "model finds likeliest")
     add("--max_new_tokens", type=int,
         help="benchmarks: longest answer, in tokens (default: the task's)")
-    add("--batch_size", type=int, default=16, help="benchmarks: problems at a time (default: 16)")
+    add("--batch_size", type=int, default=16, help="problems or examples at a time (default: 16)")
     add("--show_prompts", type=int, default=0,
         help="benchmarks: number of prompts to print, the first ones (default: 0)")
     add("--allow_code_execution", action=switch, default=False,
@@ -89,6 +91,9 @@ def fill_defaults(args):
         defaults = {"steps": [1, 2, 4, 8, 16], "solvers": ["euler", "dopri5"],
                     "temperatures": [0.0, 1.0], "guidance": [0, 1, 1.5, 2, 3],
                     "stop_unchanged": 2, "draws": 4, "out": "eval.json"}
+    elif args.task == "text":
+        defaults = {"steps": [1, 2, 4, 8], "solvers": ["euler"], "temperatures": [0.0],
+                    "guidance": [1], "stop_unchanged": 0, "draws": 4, "out": "eval-text.json"}
     else:
         # benchmarks take hours: one column
         defaults = {"steps": [8], "solvers": ["euler"], "temperatures": [0.0], "guidance": [1],
@@ -104,6 +109,7 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     adaptive, fixed  is there a solver of this kind?
     """
     tiny = args.task == "tiny"
+    text = args.task == "text"
     at_least = {1: ("problems", "draws", "limit", "samples", "max_new_tokens", "batch_size"),
                 0: ("stop_unchanged", "shots", "show_prompts"), 0.1: ("code_seconds",)}
     for least, names in at_least.items():
@@ -118,10 +124,12 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
             choices(topic, dict(task.groups), "--topics")
     # the dest of --class
     given = {"class" if name == "label" else name for name in given}
-    generated = task.kind != "letters" or args.choices == "generate"
+    generated = not text and (task.kind != "letters" or args.choices == "generate")
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),
-        (BENCHMARK, not tiny, "--task with a benchmark"),
+        (BENCHMARK, not tiny and not text, "--task with a benchmark"),
+        (("limit", "batch_size"), not tiny, "--task with a benchmark, or text"),
+        (("data",), text, "--task text"),
         (("class", "guidance"), adaptive or max(args.steps) > 0,
          "a diffusion path, --steps of 1 or more"),
         (("guidance",), tiny or args.label is not None or set(args.guidance) == {1}, "--class"),
@@ -132,5 +140,5 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
         (("allow_code_execution", "code_seconds"), task.kind == "code", "a task of code"),
         (("max_new_tokens", "samples", "search", "temperatures"), generated,
          "generated answers, --choices generate"),
-        (("draws",), tiny or not generated, "--choices letters"),
+        (("draws",), tiny or text or not generated, "--choices letters"),
     ])

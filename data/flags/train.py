@@ -17,14 +17,25 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
-# the path of the paper
+# the path of the paper, and the one from which a real model learns
 PAPER = {"start": "paper", "new_lr": 1.0, "objective": "paper", "own_kv": False, "ema": 0.0,
          **REFINEMENT}
+FROZEN = {**PAPER, "start": "frozen", "new_lr": 0.1, "own_kv": True}
 
 # the embedded model is small and learns with large steps
 EMBEDDED = {
     "width": 64, "cond_dim": 128, "batch_size": 64, "accumulate": 1,
     "lr": 2e-3, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01, "val_rows": 256,
+}
+
+TOPICS = {
+    "width": 256, "cond_dim": 256, "updates": 1000, "batch_size": 16, "accumulate": 2,
+    "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01, "eval_every": 100, "val_rows": 64,
+}
+# the values of the paper, but for the rate
+LONG = {
+    "width": 256, "cond_dim": 256, "updates": 27_900, "batch_size": 4, "accumulate": 8,
+    "min_lr": 1e-6, "warmup": 100, "weight_decay": 0.01, "eval_every": 500, "val_rows": 64,
 }
 
 PRESETS = {
@@ -43,28 +54,26 @@ PRESETS = {
         "eval_every": 1000, "val_rows": 64, **PAPER,
     },
     # any other model on the embedded topics: short rows, soon learned
-    "topics": {
-        "width": 256, "cond_dim": 256, "updates": 1000, "batch_size": 16, "accumulate": 2,
-        "lr": 5e-4, "min_lr": 0.0, "warmup": 50, "weight_decay": 0.01,
-        "eval_every": 100, "val_rows": 64, **PAPER,
-    },
-    # any model on data of one's own: the values of the paper
-    "paper": {
-        "width": 256, "cond_dim": 256, "updates": 27_900, "batch_size": 4, "accumulate": 8,
-        "lr": 1e-4, "min_lr": 1e-6, "warmup": 100, "weight_decay": 0.01,
-        "eval_every": 500, "val_rows": 64, **PAPER,
-    },
+    "topics": {**TOPICS, "lr": 1e-3, **FROZEN},
+    "topics_paper": {**TOPICS, "lr": 5e-4, **PAPER},
+    # any model on data of one's own; the rate of the paper is for the paper's path
+    "data": {**LONG, "lr": 1e-3, **FROZEN},
+    "paper": {**LONG, "lr": 1e-4, **PAPER},
 }
 
 
-def fitting_preset(init_from: str, data: str, objective: str | None) -> str:
-    """The name of the preset for a model, data and objective."""
+def fitting_preset(args) -> str:
+    """The name of the preset for a method, model, data, objective and start."""
     # the embedded model learns with larger steps than any other should
-    if init_from == "tiny":
-        return "tiny_paper" if objective == "paper" else "tiny"
-    if init_from == "scratch":
+    if args.init_from == "tiny":
+        return "tiny_paper" if "paper" in (args.objective, args.start) else "tiny"
+    if args.init_from == "scratch":
         return "scratch"
-    return "topics" if data == "tiny" else "paper"
+    # the rates of the frozen start are those of a path, and too high for a whole model
+    paper = args.start == "paper" or args.method != "l2d"
+    if args.data == "tiny":
+        return "topics_paper" if paper else "topics"
+    return "paper" if paper else "data"
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -171,7 +180,7 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
     args.resume = resume
-    args.preset = args.preset or fitting_preset(args.init_from, args.data, args.objective)
+    args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
         # None: not chosen; 0 is a choice
         if getattr(args, name) is None:

@@ -31,6 +31,19 @@ def wilson(right: int, n: int) -> tuple:
     return (middle - half) / whole, (middle + half) / whole
 
 
+def ratio(sums, counts) -> tuple:
+    """(mean, low, high) of all tokens, with a 95 % interval; sums, counts: tensors, by example.
+
+    Examples are independent of each other, the tokens of one example are not.
+    """
+    n, total = len(sums), counts.sum()
+    middle = sums.sum() / total
+    # Var(Σs/Σc) ≈ n/(n−1) · Σ(s_i − m·c_i)² / (Σc)²
+    variance = n / max(1, n - 1) * (sums - middle * counts).square().sum() / total ** 2
+    half = 1.959964 * variance.sqrt()
+    return float(middle), float(middle - half), float(middle + half)
+
+
 def ranks(values: list) -> list:
     """Ranks from 1, the smallest; equal values share the mean of their ranks."""
     return [sum(other < value for other in values) + (values.count(value) + 1) / 2

@@ -46,6 +46,18 @@ def print_accuracy(records: list):
             print(f"{name:12}" + "".join(f"{value / unit:>18{form}}" for value in means))
 
 
+def print_text(rows: list):
+    """A line for every column of held-out text."""
+    first = rows[0]
+    print(f"\n{first['tokens']:,} tokens of {first['examples']:,} held-out examples; nats per "
+          "token, 95 % interval over examples")
+    print(f"{'':14}{'nats':>26}{'less than frozen':>28}{'NFE/token':>11}{'seconds':>9}")
+    for row in rows:
+        nats, gain = ("{:.4f} [{:.4f}, {:.4f}]".format(*row[key]) for key in ("nats", "gain"))
+        print(f"{row['column']:14}{nats:>26}{gain:>28}{row['nfe_per_token']:11.1f}"
+              f"{row['seconds']:9.1f}")
+
+
 def column_means(records: list, columns: list, key: str) -> list:
     return [mean(r[key] for r in only(records, column=column)) for column in columns]
 

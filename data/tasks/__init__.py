@@ -2,6 +2,7 @@
 
     task        the parts of every benchmark
     tiny        the embedded topics
+    text        held-out examples of one's own data
     sums        sums and products as questions, generated
     gsm8k       the shortest benchmark, read it first
     math500     MATH-500; its grader is in math/
@@ -19,10 +20,11 @@ from data.tasks.code import HumanEval, MBPP
 from data.tasks.gsm8k import GSM8K
 from data.tasks.math500 import Math500
 from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
-from data.tasks.sums import Sums
+from data.tasks.sums import HardSums, Sums
+from data.tasks.text import Text
 from data.tasks.tiny import Tiny
 
 BENCHMARKS = (GSM8K(), Math500(), MMLU(), MMLUPro(), MMLUProSteps(),
               ARC("arc_easy", "ARC-Easy"), ARC("arc_challenge", "ARC-Challenge"),
-              HumanEval(), MBPP(), Sums())
-TASKS = {"tiny": Tiny(), **{task.name: task for task in BENCHMARKS}}
+              HumanEval(), MBPP(), Sums(), HardSums())
+TASKS = {"tiny": Tiny(), "text": Text(), **{task.name: task for task in BENCHMARKS}}

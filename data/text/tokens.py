@@ -242,9 +242,12 @@ class TokenFiles:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        return self.part(self.rows[index], self.rows[index + 1])
+
+    def part(self, first: int, last: int) -> tuple[np.ndarray, ...]:
+        """Some examples as a row, of the same form."""
         # with the border that closes the last example
-        first, end = self.rows[index:index + 2]
-        borders = self.examples[first:end + 1]
+        borders = self.examples[first:last + 1]
         span = slice(borders[0], borders[-1])
         numbers = np.arange(1, len(borders), dtype=np.int64)
         documents = np.repeat(numbers, np.diff(borders))
@@ -252,5 +255,5 @@ class TokenFiles:
         row = self.ids[span].astype(np.int64), np.array(self.mask[span]), documents
         if not self.classes:
             return row
-        class_ids = self.class_ids[first:end].astype(np.int64)
+        class_ids = self.class_ids[first:last].astype(np.int64)
         return *row, np.repeat(class_ids, np.diff(borders))
