@@ -61,11 +61,13 @@ class L2D(nn.Module):
         self.reads_token = self.frozen_start or (config.own_kv and not config.self_conditioning)
         working_copy = self.reads_token or config.self_conditioning
         self.from_z = two_layers(z, s, c, zero=working_copy)
-        self.from_prediction = None
+        self.from_prediction = self.prediction_gate = None
         if config.self_conditioning:
             self.from_prediction = nn.Linear(c, c, bias=False)
-            start = nn.init.zeros_ if self.frozen_start else nn.init.eye_
-            start(self.from_prediction.weight)
+            nn.init.eye_(self.from_prediction.weight)
+            if self.frozen_start:
+                # zero: at first the path reads the current token alone
+                self.prediction_gate = two_layers(s, s, c, zero=True)
         self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:
@@ -159,7 +161,8 @@ class L2D(nn.Module):
         w_d = w_d * (t > 0)[..., None]
         # the time itself and the difference above need float32, these large layers do not
         with self.autocast():
-            return Modulation([block.modulation(e) for block in self.blocks], w_d)
+            gate = self.prediction_gate(e) if self.prediction_gate else None
+            return Modulation([block.modulation(e) for block in self.blocks], w_d, gate)
 
     def read(self, ids, documents=None, cache: KVCache | None = None, cached=None) -> FrozenStates:
         """What the path reads: arguments and states as of LM.read.
@@ -210,7 +213,11 @@ class L2D(nn.Module):
                     before = self.lm.logits(hidden)
                 p = before.float().softmax(-1).to(self.lm.embed.weight.dtype)
                 # E·Σ_y p_y·e_y
-                h = h + self.from_prediction(p @ self.lm.embed.weight)
+                predicted = self.from_prediction(p @ self.lm.embed.weight)
+                if self.reads_token:
+                    # by time and class, the prediction may take the place of the current token
+                    predicted = modulation.gate * (predicted - states.inputs)
+                h = h + predicted
             if self.reads_token:
                 h = h + states.inputs
             h = self.lm.add_positions(h, states.positions)

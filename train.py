@@ -267,8 +267,8 @@ def save_model(run: Run, out_dir):
         return
     sharding.gather(run.model)
     if run.args.method == "lora":
-        # merged, so that the directory is an ordinary model; in bfloat16 the sum would lose bits
-        replace_linears(run.model.float(), LoRA, merge_linear)
+        # merged, so that the directory is an ordinary model
+        replace_linears(run.model, LoRA, merge_linear)
     if processes.number():
         return
     run.model.save_pretrained(out_dir)

@@ -21,8 +21,7 @@ from data.system.disk import check_absent, check_writable, write_json
 from data.text.answer import Stop
 from data.text.formats import check_messages, resolve_style
 from data.training.batches import collate
-from eval import solved
-from sample import Settings, generate, load_model, next_p
+from sample import Settings, forced_log_p, generate, load_model, next_p
 from solvers import SOLVERS
 
 try:
@@ -124,14 +123,10 @@ class Adapter(HarnessLM):
         row = (ids, mask, [1] * len(ids))
         batch = collate([row]).to(next(self.model.parameters()).device)
         y = batch.targets.y                                             # (N,)
-        if self.settings.steps:
-            seed = zlib.crc32(repr(ids).encode())
-            p = solved(self.model, batch, self.settings, seed, self.draws)
-        else:
-            logits = self.lm(batch.ids)[batch.targets.index]
-            p = logits.float().softmax(-1)                              # (N, V)
-        log_p = p.gather(1, y[:, None]).clamp_min(1e-38).log()
-        return float(log_p.sum()), bool((p.argmax(-1) == y).all())
+        seed = zlib.crc32(repr(ids).encode())
+        log_p, _ = forced_log_p(self.model, batch, self.settings, [seed], self.draws)
+        of_y = log_p.gather(1, y[:, None])
+        return float(of_y.sum()), bool((log_p.argmax(-1) == y).all())
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list:
         """log p of whole texts, in windows of all positions that do not overlap."""

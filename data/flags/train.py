@@ -42,7 +42,7 @@ PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
         **EMBEDDED, "updates": 1900, "eval_every": 475,
-        "start": "paper", "new_lr": 1.0, "objective": "refine", "own_kv": True, "ema": 0.98,
+        "start": "frozen", "new_lr": 1.0, "objective": "refine", "own_kv": True, "ema": 0.98,
         **REFINEMENT,
     },
     # the same by the paper's

@@ -77,6 +77,7 @@ def replace_linears(lm, kind, convert):
 
 @torch.no_grad()
 def merge_linear(adapted: LoRA) -> nn.Linear:
-    """The frozen matrix with its correction added for good."""
+    """The frozen matrix with its correction added for good, in float32: bfloat16 loses bits."""
+    adapted.frozen.float()
     adapted.frozen.weight.copy_(adapted.sum())
     return adapted.frozen

@@ -14,6 +14,7 @@ class Modulation(NamedTuple):
     """All that depends on the time (and class) alone."""
     blocks: list            # L tensors (..., 6·C): two scales, shifts and gates for every layer
     w_d: torch.Tensor       # (..., C) weight of the path in the last hidden state
+    gate: torch.Tensor | None = None    # (..., C) of the prediction in place of the token
 
 
 class TimeTable:
@@ -29,18 +30,17 @@ class TimeTable:
             class_ids = torch.tensor([self.l2d.config.classes], device=self.l2d.to_z.weight.device)
         if torch.is_tensor(t):
             # every sequence is at a time of its own
-            rows = [self.row(time) for time in t.tolist()]
-            classes = class_ids.expand(len(rows)).tolist()
-            blocks = torch.stack([row[0][c] for row, c in zip(rows, classes)])
-            w_d = torch.stack([row[1][c] for row, c in zip(rows, classes)])
+            times = t.tolist()
+            classes = class_ids.expand(len(times)).tolist()
+            rows = [[part[c] for part in self.row(time)] for time, c in zip(times, classes)]
+            parts = [torch.stack(values) for values in zip(*rows)]
         else:
-            row = self.row(t)
-            blocks = row[0][class_ids]                                  # (n, L, 6·C)
-            w_d = row[1][class_ids]                                     # (n, C)
-        return Modulation(blocks[:, None].unbind(2), w_d[:, None])
+            parts = [part[class_ids] for part in self.row(t)]
+        blocks, *others = [part[:, None] for part in parts]             # (n, 1, L, 6·C), (n, 1, C)
+        return Modulation(blocks.unbind(2), *others)
 
     def row(self, time: float):
-        """At one time, for each of K classes and for none: (K + 1, L, 6·C) and (K + 1, C)."""
+        """At one time, for each of K classes and for none: (K + 1, L, 6·C), (K + 1, C) each."""
         if time not in self.cached:
             classes = torch.arange(self.l2d.config.classes + 1, device=self.l2d.to_z.weight.device)
             times = torch.full_like(classes, time, dtype=torch.float32)
@@ -48,5 +48,6 @@ class TimeTable:
             if len(self.cached) >= MOST:
                 # the oldest
                 del self.cached[next(iter(self.cached))]
-            self.cached[time] = torch.stack(made.blocks, dim=1), made.w_d
+            parts = torch.stack(made.blocks, dim=1), made.w_d, made.gate
+            self.cached[time] = [part for part in parts if part is not None]
         return self.cached[time]
