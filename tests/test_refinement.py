@@ -4,6 +4,8 @@ The start of the path, its objective against a plain loop, the curriculum, sampl
 tests are of the paper's path, without them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,25 @@ def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
     if "own_kv" in options:
         for own, theirs in zip(states.keys + states.values, frozen.keys + frozen.values):
             torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_gate_puts_the_prediction_in_place_of_the_current_token(family):
+    l2d = make_l2d(family, perturb=0, start="frozen", **BOTH)
+    ids, predicted = make_ids(), make_ids(seed=1)
+    states = l2d.read(ids)
+    t = torch.full(ids.shape, 0.4)
+    x_t = torch.randn(*ids.shape, 16)
+    sure = 1000 * F.one_hot(predicted, 258).float()
+    closed = l2d.modulation(t)
+    assert not closed.gate.any()
+    opened = closed._replace(gate=torch.ones_like(closed.gate))
+    found = l2d.last_hidden(x_t, t, opened, states, sure)
+    # as if it were the token that is read
+    other = replace(states, inputs=l2d.lm.embed(predicted))
+    expected = l2d.last_hidden(x_t, t, closed, other, sure)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, states.hidden, atol=1e-2)
 
 
 def test_a_path_without_the_options_is_the_papers():
