@@ -130,6 +130,7 @@ OPTIONS = {
     "self-conditioning": {"self_conditioning": True},
     "own keys and values": {"own_kv": True},
     "both": {"self_conditioning": True, "own_kv": True},
+    "both, frozen start": {"self_conditioning": True, "own_kv": True, "start": "frozen"},
 }
 
 
