@@ -135,7 +135,7 @@ OPTIONS = {
 
 
 def options_table(lm, config, batch: int, context: int, timed):
-    """The cost of our two departures beside the paper's path: in sampling and in training."""
+    """The cost of our departures beside the paper's path: in sampling and in training."""
     ids, targets = random_ids(lm, 2, batch, context + 1)
     # as in a graded answer, the last tokens count
     targets[:, :-8] = IGNORE

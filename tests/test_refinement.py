@@ -1,4 +1,4 @@
-"""Our two departures: self-conditioning with our own objective, and own keys and values.
+"""Our departures: self-conditioning with our own objective, and own keys and values.
 
 The start of the path, its objective against a plain loop, the curriculum, sampling. Most other
 tests are of the paper's path, without them.
