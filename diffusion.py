@@ -66,8 +66,8 @@ class L2D(nn.Module):
             self.from_prediction = nn.Linear(c, c, bias=False)
             nn.init.eye_(self.from_prediction.weight)
             if self.frozen_start:
+                # zero: at first the path reads the current token alone
                 self.prediction_gate = two_layers(s, s, c, zero=True)
-                nn.init.constant_(self.prediction_gate[-1].bias, config.prediction_gate)
         self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:

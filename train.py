@@ -318,8 +318,7 @@ def build_model(args, config: ModelConfig, classes: tuple):
                                 class_names=list(classes) or None,
                                 time_distribution=args.time_distribution,
                                 self_conditioning=args.objective != "paper",
-                                own_kv=args.own_kv, start=args.start, without=args.without,
-                                prediction_gate=args.prediction_gate))
+                                own_kv=args.own_kv, start=args.start, without=args.without))
         return l2d, l2d.base_sha256
     if args.method != "lora":
         return lm, None

@@ -31,7 +31,6 @@ RANGES = {
     "sigma": (1e-6, 1e6),
     "alpha": (0, 1e6),
     "class_dropout": (0, 1),
-    "prediction_gate": (0, 1),
     **dict.fromkeys(("self_conditioning", "own_kv"), (False, True, bool)),
 }
 
@@ -52,9 +51,6 @@ class L2DConfig:
     own_kv: bool = False                  # the path has keys and values of its own
     start: str = "paper"                  # one of STARTS
     without: str | None = None            # one of PARTS, for an ablation
-    # with both a frozen start and self-conditioning: 0, at first the path reads the current token;
-    # 1, the prediction in its place, and so an untrained path asks the frozen model again
-    prediction_gate: float = 0.0
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")

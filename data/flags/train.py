@@ -18,8 +18,8 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3}
 # the path of the paper, and the one from which a real model learns
-PAPER = {"start": "paper", "prediction_gate": 0.0, "new_lr": 1.0, "objective": "paper",
-         "own_kv": False, "ema": 0.0, **REFINEMENT}
+PAPER = {"start": "paper", "new_lr": 1.0, "objective": "paper", "own_kv": False, "ema": 0.0,
+         **REFINEMENT}
 FROZEN = {**PAPER, "start": "frozen", "new_lr": 0.1, "own_kv": True}
 
 # the embedded model is small and learns with large steps
@@ -41,9 +41,9 @@ LONG = {
 PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
-        **EMBEDDED, "updates": 2400, "eval_every": 600,
-        "start": "frozen", "prediction_gate": 1.0, "new_lr": 1.0, "objective": "refine",
-        "own_kv": True, "ema": 0.98, **REFINEMENT,
+        **EMBEDDED, "updates": 2800, "eval_every": 700,
+        "start": "frozen", "new_lr": 1.0, "objective": "refine", "own_kv": True, "ema": 0.98,
+        **REFINEMENT,
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
@@ -80,7 +80,7 @@ def fitting_preset(args) -> str:
 
 # flags that a resumed run cannot change
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
-            "own_kv", "start", "without", "prediction_gate", "new_lr", "objective", "seed")
+            "own_kv", "start", "without", "new_lr", "objective", "seed")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -113,9 +113,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--start", choices=STARTS,
         help="what the path computes at first: nothing (paper), or what the frozen model does")
     add("--without", choices=PARTS, help="part of --start=frozen to leave out, for an ablation")
-    add("--prediction_gate", type=float,
-        help="share of the prediction, in place of the current token, in what a path from "
-             "--start=frozen reads at first, 0 to 1")
     # objective
     add("--objective", choices=("paper", "refine", "both"),
         help="paper: random times; refine: the path's own steps; both: by turns")
@@ -227,7 +224,6 @@ def check(args, given: dict):
         for name in names:
             check_range(f"--{name}", getattr(args, name), least)
     check_range("--new_lr", args.new_lr, 0, 1)
-    check_range("--prediction_gate", args.prediction_gate, 0, 1)
     if not args.ema < 1:
         raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")
     if args.cache_frozen and args.shard:
@@ -243,12 +239,10 @@ def check(args, given: dict):
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
         (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "start", "without",
-          "prediction_gate", "new_lr", "objective", "unroll", "backprop", "keep"), l2d,
-         "--method=l2d"),
+          "new_lr", "objective",
+          "unroll", "backprop", "keep"), l2d, "--method=l2d"),
         (("dtype",), args.method in ("l2d", "lora"), "--method=l2d or lora"),
         (("without",), args.start == "frozen", "--start=frozen"),
-        (("prediction_gate",), args.start == "frozen" and args.objective != "paper",
-         "--start=frozen and --objective=refine or both"),
         (("rank",), args.method == "lora" or (l2d and not args.full_copies),
          "--method=lora, or l2d without --full_copies"),
         (("unroll", "backprop"), args.objective != "paper", "--objective=refine or both"),
