@@ -614,7 +614,7 @@ def test_a_compiler_that_does_not_work_is_one_line(base, tmp_path, capsys, monke
 # --- presets, when to stop, what to save, a plan --------------------------------------------------
 
 @pytest.mark.parametrize("flags, preset, updates", [
-    ([], "tiny", 2800),
+    ([], "tiny", 1900),
     (["--objective=paper"], "tiny_paper", 2700),
     (["--init_from=scratch", "--method=pretrain"], "scratch", 3600),
     (["--init_from=gpt2"], "topics", 1000),
@@ -622,7 +622,7 @@ def test_a_compiler_that_does_not_work_is_one_line(base, tmp_path, capsys, monke
     (["--init_from=gpt2", "--data=somewhere"], "data", 27_900),
     (["--init_from=gpt2", "--data=somewhere", "--start=paper"], "paper", 27_900),
     (["--init_from=gpt2", "--data=somewhere", "--method=full"], "paper", 27_900),
-    (["--init_from=tiny", "--data=somewhere"], "tiny", 2800),
+    (["--init_from=tiny", "--data=somewhere"], "tiny", 1900),
     (["--init_from=gpt2", "--preset=paper", "--updates=5"], "paper", 5),
 ])
 def test_the_preset_fits_model_and_data(flags, preset, updates):

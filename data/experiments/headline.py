@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
     "refine": [],
     "paper": ["--objective=paper"],
-    "lora": ["--method=lora", "--rank=98", "--updates=1900"],
+    "lora": ["--method=lora", "--rank=98"],
     "lora5": ["--method=lora", "--rank=98", "--updates=9500"],
-    "full": ["--method=full", "--updates=1900"],
+    "full": ["--method=full"],
     "full5": ["--method=full", "--updates=9500"],
     "lora_refine": [],
     "full_refine": [],
