@@ -213,14 +213,11 @@ class FrozenStates:
             inputs=self.inputs[:, -1:],
         )
 
-    def is_own(self, x) -> bool:
-        """Is there a row of x for every sequence? A single row stands for all of them."""
-        return x is not None and len(x) == len(self.hidden)
-
     def rows(self, index) -> "FrozenStates":
         """The same for some sequences of the batch, index (n,)."""
         def pick(x):
-            return x[index] if self.is_own(x) else x
+            # a single row stands for all of them
+            return x if x is None or len(x) != len(self.hidden) else x[index]
 
         if self.index:
             return replace(self, hidden=self.hidden[index], inputs=self.inputs[index],
@@ -239,10 +236,12 @@ class FrozenStates:
     def copies(self, count: int) -> "FrozenStates":
         """The tokens `count` times over, (count·B, T), before the same keys: no key is copied."""
         rows, tokens = self.size or self.hidden.shape[:2]
+        # with an index they are as many as it has places, and of the text there are `rows`
+        n = len(self.hidden)
 
-        def repeat(x):
+        def repeat(x, rows):
             # a single row stands for all of them
-            return x if x is None or len(x) < rows else torch.cat([x] * count)
+            return x if x is None or len(x) != rows else torch.cat([x] * count)
 
         index = self.index
         if index:
@@ -257,11 +256,11 @@ class FrozenStates:
             mask = torch.cat([mask] * count, dim=2)
         return replace(
             self,
-            hidden=repeat(self.hidden),
-            positions=repeat(self.positions),
+            hidden=repeat(self.hidden, n),
+            positions=repeat(self.positions, n),
             mask=mask,
-            cos_sin=repeat(self.cos_sin),
-            inputs=repeat(self.inputs),
+            cos_sin=repeat(self.cos_sin, rows),
+            inputs=repeat(self.inputs, n),
             index=index,
             size=self.size and (count * rows, tokens),
         )

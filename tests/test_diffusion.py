@@ -144,6 +144,10 @@ def test_states_at_some_positions_are_those_of_all(family):
     part = torch.tensor([2, 0])
     rows = l2d.predict(x_t[index][part, None], 0.3, labels[index[0]][part], some.rows(part))
     torch.testing.assert_close(rows, alone[part], atol=1e-4, rtol=1e-4)
+    # fewer positions than rows, in two copies
+    both = l2d.predict(x_t[index][part, None].repeat(2, 1, 1), 0.3,
+                       labels[index[0]][part].repeat(2), some.rows(part).copies(2))
+    torch.testing.assert_close(both, alone[part].repeat(2, 1, 1), atol=1e-4, rtol=1e-4)
     twice = l2d.predict(x_t[index][:, None].repeat(2, 1, 1), 0.3, labels[index[0]].repeat(2),
                         some.copies(2))
     torch.testing.assert_close(twice, alone.repeat(2, 1, 1), atol=1e-4, rtol=1e-4)
