@@ -161,21 +161,27 @@ def next_logits(batch: Decoding, settings: "Settings", watch=None) -> tuple:
         noise = [torch.randn(1, model.config.width, generator=g) for g in batch.generators]
         # x_0 ~ N(0, σ²I)
         x_0 = model.config.sigma * torch.stack(noise).to(states.hidden.device)  # (B, 1, Z) float32
-        # the solver counts calls; a guided call evaluates the network twice
-        cost, *_ = velocity.guided_inputs
-        budget = settings.max_nfe and max(1, settings.max_nfe // cost)
         seen = None
         if watch:
             def seen(rows, t, x, prediction):
                 watch(batch, rows, t, prediction)
-        solution = odeint(velocity, x_0, settings.solver, settings.steps,
-                          settings.rtol, settings.atol, budget, settings.stop_unchanged, seen)
-        logits = velocity.final_logits(solution.x, solution.prediction)
-        nfe = ((solution.nfe + 1) * cost).tolist()
+        logits, nfe, solution = solve(velocity, x_0, settings, seen)
+        nfe = nfe.tolist()
     if not logits.isfinite().all():
         raise ValueError(f"the logits of token {len(batch.answers[0].nfe)} are not finite: are the "
                          "weights damaged, or --guidance too large?")
     return logits, nfe, solution
+
+
+def solve(velocity: VelocityField, x_0, settings: "Settings", watch=None) -> tuple:
+    """(logits (B, T, V) at the end of the ODEs, NFE (B,) of each, their solution)."""
+    # the solver counts calls; a guided call evaluates the network twice
+    cost, *_ = velocity.guided_inputs
+    budget = settings.max_nfe and max(1, settings.max_nfe // cost)
+    solution = odeint(velocity, x_0, settings.solver, settings.steps,
+                      settings.rtol, settings.atol, budget, settings.stop_unchanged, watch)
+    logits = velocity.final_logits(solution.x, solution.prediction)
+    return logits, (solution.nfe + 1) * cost, solution
 
 
 def choose(logits, settings: "Settings", generators):
@@ -332,17 +338,15 @@ def forced_log_p(model, batch: Batch, settings: Settings, seeds: list, draws: in
         model, states.alone(), settings.estimate, settings.estimate_temperature,
         targets.class_ids, settings.guidance,
         [row_generator(seeds[row], place) for place, row in enumerate(rows.tolist())])
-    cost, *_ = velocity.guided_inputs
-    found, nfe = [], 0
+    # of the sum of p over the draws; added one by one, since (N, V) may be large
+    log_sum, nfe = torch.tensor(-math.inf), 0
     for _ in range(draws):
         noise = noises.normal(model.config.width).to(batch.ids.device)
         x_0 = model.config.sigma * noise[:, None]                       # (N, 1, Z)
-        solution = odeint(velocity, x_0, settings.solver, settings.steps, settings.rtol,
-                          settings.atol, stop_unchanged=settings.stop_unchanged)
-        logits = velocity.final_logits(solution.x, solution.prediction)[:, 0]
-        found.append(logits.log_softmax(-1))
-        nfe = nfe + (solution.nfe + 1) * cost
-    return torch.stack(found).logsumexp(0) - math.log(draws), nfe
+        logits, spent, _ = solve(velocity, x_0, settings)
+        log_sum = torch.logaddexp(log_sum, logits[:, 0].log_softmax(-1))
+        nfe = nfe + spent
+    return log_sum - math.log(draws), nfe
 
 
 def load_model(init_from: str, dtype: str | None = None, device: str | None = None,

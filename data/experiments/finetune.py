@@ -21,20 +21,22 @@ from data.tasks.files import find_folder
 from data.tasks.task import of_split
 from solvers import SOLVERS
 
-FROZEN = ["--method=l2d", "--start=frozen", "--objective=paper", "--own_kv"]
+# of two values of a flag the later one counts
+FROZEN = ["--method=l2d", "--start=frozen", "--objective=paper", "--own_kv", "--new_lr=0.1",
+          "--lr=1e-3"]
 # A rank of LoRA is 305,280 parameters of SmolLM2-135M: 128 are as many as the path's 39.1 M. The
 # rates of lora and frozen are the best of --sweep on sums; those of full and paper were not swept.
 METHODS = {
     "lora": ["--method=lora", "--rank=128", "--lr=1e-3"],
     "full": ["--method=full", "--lr=1e-4"],
     "paper": ["--method=l2d", "--start=paper", "--objective=paper", "--lr=1e-3"],
-    "frozen": [*FROZEN, "--new_lr=0.1", "--lr=1e-3"],
-    "refine": [*FROZEN, "--objective=refine", "--unroll=8", "--new_lr=0.1", "--lr=1e-3"],
+    "frozen": FROZEN,
+    "refine": [*FROZEN, "--objective=refine", "--unroll=8"],
     # the frozen start without one of its parts
-    "no_difference": [*FROZEN, "--without=difference", "--new_lr=0.1", "--lr=1e-3"],
-    "no_estimate": [*FROZEN, "--without=estimate", "--new_lr=0.1", "--lr=1e-3"],
-    "no_own_kv": [*FROZEN, "--no-own_kv", "--new_lr=0.1", "--lr=1e-3"],
-    "no_groups": [*FROZEN, "--new_lr=1", "--lr=1e-3"],
+    "no_difference": [*FROZEN, "--without=difference"],
+    "no_estimate": [*FROZEN, "--without=estimate"],
+    "no_own_kv": [*FROZEN, "--no-own_kv"],
+    "no_groups": [*FROZEN, "--new_lr=1"],
 }
 
 
