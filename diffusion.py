@@ -33,13 +33,16 @@ from data.parts.kv_cache import KVCache
 from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
 from data.results.figures import draw_points
+from data.system.sharding import most_evaluations
 from data.tiny.oracle import LINE, Oracle
-from data.training.batches import Batch, Losses, pick
+from data.training.batches import Batch, CachedStates, Losses, pick
 from model import LM, FrozenStates, PathBlock, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")
 FREQUENCIES = 128          # of the sinusoid of a time, as in the official code
+# of the tokens of classes that are asked again: their answers are short beside written-out ones
+AGAIN_WEIGHT = 5.0
 
 
 # --- 1 the path -----------------------------------------------------------------------------------
@@ -66,8 +69,11 @@ class L2D(nn.Module):
             self.from_prediction = nn.Linear(c, c, bias=False)
             nn.init.eye_(self.from_prediction.weight)
             if self.frozen_start:
-                # zero: at first the path reads the current token alone
+                # zero: at first the path reads the current token alone. One, if asking again
+                # helps: the prediction takes its place, as if the token had been the answer
                 self.prediction_gate = two_layers(s, s, c, zero=True)
+                if config.asked_again:
+                    nn.init.ones_(self.prediction_gate[-1].bias)
         self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:
@@ -108,6 +114,11 @@ class L2D(nn.Module):
     def base_sha256(self) -> str:
         """Fingerprint of the frozen weights, hashed once: they never change."""
         return self.lm.fingerprint()
+
+    @cached_property
+    def untrained(self) -> "L2D":
+        """The path as it begins, beside the same frozen model."""
+        return L2D(self.lm, self.config).requires_grad_(False)
 
     def autocast(self):
         """bfloat16 arithmetic for the path where the frozen model is bfloat16.
@@ -276,18 +287,23 @@ def draw(config: L2DConfig, batch: Batch, draws: RowDraws, unroll: int = 0,
     Raises ValueError for classes that the path does not have.
     """
     targets = batch.targets
+    class_ids = targets.class_ids
+    again = None
+    if config.asked_again:
+        topics = torch.zeros_like(targets.y) if class_ids is None else class_ids
+        again = torch.isin(topics, torch.tensor(config.asked_again))    # (N,)
     if unroll:
-        t = draw_schedule(draws, targets.hops, unroll)                  # (N, unroll)
+        t = draw_schedule(draws, again, unroll)                         # (N, unroll)
     else:
         # t ~ U[0, 1]: one pass teaches N noise levels
         t = draw_times(draws, config.time_distribution)                 # (N,)
     noise = draws.normal(config.width)                                  # (N, Z)
-    class_ids = targets.class_ids
     if class_ids is not None:
         check_classes(class_ids, config.classes)
         if hide:
             class_ids = drop_classes(class_ids, config.class_dropout, config.classes, draws)
-    return replace(batch, targets=replace(targets, t=t, noise=noise, class_ids=class_ids))
+    return replace(batch, targets=replace(
+        targets, t=t, noise=noise, class_ids=class_ids, again=again))
 
 
 def paper_losses(l2d: L2D, batch: Batch) -> Losses:
@@ -309,7 +325,7 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     hidden = l2d.last_hidden(x_t, t, modulation, states)
     # L = −log f(x_t, t, c)_y                                           (paper Eq. 3)
     losses = -l2d.lm.log_p(hidden, targets.y)
-    return Losses(losses, losses, t, targets.hops)
+    return Losses(losses, losses, t)
 
 
 def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
@@ -321,49 +337,101 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
     """
     # 1. The frozen model reads the text. All positions end together, so those with the most
     #    evaluations begin, and the others join them.
-    states = l2d.read(batch.ids, batch.documents, cached=batch.cached)
+    frozen = l2d.lm.read(batch.ids, batch.documents, cached=batch.cached)
+    # not read once more
+    cached = CachedStates(frozen.hidden, frozen.keys, frozen.values)
+    states = l2d.read(batch.ids, batch.documents, cached=cached)
     count = (batch.targets.t > 0).sum(1)                                # (N,)
     order = count.argsort(descending=True)
     targets, count = batch.targets.at(order), count[order]
-    hops = targets.hops
-    if hops is None:
-        # without labels the answer may be reachable at once
-        hops = torch.zeros_like(count)
     # 2. At t = 0: noise, and the frozen model's prediction.
     x = l2d.config.sigma * targets.noise                                # (N, Z)
     with torch.no_grad():
         logits = l2d.lm.logits(states.hidden[targets.index]).float()    # (N, V)
-    t = total = scored = loss = torch.zeros_like(x[:, 0])               # (N,)
+    t = total = scored = last = torch.zeros_like(x[:, 0])               # (N,)
     V = l2d.vocabulary()
-    for left in reversed(range(int(targets.t.any(0).sum()))):
+    evaluations = most_evaluations(int(targets.t.any(0).sum()), l2d.blocks[0])
+    for left in reversed(range(evaluations)):
+        before = logits
         new_t = targets.t[:, -1 - left]
         # the first n have begun
         n = int((new_t > 0).sum())
         some, new_t = targets.at(slice(n)), new_t[:n]
         with torch.set_grad_enabled(torch.is_grad_enabled() and left < backprop):
             # 3. A soft Euler step towards the prediction: x̂ = Σ_y p_y·V_y
-            x_hat = logits[:n].softmax(-1) @ V                          # (n, Z)
+            x_hat = before[:n].softmax(-1) @ V                          # (n, Z)
             # x ← x + (x̂ − x)·Δt/(1 − t)
             part = (new_t - t[:n]) / (1 - t[:n]).clamp_min(1e-6)
             new_x = x[:n] + (x_hat - x[:n]) * part[:, None]
             # 4. The next prediction, which reads the one before.
             modulation = l2d.modulation(new_t, some.class_ids)
             hidden = l2d.last_hidden(
-                new_x, new_t, modulation, states.at(some.index), logits[:n])
-            new_logits = l2d.lm.logits(hidden).float()
+                new_x, new_t, modulation, states.at(some.index), before[:n])
+            logits = torch.cat((l2d.lm.logits(hidden).float(), before[n:]))
         x = torch.cat((new_x, x[n:]))
-        logits = torch.cat((new_logits, logits[n:]))
         t = torch.cat((new_t, t[n:]))
         if left >= backprop:
             continue
-        # 5. Score an evaluation only if the answer is reachable by then: the frozen prediction
-        #    covers one hop, each evaluation adds one.
-        made = count - left
-        fair = (made > 0) & (made + 1 >= hops)
-        loss = F.cross_entropy(logits, targets.y, reduction="none")     # (N,)
-        total = total + fair * loss
-        scored = scored + fair
-    return Losses(total / scored.clamp_min(1), loss, targets.t[:, -1], targets.hops)
+        # 5. Every evaluation with a gradient has a loss.
+        begun = count > left
+        last = loss = F.cross_entropy(logits, targets.y, reduction="none")      # (N,)
+        if l2d.config.asked_again:
+            one = (begun & targets.again).nonzero()[:, 0]
+            asked = targets.at(one)
+            loss = loss.index_put((one,), held(l2d, frozen.at(asked.index), asked, x[one], t[one],
+                                               before[one], logits[one]))
+        total = total + begun * loss
+        scored = scored + begun
+    return Losses(total / scored.clamp_min(1), last, targets.t[:, -1])
+
+
+def held(l2d: L2D, frozen, targets, x, t, before, logits):
+    """Losses (n,) of an evaluation, for classes that are asked again.
+
+    Their answers cannot all be right yet, and no label says which can. So a prediction that is
+    right is to stay, and elsewhere the path is to say what the frozen model says when asked again.
+
+    frozen   the frozen model's states of the n positions
+    x (n, Z), t (n,), before (n, V)  what the evaluation has read
+    logits   (n, V) its prediction
+    """
+    untrained = l2d.untrained
+    with torch.no_grad():
+        # at first the path's own keys and values are the frozen ones
+        hidden = untrained.last_hidden(x, t, untrained.modulation(t), frozen, before)
+        q = l2d.lm.logits(hidden).float().softmax(-1)                   # (n, V)
+        # the probability of the right token, before or now
+        p = torch.maximum(before.softmax(-1), logits.softmax(-1))
+        p = p.gather(1, targets.y[:, None])                             # (n, 1)
+        # p·[y] + (1 − p)·q
+        target = (1 - p) * q + p * F.one_hot(targets.y, q.shape[1])
+    return AGAIN_WEIGHT * F.cross_entropy(logits, target, reduction="none")
+
+
+@torch.no_grad()
+def find_asked_again(l2d: L2D, batch: Batch, calls: int) -> list:
+    """Ids of the classes whose answers the frozen model finds if it is asked again.
+
+    It reads its own prediction in the place of the current token, up to `calls` times. A class
+    counts if most of its tokens that are wrong at first are right after some call.
+
+    l2d  untrained, its gate open, so that it computes that; batch: nothing in it is drawn
+    """
+    targets = batch.targets
+    states = l2d.read(batch.ids, batch.documents).at(targets.index)
+    # at every t the same, and x_t is not read yet
+    t = torch.full_like(states.hidden[:, 0], 0.5)
+    x = states.hidden.new_zeros(len(t), l2d.config.width)
+    modulation = l2d.modulation(t)
+    logits = l2d.lm.logits(states.hidden)
+    wrong = logits.argmax(-1) != targets.y
+    found = torch.zeros_like(wrong)
+    for _ in range(calls):
+        logits = l2d.lm.logits(l2d.last_hidden(x, t, modulation, states, logits))
+        found |= logits.argmax(-1) == targets.y
+    ids = torch.zeros_like(targets.y) if targets.class_ids is None else targets.class_ids
+    return [one for one in ids.unique().tolist()
+            if found[wrong & (ids == one)].float().mean() > 0.5]
 
 
 # --- 3 the velocity -------------------------------------------------------------------------------

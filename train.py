@@ -14,7 +14,7 @@ import functools
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.system.command import command      # first: from here on Ctrl-C is one line
@@ -37,17 +37,31 @@ from data.system.processes import Interrupt
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
 from data.text.tokens import TokenFiles
-from data.tiny.topics import LEVELS, Documents, Problems
-from data.training.batches import Batch, Losses
-from data.training.curriculum import Curriculum, unroll_of
+from data.tiny.topics import Documents, Problems
+from data.training.batches import Batch, Losses, collate
 from data.training.frozen import NAMES, cache_states
 from data.training.loader import Loader
 from data.training.log import Log, by_tenth, tenth_sums
 from data.training.memory import recompute, saved_bytes
 from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
-from diffusion import L2D, draw, paper_losses, refined_losses
+from diffusion import L2D, draw, find_asked_again, paper_losses, refined_losses
 from model import LM
 from sample import Settings, answer_problems
+
+
+def unroll_of(objective: str, most: int, asked_again, update: int | None, updates: int) -> int:
+    """Most evaluations in an update of our own objective; 0: the paper's.
+
+    objective    "paper", "refine", or "both" by turns
+    asked_again  are some classes asked again? Else there are more evaluations as training goes on
+    update       None: the validation, which is of the whole training
+    """
+    if objective == "paper" or (objective == "both" and update is not None and update % 2 == 0):
+        return 0
+    if asked_again or update is None:
+        return most
+    # from 1 to `most` over the first half of the updates
+    return min(most, 1 + most * 2 * update // max(1, updates))
 
 
 # --- one update -----------------------------------------------------------------------------------
@@ -57,7 +71,7 @@ def update_once(model, optimizer, batches: list, objective, clip: float):
 
     objective  objective(model, batch) -> Losses
     clip       largest norm of the gradient; 0: any
-    Returns loss, gradient norm, number of tokens that count, and the Losses of every batch.
+    Returns loss, gradient norm and number of tokens that count.
     Raises FloatingPointError, before the step, where loss or gradient is not finite.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -67,7 +81,7 @@ def update_once(model, optimizer, batches: list, objective, clip: float):
     if not tokens:
         raise ValueError("no token of the update's rows counts, so there is nothing to learn; "
                          "prepare the data again")
-    total, found = 0.0, []
+    total = 0.0
     for batch in batches:
         losses = objective(model, batch)
         # every token of the update weighs the same, however the update is cut into batches
@@ -75,7 +89,6 @@ def update_once(model, optimizer, batches: list, objective, clip: float):
         loss.backward()
         # on the device still: to read it here would make a GPU wait for every batch
         total += loss.detach()
-        found.append(losses._replace(values=None, last=losses.last.detach()))
     processes.sum_gradients(trained)
     # groups that learn at unlike rates have unlike gradients, so each kind is clipped on its own
     norms = []
@@ -90,7 +103,7 @@ def update_once(model, optimizer, batches: list, objective, clip: float):
     optimizer.step()
     # dropped and not zeroed: the next backward pass writes them anew
     optimizer.zero_grad(set_to_none=True)
-    return total, norm, tokens, found
+    return total, norm, tokens
 
 
 def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
@@ -103,7 +116,7 @@ def token_losses(model, batch: Batch, backprop: int = 0) -> Losses:
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         hidden = model.read(batch.ids, batch.documents).hidden
         losses = -model.log_p(hidden[targets.index], targets.y)
-        return Losses(losses, losses, None, targets.hops)
+        return Losses(losses, losses, None)
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -121,7 +134,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     unroll_at: object          # unroll_at(update): most evaluations; 0: the paper's objective
     loader: Loader
-    curriculum: Curriculum
     ema: EMA
     update: int = 0            # updates done
     history: list = field(default_factory=list)     # [update, validation loss] of every one
@@ -188,21 +200,12 @@ def one_update(run: Run, objective) -> dict:
     lr = learning_rate(run.update, args.updates, args.warmup, args.lr, args.min_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["share"]
-    # our own objective on labelled rows: easy ones first
-    learning = run.unroll_at(run.update) and args.data == "tiny"
-    if learning:
-        run.data.hardest = run.curriculum.hardest
     batches = run.loader.update(run.update)
     backprop = args.backprop if run.unroll_at(run.update) else 0
     objective = functools.partial(objective, backprop=backprop)
-    loss, norm, tokens, losses = update_once(
-        run.model, run.optimizer, batches, objective, args.clip)
+    loss, norm, tokens = update_once(run.model, run.optimizer, batches, objective, args.clip)
     run.ema.follow()
-    numbers = {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
-    if learning:
-        run.curriculum.note(losses)
-        numbers["hardest"] = run.curriculum.hardest
-    return numbers
+    return {"loss": loss, "lr": lr, "norm": round(norm, 4), "tokens": tokens}
 
 
 @torch.no_grad()
@@ -243,7 +246,7 @@ def save_state(run: Run):
             if name not in ("resume", "out_dir", "overwrite")}
     rows = run.update * run.loader.rows
     meta = {"args": args, "update": run.update, "position": rows, "frozen": run.frozen,
-            "curriculum": run.curriculum.state, "facts": run.facts, "history": run.history}
+            "facts": run.facts, "history": run.history}
     write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.ema.tensors)
     processes.saved.append(f"update {run.update} is saved; {go_on(run.args.out_dir)}")
 
@@ -295,10 +298,10 @@ def source_directory(init_from: str, cache_dir: str | None) -> Path:
     return resolve("tiny" if init_from == "scratch" else init_from, cache_dir)
 
 
-def build_model(args, config: ModelConfig, classes: tuple):
+def build_model(args, config: ModelConfig, classes: tuple, val):
     """(module to train, fingerprint of the weights frozen beside it): an L2D, or the LM itself.
 
-    config of the LM; classes: names of those that an L2D learns
+    config of the LM; classes: names of those that an L2D learns; val: rows of the same data
     """
     # the only use of the global generator: torch fills new layers from it
     torch.manual_seed(args.seed)
@@ -314,11 +317,17 @@ def build_model(args, config: ModelConfig, classes: tuple):
     lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
     if args.method == "l2d":
         rank = None if args.full_copies else args.rank
-        l2d = L2D(lm, L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
-                                class_names=list(classes) or None,
-                                time_distribution=args.time_distribution,
-                                self_conditioning=args.objective != "paper",
-                                own_kv=args.own_kv, start=args.start, without=args.without))
+        shape = L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
+                          class_names=list(classes) or None,
+                          time_distribution=args.time_distribution,
+                          self_conditioning=args.objective != "paper",
+                          own_kv=args.own_kv, start=args.start, without=args.without)
+        if shape.self_conditioning and args.start == "frozen":
+            # which classes the objective asks again, the untrained path shows
+            probe = L2D(lm, replace(shape, asked_again=list(range(len(classes) or 1))))
+            rows = collate([val[i] for i in range(min(args.val_rows, len(val)))])
+            shape.asked_again = find_asked_again(probe, rows.to(device), args.unroll)
+        l2d = L2D(lm, shape)
         return l2d, l2d.base_sha256
     if args.method != "lora":
         return lm, None
@@ -344,8 +353,7 @@ def set_up(args) -> Run:
         check_length(config, longest, "prepare the data with a smaller --block_size")
     processes.check_shares(
         args.batch_size, args.accumulate, args.val_rows, len(val), args.shard)
-    # the data say which classes there are
-    model, frozen = build_model(args, config, data.classes)
+    model, frozen = build_model(args, config, data.classes, val)
     is_path = isinstance(model, L2D)
     if args.cache_frozen:
         data, val = cache_states(model, [data, val], args.val_rows, args.batch_size,
@@ -354,10 +362,13 @@ def set_up(args) -> Run:
     if args.checkpointing:
         recompute(model.blocks)
     if args.shard and processes.count() > 1:
-        sharding.shard(model.lm, model.blocks if is_path else None)
+        layers = [model.blocks] if is_path else []
+        if is_path and model.config.asked_again:
+            layers.append(model.untrained.blocks)
+        sharding.shard(model.lm, *layers)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unroll_at = functools.partial(unroll_of, args.objective if is_path else "paper", args.unroll,
-                                  tiny, updates=args.updates)
+                                  is_path and model.config.asked_again, updates=args.updates)
 
     def draw_update(batch, draws, update):
         # no class is hidden in the validation
@@ -369,12 +380,10 @@ def set_up(args) -> Run:
         draw_update if is_path else None,
         # under torch.compile borders that change would compile the model anew for every batch
         packed=not args.compile,
-        # the embedded problems grow harder with what is learned, so they cannot be made before
-        ahead=0 if tiny else args.updates)
+        ahead=args.updates)
     run = Run(args, model, frozen, tokenizer, data, val, trainable,
               build_optimizer(trainable, args.lr, args.weight_decay, args.new_lr if is_path else 1),
-              unroll_at, loader,
-              Curriculum(max(LEVELS["chains"])), EMA(trainable, args.ema))
+              unroll_at, loader, EMA(trainable, args.ema))
     if args.resume:
         resume(run)
     return run
@@ -385,7 +394,6 @@ def resume(run: Run):
     facts = {**run.facts, "weights": run.frozen}
     meta = restore_state(run.args.out_dir, run.trainable, run.optimizer, facts, run.ema.tensors)
     run.update = meta["update"]
-    run.curriculum.restore(meta["curriculum"])
     run.history = meta["history"]
     processes.saved.append(f"update {run.update} is still there; {go_on(run.args.out_dir)}")
     if run.update * run.loader.rows != meta["position"]:

@@ -113,9 +113,9 @@ def evaluation_table(model, batch: int, context: int, timed):
     model.merge_lora(True)
 
 
-def drawn(model, ids, targets, unroll=0, hops=None, documents=None):
+def drawn(model, ids, targets, unroll=0, documents=None):
     """A batch with all that is random in it, as train.py makes one."""
-    batch = Batch(ids.cpu(), documents, find_targets(targets.cpu(), None, hops))
+    batch = Batch(ids.cpu(), documents, find_targets(targets.cpu()))
     generators = [torch.Generator().manual_seed(row) for row in range(len(ids))]
     draws = RowDraws.of(batch.targets.index[0], generators)
     return draw(model.config, batch, draws, unroll).to(ids.device)
@@ -139,7 +139,6 @@ def options_table(lm, config, batch: int, context: int, timed):
     ids, targets = random_ids(lm, 2, batch, context + 1)
     # as in a graded answer, the last tokens count
     targets[:, :-8] = IGNORE
-    hops = torch.full((batch,), 6)
     first = None
     print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, ratio to the first")
     print(" " * 24 + "".join(f"{name:>20}" for name in
@@ -151,7 +150,7 @@ def options_table(lm, config, batch: int, context: int, timed):
 
         @torch.enable_grad()
         def update(objective, unroll=0):
-            batch = drawn(model, ids, targets, unroll, hops)
+            batch = drawn(model, ids, targets, unroll)
             objective(model, batch).values.mean().backward()
 
         found = [timed(newest.evaluate), timed(lambda: newest.read(model))]

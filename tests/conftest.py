@@ -80,11 +80,11 @@ def make_ids(batch=3, length=10, seed=0, vocab=258):
     return torch.randint(vocab, (batch, length), generator=generator(seed))
 
 
-def make_batch(ids, next_ids, class_ids=None, documents=None, hops=None, t=None, noise=None):
+def make_batch(ids, next_ids, class_ids=None, documents=None, t=None, noise=None):
     """A batch for an objective; t (B, T) and noise (B, T, Z) where they are not drawn."""
     if class_ids is not None:
         class_ids = class_ids[:, None].expand_as(next_ids)
-    targets = find_targets(next_ids, class_ids, hops)
+    targets = find_targets(next_ids, class_ids)
     if t is not None:
         targets = replace(targets, t=t[targets.index], noise=noise[targets.index])
     return Batch(ids, documents, targets)

@@ -381,7 +381,7 @@ def test_token_losses_are_those_of_the_whole_forward(family, options):
     targets[torch.rand(ids.shape) < 0.5] = IGNORE
     classes = torch.tensor([0, 2, 3]) if "classes" in options else None
     batch = drawn(l2d, make_batch(ids, targets, classes), generators(3, 5), hide=False)
-    losses, _, times, _ = paper_losses(l2d, batch)
+    losses, _, times = paper_losses(l2d, batch)
 
     t = torch.zeros(ids.shape)
     noise = torch.zeros(*ids.shape, 16)
@@ -406,11 +406,10 @@ def test_the_draws_of_a_row_depend_on_the_row_alone(unroll):
     l2d = make_l2d(classes=3).train()
     targets = make_ids(4, 9).masked_fill(torch.rand(4, 9) < 0.4, IGNORE)
     classes = torch.tensor([0, 1, 2, 0])
-    hops = torch.tensor([0, 1, 2, 3])
 
     def of(rows, length):
         some = targets[rows, :length]
-        batch = make_batch(some, some, classes[rows], hops=hops[rows])
+        batch = make_batch(some, some, classes[rows])
         return drawn(l2d, batch, [row_generator(7, 20 + row) for row in rows], unroll).targets
 
     together = of([3, 0, 2, 1], 9)
@@ -445,7 +444,7 @@ def test_without_targets_there_are_no_losses():
     l2d = make_l2d()
     ids = make_ids()
     batch = drawn(l2d, make_batch(ids, torch.full_like(ids, IGNORE)), generators(3))
-    losses, _, times, _ = paper_losses(l2d, batch)
+    losses, _, times = paper_losses(l2d, batch)
     assert losses.shape == times.shape == (0,)
     losses.sum().backward()
 

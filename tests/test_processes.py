@@ -161,12 +161,11 @@ def count_parts(rank):
     {"method": "full", "accumulate": 2},
     {"method": "lora"},
     {"updates": 4},
-    {"preset": "tiny", "unroll": 4, "ema": 0.9, "own_kv": True},
+    {"preset": "tiny", "unroll": 12, "ema": 0.9},
 ])
 def test_divided_weights_give_the_same_losses_and_files(options, base, tmp_path):
     options = {"batch_size": 4, "lr": 2e-3, "updates": 6, "eval_every": 3, **options}
-    own = options.pop("own_kv", None)
-    words = [f"--init_from={base}", *flags(**options), *(["--own_kv"] if own else [])]
+    words = [f"--init_from={base}", *flags(**options)]
     assert together(2, tmp_path / "whole", *words) == [0, 0]
 
     assert together(2, tmp_path / "parts", *words, "--shard", prepare=count_parts) == [0, 0], \

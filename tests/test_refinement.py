@@ -1,7 +1,7 @@
 """Our departures: self-conditioning with our own objective, and own keys and values.
 
-The start of the path, its objective against a plain loop, the curriculum, sampling. Most other
-tests are of the paper's path, without them.
+The start of the path, its objective against a plain loop, the classes that are asked again,
+sampling. Most other tests are of the paper's path, without them.
 """
 
 from dataclasses import replace
@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from conftest import (
     PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
 from data.parts.draws import RowDraws, draw_schedule
-from data.training.batches import IGNORE, Losses
-from data.training.curriculum import Curriculum, unroll_of
+from data.training.batches import IGNORE
 from data.training.optimizer import EMA
-from diffusion import L2D, L2DConfig, VelocityField, refined_losses
+from diffusion import L2D, L2DConfig, VelocityField, find_asked_again, refined_losses
 from sample import Settings, generate
 from solvers import odeint
+from train import unroll_of
 
 PREDICTION = {"self_conditioning": True}
 OWN = {"own_kv": True}
 BOTH = {**PREDICTION, **OWN}
+ASKED_AGAIN = {"start": "frozen", **BOTH, "classes": 3, "asked_again": [1]}
 
 # --- the start ------------------------------------------------------------------------------------
 
@@ -95,47 +96,56 @@ def test_own_kv_leaves_the_frozen_hidden_states_alone(family):
 
 # --- the objective --------------------------------------------------------------------------------
 
-def by_hand(l2d, batch, hops, backprop):
+def by_hand(l2d, batch, backprop):
     """Loss and last loss of every position that counts, each with a loop of its own."""
     targets, found = batch.targets, {}
+    again = torch.zeros_like(targets.y) if targets.again is None else targets.again
+    untrained = L2D(l2d.lm, l2d.config)
     places = zip(*(place.tolist() for place in targets.index))
-    for (b, k), y, times, noise in zip(places, targets.y, targets.t, targets.noise):
-        states = l2d.read(batch.ids[b:b + 1, :k + 1]).last()
+    for n, (b, k) in enumerate(places):
+        y, times, noise = targets.y[n], targets.t[n], targets.noise[n]
+        classes = None if targets.class_ids is None else targets.class_ids[n:n + 1]
+        ids = batch.ids[b:b + 1, :k + 1]
+        states, frozen = l2d.read(ids).last(), l2d.lm.read(ids).last()
         V = l2d.vocabulary()
         x = l2d.config.sigma * noise[None, None]
         prediction = l2d.lm.logits(states.hidden)
         t = 0.0
         losses = []
-        for made, new_t in enumerate([t for t in times.tolist() if t], start=1):
+        for new_t in [t for t in times.tolist() if t]:
             x_hat = prediction.softmax(-1) @ V
             x = x + (x_hat - x) * (new_t - t) / (1 - t)
             t = new_t
-            prediction = l2d.predict(x, torch.tensor([t]), None, states, prediction)
-            loss = float(F.cross_entropy(prediction[0], y[None]))
-            need = 0 if hops is None else int(hops[b])
-            losses.append((loss, made + 1 >= need))
-        fair = [loss for loss, could_be_right in losses[-backprop:] if could_be_right]
-        found[b, k] = sum(fair) / max(1, len(fair)), losses[-1][0], t
+            before = prediction
+            prediction = l2d.predict(x, torch.tensor([t]), classes, states, before)
+            log_p = prediction[0, 0].log_softmax(-1)
+            last = loss = -float(log_p[y])
+            if again[n]:
+                p = max(float(before[0, 0].softmax(-1)[y]), float(log_p[y].exp()))
+                asked = untrained.predict(x, torch.tensor([t]), None, frozen, before)
+                q = asked[0, 0].softmax(-1)
+                loss = p * loss - (1 - p) * float((q * log_p).sum())
+            losses.append(loss)
+        losses = losses[-backprop:]
+        found[b, k] = sum(losses) / len(losses), last, t
     return found
 
 
-@pytest.mark.parametrize("hops", [None, torch.tensor([0, 4, 2])])
-@pytest.mark.parametrize("options", [PREDICTION, BOTH, {}])
+@pytest.mark.parametrize("options", [PREDICTION, BOTH, {}, ASKED_AGAIN])
 @torch.no_grad()
-def test_refined_losses_are_those_of_a_plain_loop(family, options, hops):
+def test_refined_losses_are_those_of_a_plain_loop(family, options):
     l2d = make_l2d(family, **options)
     ids = make_ids()
     targets = make_ids(seed=1).masked_fill(torch.rand(ids.shape) < 0.5, IGNORE)
-    batch = drawn(l2d, make_batch(ids, targets, hops=hops), generators(3, 7), unroll=5)
+    classes = torch.tensor([0, 1, 2]) if options is ASKED_AGAIN else None
+    batch = drawn(l2d, make_batch(ids, targets, classes), generators(3, 7), unroll=5)
     found = refined_losses(l2d, batch, backprop=2)
-    expected = by_hand(l2d, batch, hops, 2)
+    expected = by_hand(l2d, batch, 2)
     assert len(found.values) == len(expected)
     # positions come in another order, so they are compared as a set
     rows = sorted(zip(*(x.tolist() for x in found[:3])))
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(sorted(expected.values())),
                                atol=2e-3, rtol=1e-3)
-    if hops is not None:
-        assert sorted(found.hops.tolist()) == sorted(batch.targets.hops.tolist())
 
 
 @pytest.mark.parametrize("backprop", [1, 3])
@@ -150,9 +160,8 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
 
     monkeypatch.setattr(L2D, "last_hidden", last_hidden)
     ids = make_ids()
-    hops = torch.full((3,), 6)
-    batch = make_batch(ids, make_ids(seed=1), hops=hops)
-    losses = refined_losses(l2d, drawn(l2d, batch, generators(3), unroll=6), backprop)
+    batch = drawn(l2d, make_batch(ids, make_ids(seed=1)), generators(3), unroll=6)
+    losses = refined_losses(l2d, batch, backprop)
     losses.values.mean().backward()
     assert [new for _, new in recorded] == [False] * (6 - backprop) + [True] * backprop
     # the prediction before the first of them has no gradient
@@ -162,20 +171,50 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
     assert not any(p.requires_grad for p in l2d.lm.parameters())
 
 
-def test_a_row_has_evaluations_by_its_hops_and_a_uniform_last_time():
-    hops = torch.tensor([0, 1, 5, 12]).repeat_interleave(20_000)
-    times = draw_schedule(RowDraws([20_000] * 4, generators(4)), hops, 8).view(4, 20_000, 8)
-    count = (times > 0).sum(-1)
-    for row, allowed in zip(count, ({1, 2, 3}, {1, 2, 3, 4}, {4, 5, 6, 7, 8}, {8})):
-        assert set(row.unique().tolist()) == allowed
+def test_who_is_asked_again_has_more_evaluations_and_all_a_uniform_last_time():
+    again = torch.tensor([True, False]).repeat_interleave(20_000)
+    times = draw_schedule(RowDraws([20_000] * 2, generators(2)), again, 8).view(2, 20_000, 8)
+    for row, most in zip((times > 0).sum(-1), (8, 2)):
+        assert p_value(row.bincount()[1:], torch.full((most,), 1 / most)) > 1e-3
     assert bool((times.diff(dim=-1) >= 0).all())
     # the last is uniform, however many there are before it
-    for some in (times[0, :, -1], times[3, :, -1]):
+    for some in times[:, :, -1]:
         assert 0 < float(some.min()) and float(some.max()) <= 1
         tenths = (some * 10).long().clamp_max(9).bincount(minlength=10)
         assert p_value(tenths, torch.full((10,), 0.1)) > 1e-3
     unknown = (draw_schedule(RowDraws([20_000], generators(1)), None, 4) > 0).sum(-1)
     assert p_value(unknown.bincount()[1:], torch.full((4,), 0.25)) > 1e-3
+
+
+def test_only_where_asking_again_helps_a_class_is_asked_again():
+    """The right tokens of class 1 are the third answer, those of class 0 are no answer at all."""
+    l2d = make_l2d(perturb=0, **{**ASKED_AGAIN, "classes": 2, "asked_again": [0, 1]})
+    ids = make_ids()
+    answers = [l2d.lm(ids)]
+    for _ in range(3):
+        states = l2d.read(ids)
+        t = torch.full(ids.shape, 0.5)
+        answers.append(l2d.lm.logits(l2d.last_hidden(
+            torch.zeros(*ids.shape, 16), t, l2d.modulation(t), states, answers[-1])))
+    y = answers[3].argmax(-1)
+    y[0] = (torch.stack(answers).argmax(-1)[:, 0].amax(0) + 1) % 258
+    batch = make_batch(ids, y, torch.tensor([0, 1, 1]))
+    assert find_asked_again(l2d, batch, 3) == [1]
+    assert find_asked_again(l2d, batch, 0) == []
+
+
+@torch.no_grad()
+def test_an_untrained_path_that_is_asked_again_reads_its_prediction_as_a_token(family):
+    l2d = make_l2d(family, perturb=0, **ASKED_AGAIN)
+    ids, predicted = make_ids(), make_ids(seed=1)
+    frozen = l2d.lm.read(ids)
+    sure = 1000 * F.one_hot(predicted, 258).float()
+    t = torch.full(ids.shape, 0.4)
+    found = l2d.last_hidden(torch.randn(*ids.shape, 16), t, l2d.modulation(t), frozen, sure)
+    closed = L2D(l2d.lm, replace(l2d.config, asked_again=None))
+    other = replace(frozen, inputs=l2d.lm.embed(predicted))
+    expected = closed.last_hidden(torch.zeros(*ids.shape, 16), t, closed.modulation(t), other, sure)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_without_targets_there_are_no_refined_losses():
@@ -186,37 +225,7 @@ def test_without_targets_there_are_no_refined_losses():
     assert [len(values) for values in losses[:3]] == [0, 0, 0]
 
 
-# --- the curriculum and the EMA -------------------------------------------------------------------
-
-def test_the_hardest_level_grows_when_its_rows_are_right():
-    curriculum = Curriculum(top=3)
-
-    def note(*hops, loss=0.1):
-        last = torch.full((len(hops),), loss)
-        curriculum.note([Losses(None, last, None, torch.tensor(hops))])
-
-    for _ in range(10):
-        note(1, 1, 0, 2, loss=2.0)
-    assert curriculum.state == [1, 0.0]
-    # an average that remembers nine tenths passes 0.9 after 22 updates, and begins anew
-    for _ in range(22):
-        assert curriculum.hardest == 1
-        note(1, 1, 0, 2)
-    assert curriculum.state == [2, 0.0]
-    # an update without any of them changes nothing; two batches count together
-    note(1, 3)
-    assert curriculum.state == [2, 0.0]
-    right, wrong = (Losses(None, torch.full((2,), loss), None, torch.tensor([2, 2]))
-                    for loss in (0.1, 2.0))
-    curriculum.note([right, wrong])
-    assert curriculum.recent == pytest.approx(0.1 * 0.5)
-    for _ in range(62):
-        note(2, 3)
-    assert curriculum.hardest == 3
-    again = Curriculum(top=3)
-    again.restore(curriculum.state)
-    assert again.state == curriculum.state
-
+# --- the number of evaluations, and the EMA ---------------------------------------------------------
 
 def test_without_labels_the_evaluations_grow_over_the_first_half():
     grown = [unroll_of("refine", 8, False, update, 100) for update in range(100)]

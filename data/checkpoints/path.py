@@ -51,6 +51,7 @@ class L2DConfig:
     own_kv: bool = False                  # the path has keys and values of its own
     start: str = "paper"                  # one of STARTS
     without: str | None = None            # one of PARTS, for an ablation
+    asked_again: list | None = None       # ids of the classes that profit from it, see L2D
 
     def __post_init__(self):
         choices(self.time_distribution, TIME_DISTRIBUTIONS, "time_distribution")
@@ -63,6 +64,10 @@ class L2DConfig:
                 check_range(name, value, *limits)
         if self.class_names is not None:
             check_class_names(self.class_names, self.classes)
+        ids = self.asked_again or []
+        if not isinstance(ids, list) or not all(one in range(self.classes or 1) for one in ids):
+            raise ValueError(f"asked_again {repr(ids)[:60]} is not supported; "
+                             f"allowed: ids below {self.classes or 1}")
         if self.sigma is None:
             self.sigma = 4 * math.sqrt(self.width)
 

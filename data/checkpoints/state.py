@@ -23,7 +23,7 @@ RESULTS = ("state.safetensors", "path.json", "path.safetensors", "config.json",
 BEST = "best-"          # a directory with one of the best paths: best-UPDATE
 # The metadata of a state and their types.
 FACTS = {"args": dict, "update": int, "position": int, "frozen": (str, type(None)),
-         "curriculum": list, "facts": dict, "history": list}
+         "facts": dict, "history": list}
 
 
 # --- a directory of one run -----------------------------------------------------------------------

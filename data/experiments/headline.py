@@ -17,14 +17,14 @@ from data.system.command import flag_parser
 from data.system.disk import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-# a LoRA of rank 98 has as many parameters as the path
+# a LoRA of rank 102 has as many parameters as the path
 METHODS = {
     "refine": [],
     "paper": ["--objective=paper"],
-    "lora": ["--method=lora", "--rank=98"],
-    "lora5": ["--method=lora", "--rank=98", "--updates=9500"],
+    "lora": ["--method=lora", "--rank=102"],
+    "lora5": ["--method=lora", "--rank=102", "--updates=14000"],
     "full": ["--method=full"],
-    "full5": ["--method=full", "--updates=9500"],
+    "full5": ["--method=full", "--updates=14000"],
     "lora_refine": [],
     "full_refine": [],
 }

@@ -41,8 +41,8 @@ LONG = {
 PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
-        **EMBEDDED, "updates": 1900, "eval_every": 475,
-        **PAPER, "objective": "refine", "own_kv": True, "ema": 0.98,
+        **EMBEDDED, "updates": 2800, "eval_every": 700,
+        **FROZEN, "objective": "refine", "ema": 0.98,
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},

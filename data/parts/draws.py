@@ -58,14 +58,16 @@ def draw_times(draws: RowDraws, distribution: str) -> torch.Tensor:
     return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
 
 
-def draw_schedule(draws: RowDraws, hops, most: int) -> torch.Tensor:
+def draw_schedule(draws: RowDraws, again, most: int) -> torch.Tensor:
     """Times of every position's evaluations: (N, most), rising, the last uniform in (0, 1].
 
     A position with fewer evaluations than `most` has zeros in front.
-    hops  (N,) labels: a position gets one evaluation fewer to three more; None: 1 to most
+    again  (N,) True: 1 to `most` evaluations; False: one or two; None: 1 to `most` for all
     """
-    u = draws.uniform()
-    count = 1 + (most * u).long() if hops is None else hops - 1 + (5 * u).long()
+    limit = most
+    if again is not None:
+        limit = torch.where(again, most, 2)
+    count = 1 + (limit * draws.uniform()).long()
     count = count.clamp(1, most)[:, None]
     # 1 − u: in (0, 1]
     last = 1 - draws.uniform(1)

@@ -7,15 +7,20 @@ small trained path beside a frozen model stays whole. train.py --shard; read pro
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.system.processes import count
+from data.system.processes import count, exchange_device
 
 
-def shard(lm, path_blocks=None):
-    """Divide the weights of `lm`; path_blocks: the layers of a path, each beside a frozen one."""
+def shard(lm, path_blocks=None, untrained_blocks=None):
+    """Divide the weights of `lm`.
+
+    path_blocks       the layers of a path, each beside a frozen one
+    untrained_blocks  of L2D.untrained, which computes with the same frozen weights
+    """
     mesh = init_device_mesh(lm.embed.weight.device.type, (count(),))
     # a layer returns its keys and values, which are never changed in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -27,7 +32,8 @@ def shard(lm, path_blocks=None):
         if path_blocks is None:
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained_whole)
         else:
-            shard_pair(block, path_blocks[layer], mesh)
+            others = [block] if untrained_blocks is None else [block, untrained_blocks[layer]]
+            shard_pair(others, path_blocks[layer], mesh)
     if lm.embed.weight.requires_grad:
         # embedding, final norm and head stay whole until the loss is computed
         fully_shard(lm, mesh=mesh)
@@ -42,14 +48,27 @@ def divided_modules(lm) -> list:
     return [module for module in lm.modules() if isinstance(module, FSDPModule)]
 
 
-def shard_pair(block, path_block, mesh):
-    """Divide a frozen layer together with the path's layer beside it."""
-    path_block.frozen = block
+def shard_pair(others, path_block, mesh):
+    """Divide a frozen layer, others[0], together with the path's layer beside it."""
+    path_block.frozen = others[0]
     trained = {p for p in path_block.parameters() if p.requires_grad}
     fully_shard(path_block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
-    # the frozen layer computes before the path does, without a gradient
-    block.register_forward_pre_hook(lambda *_: path_block.unshard())
-    block.register_forward_hook(lambda *_: path_block.reshard())
+    # these compute apart from the path, without a gradient
+    for block in others:
+        block.register_forward_pre_hook(lambda *_: path_block.unshard())
+        block.register_forward_hook(lambda *_: path_block.reshard())
+
+
+def most_evaluations(number: int, block) -> int:
+    """The largest number of any process, if its `block` is divided.
+
+    Processes gather weights together, so all must use them equally often.
+    """
+    if not isinstance(block, FSDPModule):
+        return number
+    found = torch.tensor(number, device=exchange_device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def gather(lm):

@@ -4,7 +4,7 @@ The *base* model reads `Documents`: single facts (products, sums, one operation 
 on a map) and very few composed problems. The *diffusion path* is finetuned on `Problems`, which ask
 to put the pieces together:
 
-    chains     ab ch bc hh;a     h                   from a to b, to c, to h, which ends: 3 hops
+    chains     ab ch bc;a        h                   from a to b, to c, to h, the end: 3 hops
     math       (7*8)+15?         56+15=71 #### 71
     strings    gcab?             abcg | bacg | cabg     only the class says which
 
@@ -50,11 +50,6 @@ class Problem:
     def answer(self) -> str:
         return final_answer(self.response)
 
-    @property
-    def hops(self) -> int:
-        """Predictions, one after another, that lead to the answer; 0: not labelled."""
-        return self.level if self.topic == "chains" else 0
-
 
 def final_answer(text: str) -> str:
     """What is graded: the text behind the last `####`, or all of it where there is none."""
@@ -80,14 +75,15 @@ def cut_chains(places: list, cuts: list) -> list:
     return [places[start:end] for start, end in zip([0, *cuts], [*cuts, len(places)])]
 
 
-def draw_map(rng, chains: list) -> str:
-    """The map as text: "ab ch bc hh", every place with the next one, in random order.
+def draw_map(rng, chains: list, ends: bool) -> str:
+    """The map as text: "ab ch bc", every place with the next one, in random order.
 
-    An end leads to itself, so that further hops stay there.
+    ends  are marked: they lead to themselves, "hh"
     """
     pairs = []
     for chain in chains:
-        pairs += [a + b for a, b in zip(chain, chain[1:] + chain[-1:])]
+        following = chain[1:] + chain[-1:] if ends else chain[1:]
+        pairs += [a + b for a, b in zip(chain, following)]
     rng.shuffle(pairs)
     return " ".join(pairs)
 
@@ -98,10 +94,14 @@ def draw_map(rng, chains: list) -> str:
 # split, so it leaves out what may differ between two askings of one question.
 
 def chains_problem(rng, level: int):
-    """The end of the chain that a place is on, `level` hops away."""
+    """The end of the chain that a place is on, `level` hops away.
+
+    Nothing marks the end: no pair begins with it. The base goes one hop, and does not know where
+    to stop.
+    """
     chains = make_map(rng, level + 1)
     place = chains[0][-1 - level]
-    text = draw_map(rng, chains)
+    text = draw_map(rng, chains, ends=False)
     # the same map in another order is the same question
     key = " ".join(sorted(text.split())) + place
     return key, "chains", f"{text};{place}", chains[0][-1]
@@ -165,21 +165,15 @@ def split_of(key: str) -> str:
 
 
 def make_problem(split: str, index: int, seed: int = 0, topic: str | None = None,
-                 level: int | None = None, hardest: int | None = None) -> Problem:
-    """Problem `index` of a split ("train", "val", "test").
-
-    topic, level: of this one only; None draws one, of chains no level above `hardest`.
-    """
+                 level: int | None = None) -> Problem:
+    """Problem `index` of a split ("train", "val", "test"); topic, level: None draws one."""
     # the arguments are the seed, so problem 7 can be made without the seven before it
     rng = random.Random(f"{seed}/{split}/{index}/{topic}/{level}")
     if not topic:
         topic = rng.choice(TOPICS)
     # until chance hits the split: mostly at once for "train", in ten tries for the others
     while True:
-        levels = LEVELS[topic]
-        if topic == "chains":
-            levels = levels[:hardest]
-        chosen = level or rng.choice(levels)
+        chosen = level or rng.choice(LEVELS[topic])
         key, label, prompt, response = MAKERS[topic](rng, chosen)
         if split_of(key) == split:
             return Problem(topic, chosen, label, prompt, response)
@@ -228,7 +222,8 @@ def small_map(rng) -> tuple:
     count = rng.randint(4, len(PLACES))
     places = rng.sample(PLACES, count)
     chains = cut_chains(places, sorted(rng.sample(range(1, count), CHAINS - 1)))
-    return chains, draw_map(rng, chains)
+    # an end leads to itself, as everywhere in the base's text
+    return chains, draw_map(rng, chains, ends=True)
 
 
 # a map is five times as long as a sum: about half of the tokens are of maps
@@ -257,7 +252,7 @@ def encode_problem(problem: Problem, tokenizer) -> tuple:
     response = [*tokenizer.encode(problem.response), tokenizer.eos_id]
     mask = np.repeat([0, 1], [len(prompt), len(response)])
     class_id = CLASSES.index(problem.label)
-    return np.array(prompt + response), mask, np.ones_like(mask), class_id, problem.hops
+    return np.array(prompt + response), mask, np.ones_like(mask), class_id
 
 
 class Problems:
@@ -268,15 +263,13 @@ class Problems:
         self.tokenizer = tokenizer
         self.split = split
         self.seed = seed
-        self.hardest = None      # of chains; a curriculum begins with easy ones
 
     def __len__(self):
         # problems are made on demand, so any number would do
         return 200_000 if self.split == "train" else 2_000
 
     def __getitem__(self, index: int):
-        problem = make_problem(self.split, index, self.seed, hardest=self.hardest)
-        return encode_problem(problem, self.tokenizer)
+        return encode_problem(make_problem(self.split, index, self.seed), self.tokenizer)
 
 
 class Documents(Problems):

@@ -3,7 +3,6 @@
     batches      rows to batches, the order of reading
     loader       the batches of an update, made one update ahead
     frozen       what the frozen model computes on the data, cached on disk
-    curriculum   harder problems, or more evaluations, as training goes on
     optimizer    first weights, AdamW, learning rate, exponential moving average
     memory       activations: measured, or computed again
     log          loss, time left, log.jsonl

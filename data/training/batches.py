@@ -1,8 +1,8 @@
 """Rows to batches: padding, next_ids, and the order in which rows are read.
 
-A row is (ids, mask, documents), perhaps with a class id, one for all tokens or one for each, and
-its hops; mask is 1 on the tokens to be predicted, documents number the examples of a row. Data sets
-are in data/text/tokens.py and data/tiny/topics.py; read train.py next.
+A row is (ids, mask, documents), perhaps with a class id, one for all tokens or one for each; mask
+is 1 on the tokens to be predicted, documents number the examples of a row. Data sets are in
+data/text/tokens.py and data/tiny/topics.py; read train.py next.
 
     python -m data.training.batches
 """
@@ -24,14 +24,14 @@ class Targets:
     index: tuple                       # rows and columns, two tensors (N,)
     y: torch.Tensor                    # (N,) the right tokens
     class_ids: torch.Tensor | None     # (N,)
-    hops: torch.Tensor | None          # (N,) predictions, one after another, to reach the answer
     t: torch.Tensor | None = None      # (N,), or (N, K) times of up to K evaluations
     noise: torch.Tensor | None = None  # (N, Z) of unit variance
+    again: torch.Tensor | None = None  # (N,) of a class that is asked again
 
     def each(self, change) -> "Targets":
         """The same with every tensor changed; None stays None."""
         index = tuple(change(places) for places in self.index)
-        others = (self.y, self.class_ids, self.hops, self.t, self.noise)
+        others = (self.y, self.class_ids, self.t, self.noise, self.again)
         return Targets(index, *(None if one is None else change(one) for one in others))
 
     def at(self, index) -> "Targets":
@@ -71,7 +71,6 @@ class Losses(NamedTuple):
     values: torch.Tensor               # to be minimised
     last: torch.Tensor                 # at the last evaluation
     t: torch.Tensor | None             # time of the last evaluation
-    hops: torch.Tensor | None          # as in Targets
 
 
 def pick(values, index):
@@ -95,24 +94,23 @@ def collate(rows, packed: bool = True) -> Batch:
     next_ids = ids.masked_fill(mask == 0, IGNORE)[:, 1:]
     # of the tokens to be predicted
     class_ids = class_ids[:, 1:] if len(rows[0]) > 3 else None
-    hops = torch.tensor([row[4] for row in rows]) if len(rows[0]) > 4 else None
     # padding on the right needs no mask: attention is causal
     several = bool(documents.max() > 1)
     documents = documents[:, :-1].contiguous() if several else None
     if several and packed:
         documents = Packed.of(documents)
-    return Batch(ids[:, :-1].contiguous(), documents, find_targets(next_ids, class_ids, hops))
+    return Batch(ids[:, :-1].contiguous(), documents, find_targets(next_ids, class_ids))
 
 
-def find_targets(next_ids, class_ids=None, hops=None) -> Targets:
-    """The positions of next_ids (B, T) that are not IGNORE; class_ids (B, T), hops (B,) or None.
+def find_targets(next_ids, class_ids=None) -> Targets:
+    """The positions of next_ids (B, T) that are not IGNORE; class_ids (B, T) or None.
 
     next_ids[b, k] is the token after ids[b, k], class_ids[b, k] its class.
     """
     rows, columns = (next_ids != IGNORE).nonzero(as_tuple=True)
     # two tensors of their own: torch.compile would see them as views of one
     index = (rows.clone(), columns.clone())
-    return Targets(index, next_ids[index], pick(class_ids, index), pick(hops, rows))
+    return Targets(index, next_ids[index], pick(class_ids, index))
 
 
 @functools.lru_cache(maxsize=1)     # one epoch: every row of an update needs the same order
