@@ -27,8 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoints.path import L2DConfig, base_facts, check_base, fill, read_path, save_path
-from data.parts.draws import (
-    RowDraws, check_classes, draw_schedule, draw_times, draw_tokens, drop_classes)
+from data.parts.draws import draw_tokens
 from data.parts.kv_cache import KVCache
 from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
@@ -57,29 +56,25 @@ class L2D(nn.Module):
         c, z, s = lm.config.hidden_size, config.width, config.cond_dim
         self.to_z = nn.Linear(c, z)          # W of Eq. 5; with a bias, as the official code
         # The frozen start: the path begins as a copy of the frozen layers, reads the current token
-        # as they do, and adds what it changes. So does a path with words of its own to read, but
-        # its prediction then takes the place of the token.
+        # as they do, and adds what it changes.
         self.frozen_start = config.start == "frozen"
         self.merges_difference = self.frozen_start and config.without != "difference"
-        self.reads_token = self.frozen_start or (config.own_kv and not config.self_conditioning)
-        working_copy = self.reads_token or config.self_conditioning
-        self.from_z = two_layers(z, s, c, zero=working_copy)
+        self.from_z = two_layers(z, s, c, zero=self.frozen_start)
         self.from_prediction = self.prediction_gate = None
         if config.self_conditioning:
             self.from_prediction = nn.Linear(c, c, bias=False)
             nn.init.eye_(self.from_prediction.weight)
-            if self.frozen_start:
-                # zero: at first the path reads the current token alone. One, if asking again
-                # helps: the prediction takes its place, as if the token had been the answer
-                self.prediction_gate = two_layers(s, s, c, zero=True)
-                if config.asked_again:
-                    nn.init.ones_(self.prediction_gate[-1].bias)
+            # zero: at first the path reads the current token alone. One, where asking again helps:
+            # its prediction takes the place of the token
+            self.prediction_gate = two_layers(s, s, c, zero=True)
+            if config.asked_again:
+                nn.init.ones_(self.prediction_gate[-1].bias)
         self.time = two_layers(2 * FREQUENCIES, s, s)    # of its sinusoid
         self.class_embedding = None
         if config.classes:
             self.class_embedding = nn.Embedding(config.classes + 1, s)     # last row: no class
         self.blocks = nn.ModuleList(
-            PathBlock(block, config.rank, config.alpha, s, config.own_kv, working_copy)
+            PathBlock(block, config.rank, config.alpha, s, config.own_kv, self.frozen_start)
             for block in lm.blocks)
         # g of Eq. 6; it has no last bias, which would cancel in w_d
         self.time_gate = two_layers(s, s, c, bias=False, zero=True)
@@ -223,13 +218,10 @@ class L2D(nn.Module):
                 if before is None:
                     before = self.lm.logits(hidden)
                 p = before.float().softmax(-1).to(self.lm.embed.weight.dtype)
-                # E·Σ_y p_y·e_y
+                # by time and class it may take the place of the current token: a·(E·Σ_y p_y·e_y − e_c)
                 predicted = self.from_prediction(p @ self.lm.embed.weight)
-                if self.reads_token:
-                    # by time and class, the prediction may take the place of the current token
-                    predicted = modulation.gate * (predicted - states.inputs)
-                h = h + predicted
-            if self.reads_token:
+                h = h + modulation.gate * (predicted - states.inputs)
+            if self.frozen_start:
                 h = h + states.inputs
             h = self.lm.add_positions(h, states.positions)
             pairs = zip(states.keys, states.values)
@@ -277,35 +269,6 @@ class L2D(nn.Module):
 
 # --- 2 the objectives -----------------------------------------------------------------------------
 
-def draw(config: L2DConfig, batch: Batch, draws: RowDraws, unroll: int = 0,
-         hide: bool = True) -> Batch:
-    """What is random in an objective, for each of the N positions that count in the loss.
-
-    The loader draws an update ahead, every row from a generator of its own.
-    unroll  0: the paper's objective, one time; else the rising times of at most so many evaluations
-    hide    some of the classes: guidance needs an unconditional prediction too
-    Raises ValueError for classes that the path does not have.
-    """
-    targets = batch.targets
-    class_ids = targets.class_ids
-    again = None
-    if config.asked_again:
-        topics = torch.zeros_like(targets.y) if class_ids is None else class_ids
-        again = torch.isin(topics, torch.tensor(config.asked_again))    # (N,)
-    if unroll:
-        t = draw_schedule(draws, again, unroll)                         # (N, unroll)
-    else:
-        # t ~ U[0, 1]: one pass teaches N noise levels
-        t = draw_times(draws, config.time_distribution)                 # (N,)
-    noise = draws.normal(config.width)                                  # (N, Z)
-    if class_ids is not None:
-        check_classes(class_ids, config.classes)
-        if hide:
-            class_ids = drop_classes(class_ids, config.class_dropout, config.classes, draws)
-    return replace(batch, targets=replace(
-        targets, t=t, noise=noise, class_ids=class_ids, again=again))
-
-
 def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     """The paper's objective: a prediction at one random time for each position that counts.
 
@@ -322,7 +285,15 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     x_t = t[:, None] * x_1 + (1 - t[:, None]) * x_0                     # (N, Z)
     # 3. The path predicts the token, and is scored like any language model.
     modulation = l2d.modulation(t, targets.class_ids)
-    hidden = l2d.last_hidden(x_t, t, modulation, states)
+    before = None
+    if l2d.config.self_conditioning:
+        # Half of the positions read the path's own prediction at the same x_t (Analog Bits), the
+        # others the frozen model's; the coin is a sign of the noise.
+        with torch.no_grad():
+            first = l2d.last_hidden(x_t, t, modulation, states)
+        coin = targets.noise[:, :1] > 0
+        before = l2d.lm.logits(torch.where(coin, first, states.hidden))
+    hidden = l2d.last_hidden(x_t, t, modulation, states, before)
     # L = −log f(x_t, t, c)_y                                           (paper Eq. 3)
     losses = -l2d.lm.log_p(hidden, targets.y)
     return Losses(losses, losses, t)
@@ -406,32 +377,6 @@ def held(l2d: L2D, frozen, targets, x, t, before, logits):
         # p·[y] + (1 − p)·q
         target = (1 - p) * q + p * F.one_hot(targets.y, q.shape[1])
     return AGAIN_WEIGHT * F.cross_entropy(logits, target, reduction="none")
-
-
-@torch.no_grad()
-def find_asked_again(l2d: L2D, batch: Batch, calls: int) -> list:
-    """Ids of the classes whose answers the frozen model finds if it is asked again.
-
-    It reads its own prediction in the place of the current token, up to `calls` times. A class
-    counts if most of its tokens that are wrong at first are right after some call.
-
-    l2d  untrained, its gate open, so that it computes that; batch: nothing in it is drawn
-    """
-    targets = batch.targets
-    states = l2d.read(batch.ids, batch.documents).at(targets.index)
-    # at every t the same, and x_t is not read yet
-    t = torch.full_like(states.hidden[:, 0], 0.5)
-    x = states.hidden.new_zeros(len(t), l2d.config.width)
-    modulation = l2d.modulation(t)
-    logits = l2d.lm.logits(states.hidden)
-    wrong = logits.argmax(-1) != targets.y
-    found = torch.zeros_like(wrong)
-    for _ in range(calls):
-        logits = l2d.lm.logits(l2d.last_hidden(x, t, modulation, states, logits))
-        found |= logits.argmax(-1) == targets.y
-    ids = torch.zeros_like(targets.y) if targets.class_ids is None else targets.class_ids
-    return [one for one in ids.unique().tolist()
-            if found[wrong & (ids == one)].float().mean() > 0.5]
 
 
 # --- 3 the velocity -------------------------------------------------------------------------------

@@ -119,17 +119,18 @@ def answer_questions(bench: "Bench", columns: list):
                                 "the same command goes on") from None
 
 
-def columns_to_compare(steps: list, solvers: list, temperature: float, estimate: str, rtol: float,
+def columns_to_compare(steps: list, solvers: list, temperature: float, estimate: dict, rtol: float,
                        stop_unchanged: int, weights: list) -> list:
     """The frozen model, every fixed solver at every number of steps, and the adaptive columns.
 
-    weights  of guidance: the solvers' columns stand once for each
+    estimate  of the clean point: fields of Settings
+    weights   of guidance: the solvers' columns stand once for each
     """
     frozen = Column("frozen", "frozen", Settings(steps=0, temperature=temperature))
     columns = []
     for solver in solvers:
-        common = {"solver": solver, "temperature": temperature, "estimate": estimate,
-                  "rtol": rtol, "atol": rtol}
+        common = {"solver": solver, "temperature": temperature, "rtol": rtol, "atol": rtol,
+                  **estimate}
         # it chooses its steps itself, so it stands once and not once for every number of them
         if solver in ADAPTIVE:
             columns.append(Column(solver, "adaptive", Settings(**common)))
@@ -202,7 +203,7 @@ def forced_tokens(model, tokenizer, task, problems: list, settings: Settings, se
     return torch.cat(confidences), torch.cat(rights)
 
 
-def token_tables(model, tokenizer, task, problems: list, solver: str, steps: list, estimate: str,
+def token_tables(model, tokenizer, task, problems: list, solver: str, steps: list, estimate: dict,
                  draws: int, seed: int) -> tuple:
     """(tokens that more steps fixed and broke, calibration), of the right answers."""
     right, calibrated = {}, []
@@ -211,7 +212,7 @@ def token_tables(model, tokenizer, task, problems: list, solver: str, steps: lis
     if draws > 1:
         runs.append((steps[-1], draws))
     for n, noises in runs:
-        settings = Settings(steps=n, solver=solver, estimate=estimate)
+        settings = Settings(steps=n, solver=solver, **estimate)
         confidence, found = forced_tokens(
             model, tokenizer, task, problems, settings, seed, noises)
         right.setdefault(n, found)
@@ -224,7 +225,7 @@ def token_tables(model, tokenizer, task, problems: list, solver: str, steps: lis
     return broken, calibrated
 
 
-def guidance_table(model, tokenizer, task, problems: dict, weights: list, estimate: str,
+def guidance_table(model, tokenizer, task, problems: dict, weights: list, estimate: dict,
                    seed: int) -> list:
     """Accuracy for several weights, on the problems where only the class says what to do."""
     records = []
@@ -234,7 +235,7 @@ def guidance_table(model, tokenizer, task, problems: dict, weights: list, estima
             continue
         for weight in weights:
             # the class is known to every one of them, only the weight differs
-            settings = Settings(steps=8, guidance=weight, estimate=estimate)
+            settings = Settings(steps=8, guidance=weight, **estimate)
             cell = measure(model, tokenizer, task, some, settings, seed)
             records.append({"group": task.title(group), "guidance": weight, **cell})
     return records
@@ -267,11 +268,11 @@ def measure_topics(model, tokenizer, task, args, columns: list):
         everything = [problem for some in problems.values() for problem in some]
         solver = next((name for name in args.solvers if name in FIXED), "euler")
         broken, calibrated = token_tables(
-            model, tokenizer, task, everything, solver, sorted(set(args.steps)), args.estimate,
+            model, tokenizer, task, everything, solver, sorted(set(args.steps)), estimate_of(args),
             args.draws, args.seed)
         if knows_classes(model, task):
             guidance = guidance_table(model, tokenizer, task, problems, args.guidance,
-                                      args.estimate, args.seed)
+                                      estimate_of(args), args.seed)
     print_changes(broken)
     print_calibration(calibrated)
     print_guidance(guidance)
@@ -400,7 +401,7 @@ def benchmark(model, tokenizer, task, args, columns: list):
         args.max_new_tokens, args.limit, args.show_prompts)
     about = {**asked.about, "model": fingerprint(model), "tokenizer": tokenizer.fingerprint,
              "draws": args.draws, "choices": args.choices, "seed": args.seed,
-             "estimate": args.estimate, "rtol": args.rtol, "class": class_id}
+             **estimate_of(args), "rtol": args.rtol, "class": class_id}
     grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
     grader.problems[task.name] = {one["id"]: one for one in asked.problems}
     if task.kind == "code":
@@ -427,6 +428,10 @@ def benchmark(model, tokenizer, task, args, columns: list):
 def build_parser() -> argparse.ArgumentParser:
     """See data/flags/eval.py."""
     return eval_flags(__doc__, TASKS, Settings(), SOLVERS, ESTIMATES)
+
+
+def estimate_of(args) -> dict:
+    return {"estimate": args.estimate, "estimate_temperature": args.estimate_temperature}
 
 
 def check(args, task, given: dict):
@@ -471,7 +476,7 @@ def main(argv=None):
 
     def columns_of(solvers: list) -> list:
         return [column for temperature in args.temperatures for column in columns_to_compare(
-            args.steps, solvers, temperature, args.estimate, args.rtol, args.stop_unchanged,
+            args.steps, solvers, temperature, estimate_of(args), args.rtol, args.stop_unchanged,
             weights)]
 
     # every setting is refused or taken now, not when its turn comes

@@ -39,29 +39,15 @@ from data.text.tokenizer import load_tokenizer
 from data.text.tokens import TokenFiles
 from data.tiny.topics import Documents, Problems
 from data.training.batches import Batch, Losses, collate
+from data.training.evaluations import draw, find_asked_again, unroll_of
 from data.training.frozen import NAMES, cache_states
 from data.training.loader import Loader
 from data.training.log import Log, by_tenth, tenth_sums
 from data.training.memory import recompute, saved_bytes
 from data.training.optimizer import EMA, build_optimizer, init_weights, learning_rate
-from diffusion import L2D, draw, find_asked_again, paper_losses, refined_losses
+from diffusion import L2D, paper_losses, refined_losses
 from model import LM
 from sample import Settings, answer_problems
-
-
-def unroll_of(objective: str, most: int, asked_again, update: int | None, updates: int) -> int:
-    """Most evaluations in an update of our own objective; 0: the paper's.
-
-    objective    "paper", "refine", or "both" by turns
-    asked_again  are some classes asked again? Else there are more evaluations as training goes on
-    update       None: the validation, which is of the whole training
-    """
-    if objective == "paper" or (objective == "both" and update is not None and update % 2 == 0):
-        return 0
-    if asked_again or update is None:
-        return most
-    # from 1 to `most` over the first half of the updates
-    return min(most, 1 + most * 2 * update // max(1, updates))
 
 
 # --- one update -----------------------------------------------------------------------------------
@@ -320,9 +306,9 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
         shape = L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
                           class_names=list(classes) or None,
                           time_distribution=args.time_distribution,
-                          self_conditioning=args.objective != "paper",
+                          self_conditioning=args.self_conditioning,
                           own_kv=args.own_kv, start=args.start, without=args.without)
-        if shape.self_conditioning and args.start == "frozen":
+        if args.objective != "paper":
             # which classes the objective asks again, the untrained path shows
             probe = L2D(lm, replace(shape, asked_again=list(range(len(classes) or 1))))
             rows = collate([val[i] for i in range(min(args.val_rows, len(val)))])

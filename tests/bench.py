@@ -127,10 +127,10 @@ def mean_loss(model, ids, targets):
 
 OPTIONS = {
     "the paper's path": {},
-    "self-conditioning": {"self_conditioning": True},
-    "own keys and values": {"own_kv": True},
-    "both": {"self_conditioning": True, "own_kv": True},
-    "both, frozen start": {"self_conditioning": True, "own_kv": True, "start": "frozen"},
+    "frozen start": {"start": "frozen"},
+    "self-conditioning": {"start": "frozen", "self_conditioning": True},
+    "own keys and values": {"start": "frozen", "own_kv": True},
+    "both": {"start": "frozen", "self_conditioning": True, "own_kv": True},
 }
 
 

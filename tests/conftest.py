@@ -23,7 +23,8 @@ os.environ.update(LC_ALL="C.UTF-8", PYTHONUTF8="1", OMP_NUM_THREADS="1")
 from data.checkpoints.families import ModelConfig  # noqa: E402
 from data.parts.draws import RowDraws  # noqa: E402
 from data.training.batches import Batch, find_targets  # noqa: E402
-from diffusion import L2D, L2DConfig, draw  # noqa: E402
+from data.training.evaluations import draw  # noqa: E402
+from diffusion import L2D, L2DConfig  # noqa: E402
 from model import LM  # noqa: E402
 
 torch.set_num_threads(1)
@@ -68,6 +69,9 @@ def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
     """A path whose every tensor is moved from its start by `perturb`: it changes the logits."""
     torch.manual_seed(seed)
     options = {"width": 16, "cond_dim": 24, "rank": 4, **options}
+    if options.get("own_kv") or options.get("self_conditioning"):
+        # the paper's start has neither
+        options["start"] = "frozen"
     l2d = L2D(make_lm(config, seed), L2DConfig(**options))
     g = generator(seed + 1)
     with torch.no_grad():

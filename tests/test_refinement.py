@@ -14,11 +14,11 @@ from conftest import (
     PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
 from data.parts.draws import RowDraws, draw_schedule
 from data.training.batches import IGNORE
+from data.training.evaluations import find_asked_again, unroll_of
 from data.training.optimizer import EMA
-from diffusion import L2D, L2DConfig, VelocityField, find_asked_again, refined_losses
+from diffusion import AGAIN_WEIGHT, L2D, L2DConfig, VelocityField, paper_losses, refined_losses
 from sample import Settings, generate
 from solvers import odeint
-from train import unroll_of
 
 PREDICTION = {"self_conditioning": True}
 OWN = {"own_kv": True}
@@ -27,24 +27,13 @@ ASKED_AGAIN = {"start": "frozen", **BOTH, "classes": 3, "asked_again": [1]}
 
 # --- the start ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH])
 @torch.no_grad()
-def test_the_start_is_a_working_copy_of_the_frozen_model(family, options):
-    """With the token itself as its prediction the path computes the frozen model's hidden state."""
-    l2d = make_l2d(family, perturb=0, **options)
+def test_own_keys_and_values_start_as_the_frozen_ones(family):
+    l2d = make_l2d(family, perturb=0, **BOTH)
     ids = make_ids()
-    states = l2d.read(ids)
-    frozen = l2d.lm.read(ids)
-    t = torch.full(ids.shape, 0.4)
-    # w_d = 1: all of the path's output is added
-    modulation = l2d.modulation(t)._replace(w_d=torch.ones(*ids.shape, 32))
-    sure = 1000 * F.one_hot(ids, 258).float()
-    x_t = torch.randn(*ids.shape, 16)
-    found = l2d.last_hidden(x_t, t, modulation, states, sure) - frozen.hidden
-    torch.testing.assert_close(found, frozen.hidden, atol=2e-4, rtol=1e-4)
-    if "own_kv" in options:
-        for own, theirs in zip(states.keys + states.values, frozen.keys + frozen.values):
-            torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
+    states, frozen = l2d.read(ids), l2d.lm.read(ids)
+    for own, theirs in zip(states.keys + states.values, frozen.keys + frozen.values):
+        torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -124,7 +113,7 @@ def by_hand(l2d, batch, backprop):
                 p = max(float(before[0, 0].softmax(-1)[y]), float(log_p[y].exp()))
                 asked = untrained.predict(x, torch.tensor([t]), None, frozen, before)
                 q = asked[0, 0].softmax(-1)
-                loss = p * loss - (1 - p) * float((q * log_p).sum())
+                loss = AGAIN_WEIGHT * (p * loss - (1 - p) * float((q * log_p).sum()))
             losses.append(loss)
         losses = losses[-backprop:]
         found[b, k] = sum(losses) / len(losses), last, t
@@ -146,6 +135,27 @@ def test_refined_losses_are_those_of_a_plain_loop(family, options):
     rows = sorted(zip(*(x.tolist() for x in found[:3])))
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(sorted(expected.values())),
                                atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_papers_objective_lets_half_of_the_positions_read_their_own_prediction():
+    l2d = make_l2d(**PREDICTION)
+    ids = make_ids()
+    batch = drawn(l2d, make_batch(ids, make_ids(seed=1)), generators(3))
+    targets, t = batch.targets, batch.targets.t
+    found = paper_losses(l2d, batch).values
+    states = l2d.read(ids).at(targets.index)
+    x_t = (t[:, None] * l2d.vectors(targets.y)
+           + (1 - t[:, None]) * l2d.config.sigma * targets.noise)
+    modulation = l2d.modulation(t)
+    once = l2d.last_hidden(x_t, t, modulation, states)
+    twice = l2d.last_hidden(x_t, t, modulation, states, l2d.lm.logits(once))
+    own = targets.noise[:, 0] > 0
+    assert 5 < int(own.sum()) < 25
+    for some, hidden in ((own, twice), (~own, once)):
+        expected = -l2d.lm.log_p(hidden, targets.y)
+        torch.testing.assert_close(found[some], expected[some], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(once, twice, atol=1e-2)
 
 
 @pytest.mark.parametrize("backprop", [1, 3])

@@ -706,7 +706,7 @@ def packed_rows(monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda *_: (packed(8, 1), packed(4, 2)))
 
 
-@pytest.mark.parametrize("more", [[], ["--objective=refine", "--own_kv", "--unroll=3"]])
+@pytest.mark.parametrize("more", [[], ["--start=frozen", "--objective=refine", "--own_kv", "--unroll=3"]])
 def test_cached_states_teach_the_same_as_computed_ones(more, base, tmp_path, packed_rows):
     cached, computed = tmp_path / "cached", tmp_path / "computed"
     words = [f"--init_from={base}", "--data=rows", *flags(accumulate=2), *more]

@@ -62,12 +62,17 @@ class L2DConfig:
             value = getattr(self, name)
             if value is not None or name not in ("sigma", "rank"):
                 check_range(name, value, *limits)
+        for name in ("self_conditioning", "own_kv"):
+            if getattr(self, name) and self.start != "frozen":
+                raise ValueError(f"{name} with start = {self.start!r} is not supported; "
+                                 "allowed: start = 'frozen'")
         if self.class_names is not None:
             check_class_names(self.class_names, self.classes)
-        ids = self.asked_again or []
-        if not isinstance(ids, list) or not all(one in range(self.classes or 1) for one in ids):
+        allowed = range(self.classes or 1)
+        ids = [] if self.asked_again is None else self.asked_again
+        if not isinstance(ids, list) or not all(one in allowed for one in ids):
             raise ValueError(f"asked_again {repr(ids)[:60]} is not supported; "
-                             f"allowed: ids below {self.classes or 1}")
+                             f"allowed: ids below {len(allowed)}")
         if self.sigma is None:
             self.sigma = 4 * math.sqrt(self.width)
 

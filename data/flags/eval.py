@@ -4,7 +4,7 @@ import argparse
 
 from data.parts.draws import check_seed
 from data.system.command import (
-    add_model_flags, check_range, choices, flag_parser, refuse_idle)
+    add_estimate_flags, add_model_flags, check_range, choices, flag_parser, refuse_idle)
 
 # flags of the embedded topics alone, and of benchmarks alone
 TINY = ("topics", "problems", "plot")
@@ -30,8 +30,7 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
         help="ODE solvers (default: euler dopri5, for benchmarks euler)")
     add("--rtol", type=float, default=default.rtol,
         help="rtol and atol of dopri5 (default: %(default)s)")
-    add("--estimate", default="argmax", choices=estimates,
-        help="estimate of the clean point from the logits (default: argmax)")
+    add_estimate_flags(add, estimates)
     add("--stop_unchanged", type=int,
         help="evaluations in a row with the same prediction after which a token's ODE stops, in a "
              "column of its own; 0: no such column (default: 2, for benchmarks 0)")
@@ -135,6 +134,7 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
         (("guidance",), tiny or args.label is not None or set(args.guidance) == {1}, "--class"),
         (("data_dir",), tiny or task.folder, "a benchmark that is read from files"),
         (("rtol",), adaptive, "--solvers dopri5"),
+        (("estimate_temperature",), args.estimate != "argmax", "--estimate sample or average"),
         (("stop_unchanged",), fixed or not args.stop_unchanged, "a fixed solver"),
         (("choices",), task.kind == "letters", "a task of multiple choice"),
         (("allow_code_execution", "code_seconds"), task.kind == "code", "a task of code"),

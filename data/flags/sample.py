@@ -3,7 +3,8 @@
 import argparse
 
 from data.parts.draws import check_seed
-from data.system.command import add_model_flags, check_range, flag_parser, refuse_idle
+from data.system.command import (
+    add_estimate_flags, add_model_flags, check_range, flag_parser, refuse_idle)
 from data.text.formats import RENDER
 
 
@@ -40,10 +41,7 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
         help="evaluations in a row with the same prediction after which a token's ODE stops "
              "(default: never)")
     add("--max_nfe", type=int, help="most evaluations in one token's ODE (default: no limit)")
-    add("--estimate", default=default.estimate, choices=estimates,
-        help="estimate of the clean point from the logits (default: %(default)s)")
-    add("--estimate_temperature", default=1.0, type=estimate_temperature,
-        help="temperature of that estimate, a number or 1-t (default: 1)")
+    add_estimate_flags(add, estimates)
     add("--temperature", type=float, default=default.temperature,
         help="temperature for choosing the token (0: greedy, the default)")
     add("--top_k", type=int, help="number of likeliest tokens to sample among")
@@ -62,16 +60,6 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
     add("--overwrite", action="store_true", help="replace the page of an earlier run")
     add_model_flags(add)
     return parser
-
-
-def estimate_temperature(text: str):
-    """A number or 1-t."""
-    if text == "1-t":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 1-t") from None
 
 
 def check_flags(args, given: dict, adaptive):

@@ -79,7 +79,7 @@ def fitting_preset(args) -> str:
 
 # flags that a resumed run cannot change
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
-            "own_kv", "start", "without", "new_lr", "objective", "seed")
+            "own_kv", "self_conditioning", "start", "without", "new_lr", "objective", "seed")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -109,6 +109,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="distribution of the training times (default: uniform)")
     add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
+    add("--self_conditioning", action=switch,
+        help="the path reads its own previous prediction (default: with our own objective)")
     add("--start", choices=STARTS,
         help="what the path computes at first: nothing (paper), or what the frozen model does")
     add("--without", choices=PARTS, help="part of --start=frozen to leave out, for an ablation")
@@ -184,6 +186,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
         # None: not chosen; 0 is a choice
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.self_conditioning is None:
+        args.self_conditioning = args.objective != "paper"
     check(args, given)
     return args
 
@@ -237,9 +241,11 @@ def check(args, given: dict):
     # --report 0 is allowed everywhere: it asks for no report
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
-        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "start", "without",
-          "new_lr", "objective",
-          "unroll", "backprop", "keep"), l2d, "--method=l2d"),
+        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "self_conditioning",
+          "start", "without", "new_lr", "objective", "unroll", "backprop", "keep"), l2d,
+         "--method=l2d"),
+        (("self_conditioning",), args.objective == "paper" or args.self_conditioning,
+         "--objective=paper: our own has it always"),
         (("dtype",), args.method in ("l2d", "lora"), "--method=l2d or lora"),
         (("without",), args.start == "frozen", "--start=frozen"),
         (("rank",), args.method == "lora" or (l2d and not args.full_copies),

@@ -115,6 +115,24 @@ def add_model_flags(add):
     add("--cache_dir", help="directory of downloaded models")
 
 
+def add_estimate_flags(add, estimates):
+    """How the clean point follows from the logits; add: the add_argument of a parser."""
+    add("--estimate", default="argmax", choices=estimates,
+        help="estimate of the clean point from the logits (default: argmax)")
+    add("--estimate_temperature", default=1.0, type=estimate_temperature,
+        help="temperature of that estimate, a number or 1-t (default: 1)")
+
+
+def estimate_temperature(text: str):
+    """A number or 1-t."""
+    if text == "1-t":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 1-t") from None
+
+
 def given_flags(parser, argv) -> dict:
     """The flags that stand on the command line; afterwards the parser has no default values."""
     names = vars(parser.parse_args(argv))
