@@ -344,6 +344,11 @@ class PathBlock(nn.Module):
 
 # --- the model ------------------------------------------------------------------------------------
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """An unfilled table. Drawing its start, on the meta device, would import all of torch._dynamo."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class LM(nn.Module):
     """A decoder-only Transformer. `lm(ids)` gives logits; `lm.read(ids)` what the path needs."""
 
@@ -353,11 +358,11 @@ class LM(nn.Module):
         self.directory = None
         self.inv_freq = None           # made when it is first needed
         c = config.hidden_size
-        self.embed = nn.Embedding(config.vocab_size, c)
+        self.embed = embedding(config.vocab_size, c)
         # GPT-2 has a table of positions; the others rotate queries and keys instead
         self.embed_positions = None
         if config.family.positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_positions, c)
+            self.embed_positions = embedding(config.max_positions, c)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = Norm(config)
         self.head = nn.Linear(c, config.vocab_size, bias=False)

@@ -23,15 +23,17 @@ def problems(topic, level, count=8):
 
 def test_the_frozen_model_called_again_goes_one_hop_further_each_time(frozen):
     for level, calls in ((1, 1), (2, 2), (5, 5)):
-        shares = untrained.repeated_calls(*frozen, problems("chains", level))
+        *shares, by_rule = untrained.repeated_calls(*frozen, problems("chains", level))
         found = dict(zip(untrained.CALLS, shares, strict=True))
-        assert found[calls] >= 7 / 8
+        assert found[calls] >= 7 / 8 and by_rule == found[calls]
+        # it walks on behind the end
+        assert all(share <= 5 / 8 for call, share in found.items() if call != calls)
         assert all(share == 0 for call, share in found.items() if call < calls)
 
 
-def test_the_shortcut_is_one_of_the_ends_that_something_leads_to():
-    # b leads to the end a, c leads to the end d; nothing leads to the end e
-    text = "ba aa cd dd ee;b"
+def test_the_shortcut_is_one_of_the_places_that_no_pair_begins_with():
+    # b leads to the end a, c over e to the end d
+    text = "ba ed ce;b"
     assert untrained.shortcut(Problem("chains", 1, "chains", text, "a")) == 1 / 2
 
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from conftest import (
     PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
+from data.checkpoints.hub import resolve
 from data.parts.draws import RowDraws, draw_schedule
+from data.text.tokenizer import load_tokenizer
+from data.tiny.topics import Problems
 from data.training.batches import IGNORE
 from data.training.evaluations import find_asked_again, unroll_of
 from data.training.optimizer import EMA
@@ -291,3 +295,13 @@ def test_own_keys_are_computed_once_for_both_copies_of_guidance():
     generate(l2d, PROMPTS[:1], settings, class_ids=[1])
     # the prompt and three tokens, two layers each
     assert len(calls) == 2 * 4
+
+
+def test_of_the_embedded_topics_chains_alone_are_asked_again():
+    """Nothing in the rows says so: the base finds the ends of chains when it is asked again."""
+    args = train.parse([])
+    tokenizer = load_tokenizer(resolve("tiny"), 258)
+    data = Problems(tokenizer, "val")
+    model, _ = train.build_model(args, None, data.classes, data)
+    names = [model.config.class_names[one] for one in model.config.asked_again]
+    assert names == ["chains"]

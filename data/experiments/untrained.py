@@ -30,8 +30,13 @@ def answer(lm, tokenizer, prompts: list) -> list:
 
 
 def repeated_calls(lm, tokenizer, problems: list) -> list:
-    """For each number of CALLS the share of the chains whose end is reached by then."""
+    """For each number of CALLS the share of the chains at whose end it is then; and one more share.
+
+    That is of a walk which a rule stops: at the first place that no pair begins with.
+    """
     maps, places = zip(*(problem.prompt.split(";") for problem in problems))
+    starts = [{before for before, _ in text.split()} for text in maps]
+    stopped = [None] * len(problems)
     reached = []
     for call in range(1, max(CALLS) + 1):
         # the answer is one hop further: the next call starts there
@@ -39,7 +44,8 @@ def repeated_calls(lm, tokenizer, problems: list) -> list:
         places = [text[:1] for text in answers]
         if call in CALLS:
             reached.append(mean(p == problem.answer for p, problem in zip(places, problems)))
-    return reached
+        stopped = [s if s or p in begun else p for s, p, begun in zip(stopped, places, starts)]
+    return [*reached, mean(s == problem.answer for s, problem in zip(stopped, problems))]
 
 
 def shortcut(problem) -> float:
@@ -61,8 +67,8 @@ def main(argv=None):
     lm = LM.from_pretrained("tiny", torch.float32, "cpu")
     tokenizer = load_tokenizer(resolve("tiny"), lm.config.vocab_size)
     task = TASKS["tiny"]
-    print("accuracy in %: the frozen model after so many calls, and the shortcut's chance")
-    print(f"{'':15}" + "".join(f"{call:7}" for call in CALLS) + "  shortcut")
+    print("accuracy in %: the frozen model after so many calls, or until a rule stops it, and chance")
+    print(f"{'':15}" + "".join(f"{call:7}" for call in CALLS) + "   rule chance")
     rows = []
     for topic, level in task.groups:
         problems = [task.problem((topic, level), i) for i in range(args.problems)]
