@@ -82,10 +82,7 @@ class L2D(nn.Module):
         self.forget()
 
     def train(self, mode: bool = True):
-        """Path to training or evaluation; the frozen model is always evaluated.
-
-        Call it after every change of the weights: what sampling has cached is computed again.
-        """
+        """The path to training or evaluation; after a change of the weights nothing stays cached."""
         super().train(mode)
         self.lm.eval()
         self.forget()
@@ -116,10 +113,7 @@ class L2D(nn.Module):
         return L2D(self.lm, self.config).requires_grad_(False)
 
     def autocast(self):
-        """bfloat16 arithmetic for the path where the frozen model is bfloat16.
-
-        The path's own weights stay float32, or small updates would be lost.
-        """
+        """bfloat16 arithmetic where the frozen model is bfloat16; the path's weights stay float32."""
         weight = self.lm.embed.weight
         half = weight.dtype == torch.bfloat16
         return torch.autocast(weight.device.type, torch.bfloat16, enabled=half)
@@ -287,8 +281,7 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
     modulation = l2d.modulation(t, targets.class_ids)
     before = None
     if l2d.config.self_conditioning:
-        # Half of the positions read the path's own prediction at the same x_t (Analog Bits), the
-        # others the frozen model's; the coin is a sign of the noise.
+        # half read the path's own prediction at the same x_t (Analog Bits), by the noise's sign
         with torch.no_grad():
             first = l2d.last_hidden(x_t, t, modulation, states)
         coin = targets.noise[:, :1] > 0
@@ -408,11 +401,18 @@ class VelocityField:
         """
         remaining = 1 - t
         if torch.is_tensor(t):
-            remaining = remaining.view(-1, 1, 1)
+            # only the final evaluation is at t = 1, and has no velocity
+            remaining = remaining.clamp_min(1e-6).view(-1, 1, 1)
         copies = self.predict(t, x, before)
         x_hat = self.guide([self.clean_point(logits, remaining) for logits in copies])
         # dx/dt = (x̂ − x_t)/(1 − t)                                     (paper Eq. 4)
         return (x_hat - x) / remaining, self.guide(copies)
+
+    def many(self, t, x):
+        """The same for one sequence at K times (K,) and states (K, T, Z), without a prediction."""
+        same = torch.zeros(len(t), dtype=torch.long, device=x.device)
+        return replace(self, states=self.states.copies(len(t)),
+                       class_ids=pick(self.class_ids, same))(t, x)
 
     def final_logits(self, x, before=None):
         """Logits (B, T, V) from which the token is chosen: the final evaluation, at t = 1."""
