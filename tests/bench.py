@@ -19,13 +19,15 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import sample  # noqa: E402
 from data.parts.draws import RowDraws  # noqa: E402
 from data.parts.kv_cache import KVCache  # noqa: E402
 from data.parts.positions import Packed  # noqa: E402
+from data.tasks import TASKS  # noqa: E402
 from data.training.batches import IGNORE, Batch, CachedStates, find_targets  # noqa: E402
+from data.training.evaluations import draw  # noqa: E402
 from data.training.memory import recompute, saved_bytes  # noqa: E402
-from diffusion import (  # noqa: E402
-    L2D, VelocityField, draw, paper_losses, refined_losses)
+from diffusion import L2D, VelocityField, paper_losses, refined_losses  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
 
 
@@ -310,7 +312,42 @@ def texts_table(model, rows: int, timed):
         print_time(f"generate 16 tokens, {name}", ms, frozen, f"  NFE {nfe:6.1f}")
 
 
-PARTS = ("evaluations", "options", "updates", "savings", "texts")
+def ahead_table(device, timed):
+    """Many evaluations in one call, on the embedded path by the paper's objective, one by one."""
+    model, tokenizer = load_model("data/tiny/paper", device=device)
+    task = TASKS["tiny"]
+    problems = [task.problem(group, 0) for group in task.groups]
+    prompts = [tokenizer.encode_start(problem.prompt) for problem in problems]
+    calls = [0]
+    predict = model.predict
+
+    def counted(*args):
+        calls[0] += 1
+        return predict(*args)
+
+    model.predict = counted
+    ahead = sample.Ahead
+    for solver, steps in (("euler", 8), ("midpoint", 7), ("midpoint", 63), ("dopri5", 8)):
+        settings = Settings(steps=steps, solver=solver, max_new_tokens=8)
+        first = alone = None
+        for name, times_of in (("evaluations one by one", None), ("ahead", sample.times_of)):
+            # without times it is never ahead
+            sample.Ahead = ahead if times_of else lambda f, times: ahead(f, [])
+            calls[0] = 0
+            texts = [generate(model, [ids], settings)[0] for ids in prompts]
+            tokens = sum(len(text.nfe) for text in texts)
+            each = calls[0] / tokens
+            nfe = sum(sum(text.nfe) for text in texts) / tokens
+            ms = timed(lambda: [generate(model, [ids], settings) for ids in prompts])
+            first, alone = first or ms, alone or texts
+            same = sum(a == b for one, other in zip(texts, alone)
+                       for a, b in zip(one.ids, other.ids))
+            print_time(f"{solver} {steps}, {name}", ms, first,
+                       f"  NFE {nfe:6.1f}  calls {each:6.1f}  same tokens {same}")
+        sample.Ahead = ahead
+
+
+PARTS = ("evaluations", "options", "updates", "savings", "texts", "ahead")
 
 
 @torch.no_grad()
@@ -347,6 +384,8 @@ def main(argv=None):
         savings_table(model, *args.train, timed)
     if "texts" in args.parts:
         texts_table(model, args.batch_size[0], timed)
+    if "ahead" in args.parts:
+        ahead_table(args.device, timed)
 
 
 if __name__ == "__main__":
