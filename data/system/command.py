@@ -67,6 +67,11 @@ def quiet_interrupt(kind, error, trace):
 
 sys.excepthook = quiet_interrupt
 
+# a shell's `>&-`, services and pythonw close the standard streams; each takes its own number again
+for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, stream) is None:
+        setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
+
 
 # --- values ---------------------------------------------------------------------------------------
 

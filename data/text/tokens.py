@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.checkpoints.path import check_class_names
 from data.system.command import choices
-from data.system.disk import flush, parse_json
+from data.system.disk import check_regular, flush, parse_json, read_bytes
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -131,6 +131,7 @@ def install(folder: Path, out_dir: Path):
 
 def map_array(path: Path):
     """A list of whole numbers in a file, memory-mapped. Raises OSError or ValueError."""
+    check_regular(path)
     try:
         numbers = np.load(path, mmap_mode="r")
     except OSError:
@@ -161,7 +162,7 @@ class TokenFiles:
                   f"--out_dir={folder}")
         try:
             # meta.json lists every flag and the digests of the inputs
-            content = (folder / "meta.json").read_bytes()
+            content = read_bytes(folder / "meta.json")
             self.fingerprint = hashlib.sha256(content).hexdigest()
             self.meta = parse_json(content, "meta.json")
             arrays = [map_array(folder / f"{split}.{kind}.npy") for kind in ARRAYS]
