@@ -4,15 +4,12 @@
 diffusion.py, which builds the path.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from data.checkpoints.weights import check_finite
+from data.checkpoints.weights import check_finite, digest_of
 from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 from data.tiny.topics import CLASSES
@@ -103,20 +100,12 @@ def save_path(ours: dict, config: L2DConfig, facts: dict, directory: Path):
     """Write path.safetensors, then path.json; ours: name -> trained tensor."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in ours.items()}
-    # in both files, so that files of two different trainings are noticed
-    digest = digest_of(tensors)
-    stated = {"config": json.dumps(asdict(config)), "digest": digest}
+    # in both files, so that files of two different configs are noticed
+    stated = {"config": json.dumps(asdict(config))}
     write_safetensors(tensors, directory / "path.safetensors", stated)
-    write_json({"config": asdict(config), "digest": digest, **facts}, directory / "path.json")
-
-
-def digest_of(tensors: dict) -> str:
-    """sha256 of names, types, shapes and values; tensors: name -> tensor on the CPU."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    # and files of two different trainings
+    facts = {"digest": digest_of(tensors), **facts}
+    write_json({"config": asdict(config), **facts}, directory / "path.json")
 
 
 def base_facts(lm, sha256: str) -> dict:
@@ -206,15 +195,14 @@ def fill(ours: dict, meta: dict, directory: Path):
         raise ValueError(f"{path} does not fit path.json: {len(names)} tensors differ, "
                          f"first {names[0]}; copy both files of the same training")
     # older files lack it
-    known = file.metadata() or {}
-    stated = parse_json(known.get("config", "null"), f"the metadata of {path}")
+    stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
     if stated is not None and L2DConfig(**renamed(stated)) != meta["config"]:
         raise ValueError(f"{path} was trained with another config than path.json says; "
                          "copy both files of the same training")
     tensors = {name: file.get_tensor(old) for name, old in theirs.items()}
-    # None: both are of an earlier version
-    digests = {meta["digest"], known.get("digest", meta["digest"])}
-    if digests not in ({None}, {digest_of({old: tensors[name] for name, old in theirs.items()})}):
+    # older files lack it too
+    found = digest_of({old: tensors[name] for name, old in theirs.items()})
+    if meta["digest"] not in (None, found):
         raise ValueError(f"{path} is damaged, or of another training than path.json; "
                          "copy both files of the same training")
     for name, p in ours.items():

@@ -184,6 +184,15 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
+def digest_of(tensors: dict) -> str:
+    """sha256 of names, types, shapes and values; tensors: name -> tensor on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_names(wanted, files, config, directory):
     """Raise ValueError unless the files hold every tensor of the model and no other."""
     ignored = config.family.ignored + ((HEAD,) if config.tied else ())

@@ -169,7 +169,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
     # is parsed once for the directory of the state, and again over the saved flags
     resume = args.init_from == "resume"
     if resume:
-        saved = read_state_meta(args.out_dir)["args"]
+        meta = read_state_meta(args.out_dir)
+        saved = meta["args"]
         check_saved(saved, args.out_dir)
         for name in OF_A_RUN:
             if name in given and given[name] != saved.get(name):
@@ -178,6 +179,9 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
+        if args.updates is not None and args.updates < meta["update"]:
+            raise ValueError(f"--updates {args.updates} are fewer than the {meta['update']} that "
+                             f"the run in {args.out_dir} has made; allowed: as many or more")
     args.resume = resume
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
