@@ -136,7 +136,7 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
         tensors[name] = value.cpu().contiguous()
     if processes.number() == 0:
         path = Path(out_dir) / "state.safetensors"
-        content = {**meta, "digest": digest_of(tensors)}
+        content = {**meta, "digest": digest_of(tensors, meta)}
         write_safetensors(tensors, path, {"state": json.dumps(content)})
 
 
@@ -205,8 +205,9 @@ def restore_state(out_dir, trainable: dict, optimizer, facts: dict, ema: dict) -
                              "start anew with another --out_dir")
         check_finite(name, tensor, path, "start anew with another --out_dir")
     # absent in states of earlier versions
-    if meta.get("digest") is not None and meta["digest"] != digest_of(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; "
+    digest = meta.pop("digest", None)
+    if digest is not None and digest != digest_of(tensors, meta):
+        raise ValueError(f"{path} is damaged: it holds something else than was saved; "
                          "copy it again, or start anew with another --out_dir")
     for name, tensor in tensors.items():
         ours[name].copy_(sharding.divided(tensor, ours[name]))

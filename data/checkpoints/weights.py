@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import json
 import math
 import shutil
 import sys
@@ -184,9 +185,12 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def digest_of(tensors: dict) -> str:
-    """sha256 of names, types, shapes and values; tensors: name -> tensor on the CPU."""
-    digest = hashlib.sha256()
+def digest_of(tensors: dict, meta: dict | None = None) -> str:
+    """sha256 of names, types, shapes and values; tensors: name -> tensor on the CPU.
+
+    meta  what else belongs to them, in a form for JSON
+    """
+    digest = hashlib.sha256(json.dumps(meta).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -201,6 +201,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 def sha256_of(path: Path) -> str:
     """The digest of a file's content, however large it is."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

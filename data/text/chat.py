@@ -26,7 +26,8 @@ from data.checkpoints.families import ModelConfig
 from data.parts.draws import check_seed
 from data.system.command import check_range, command
 from data.system.disk import (
-    MARKS, PART, check_regular, claimed, naming, parse_json, read_json, remove)
+    MARKS, PART, check_regular, claimed, naming, parse_json, read_json, remove,
+    sha256_of)
 from data.text.formats import (
     RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
 from data.text.tokenizer import load_tokenizer
@@ -280,6 +281,7 @@ def main(argv=None):
                 "classes": classes,
                 "inputs": inputs,
                 "splits": splits,
+                "digests": {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))},
                 "counts": dict(counts),
                 "first_malformed": first_malformed,
             }

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.checkpoints.path import check_class_names
 from data.system.command import choices
-from data.system.disk import check_regular, flush, parse_json, read_bytes
+from data.system.disk import check_regular, flush, parse_json, read_bytes, sha256_of
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -173,6 +173,10 @@ class TokenFiles:
             self.classes = tuple(names)
             self.class_ids = map_array(folder / f"{split}.classes.npy") if names else None
             self.check(split, tokenizer)
+            # older files lack them
+            for name, digest in self.meta.get("digests", {}).items():
+                if name.startswith(f"{split}.") and sha256_of(folder / name) != digest:
+                    raise ValueError(f"{name} is damaged, or of another preparation")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {repair}") from None
         # a meta.json of another program, or edited by hand
