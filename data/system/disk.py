@@ -204,7 +204,7 @@ def sha256_of(path: Path) -> str:
     check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 16):
             digest.update(block)
     return digest.hexdigest()
 
