@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.checkpoints.path import class_number
 from data.checkpoints.weights import fingerprint
-from data.flags.eval import check_flags, eval_flags, fill_defaults
+from data.flags.eval import check_flags, check_regrade, eval_flags, fill_defaults
 from data.results.figures import new_figure, plot_accuracy
 from data.results.flops import flops_per_token
 from data.results.records import Records, identity, provenance, regrade
@@ -437,7 +437,6 @@ def check(args, task, given: dict):
     """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
     check_flags(args, given, task, any(solver in ADAPTIVE for solver in args.solvers),
                 any(solver in FIXED for solver in args.solvers))
-    list(map(parse_search, args.search))
     for weight in args.guidance:
         Settings(guidance=weight)
     if task.kind == "code" and not args.allow_code_execution:
@@ -453,13 +452,12 @@ def check(args, task, given: dict):
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    given = given_flags(parser, argv)
     if args.regrade:
-        if not args.out:
-            raise ValueError("--regrade needs --out, the file to write")
+        check_regrade(args, given)
         grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
         return regrade(Path(args.regrade), Path(args.out), grader, args.overwrite)
     task = TASKS[args.task]
-    given = given_flags(parser, argv)
     fill_defaults(args)
     check(args, task, given)
 

@@ -19,7 +19,7 @@ from data.system.disk import appearing
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
-from solvers import SOLVERS
+from solvers import FIXED, SOLVERS
 
 # of two values of a flag the later one counts
 FROZEN = ["--method=l2d", "--start=frozen", "--objective=paper", "--own_kv", "--new_lr=0.1",
@@ -120,7 +120,9 @@ def main(argv=None):
             words.append(f"--data_dir={Path(args.data_dir).absolute()}")
         # with a path the frozen model is measured too
         if "--method=l2d" in METHODS[method]:
-            words += ["--steps", *args.steps, "--solvers", *args.solvers]
+            words += ["--solvers", *args.solvers]
+            if any(solver in FIXED for solver in args.solvers):
+                words += ["--steps", *args.steps]
         # if records exist, eval.py continues them
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
             f"--out={out_dir / f'eval-{method}'}", *words, *precision)

@@ -7,7 +7,7 @@ would do nothing is refused, and one that cannot change in a resumed run.
 import argparse
 
 from data.checkpoints.hub import check_not_a_model
-from data.checkpoints.path import PARTS, STARTS, TIME_DISTRIBUTIONS
+from data.checkpoints.path import LARGEST, PARTS, STARTS, TIME_DISTRIBUTIONS
 from data.checkpoints.state import read_state_meta
 from data.parts.draws import check_seed
 from data.system import processes
@@ -226,6 +226,17 @@ def check(args, given: dict):
     for least, names in at_least.items():
         for name in names:
             check_range(f"--{name}", getattr(args, name), least)
+    # more is a mistake, which would take all memory or never end
+    at_most = {
+        1000: ("unroll", "backprop"),
+        LARGEST: ("width", "cond_dim", "rank", "report"),
+        10**9: ("updates", "warmup", "eval_every", "val_rows", "patience", "keep"),
+    }
+    for most, names in at_most.items():
+        for name in names:
+            check_range(f"--{name}", getattr(args, name), 0, most)
+    rows = args.batch_size * args.accumulate
+    check_range("--batch_size times --accumulate", rows, 1, LARGEST)
     check_range("--new_lr", args.new_lr, 0, 1)
     if not args.ema < 1:
         raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")

@@ -31,10 +31,21 @@ def command(name: str):
                 raise SystemExit(0)
             except (ValueError, OSError) as error:
                 fail(f"{name}: {error}", 2)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                fail(f"{name}: not enough memory ({str(error).strip()[:80]}); "
+                     "take a smaller model, batch or number", 2)
             except KeyboardInterrupt as stop:
                 fail(f"{name}: {stop}" if str(stop) else f"{name}: stopped", 130)
         return run
     return decorate
+
+
+def out_of_memory(error) -> bool:
+    """Is this Python's, or torch's for a GPU or the CPU? torch is not imported yet."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def fail(line: str, status: int):

@@ -231,7 +231,7 @@ def parse_json(content: bytes | str, where):
 
 
 def whole_characters(value) -> bool:
-    """Has every text in a JSON value a form in UTF-8? Half a surrogate pair, an escape, has none."""
+    """Has every text in a JSON value a form in UTF-8? Half a surrogate pair has none."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
