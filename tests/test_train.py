@@ -270,6 +270,21 @@ def test_two_batches_of_four_teach_the_same_as_one_of_eight(base, tmp_path):
         assert other["norm"] == pytest.approx(one["norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("clip", [0, 1])
+def test_a_gradient_that_is_not_finite_is_no_step(clip):
+    """The derivative of √p is infinite at 0, where its value is 0."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = train.build_optimizer({"blocks.p": p}, 0.1, 0.0)
+    batch, = [collate([([1, 2], [0, 1], [1, 1])])]
+
+    def objective(model, batch):
+        return Losses(p.sqrt(), p.sqrt(), None)
+
+    with pytest.raises(FloatingPointError, match="the loss is 0, the norm of its gradient inf"):
+        train.update_once(None, optimizer, [batch], objective, clip)
+    assert p.item() == 0
+
+
 def test_the_gradient_is_clipped(base, tmp_path):
     run(base, tmp_path / "out", method="full", updates=1, clip=0.5)
     moments = [moment.flatten() for moment in state(tmp_path / "out", "exp_avg").values()]
