@@ -764,3 +764,8 @@ def test_a_finetune_trains_and_measures_each_method_once(
     (tmp_path / "o" / "data" / "meta.json").write_text("{}")
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in commands] == ["eval.py", "eval.py"]
+    # nor taken for one with other flags or questions
+    for change, words in (("--updates=4", "was trained with other flags"),
+                          ("--task=sums", "holds results of another task or model")):
+        assert exit_status(finetune.main, [*flags, change]) == 2
+        assert words in capsys.readouterr().err

@@ -15,7 +15,7 @@ from pathlib import Path
 from data.experiments.headline import run, train_once
 from data.results.records import read_lines
 from data.system.command import command, flag_parser
-from data.system.disk import appearing
+from data.system.disk import appearing, present, read_json, write_json
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
@@ -94,6 +94,12 @@ def main(argv=None):
     init_from = Path(args.init_from).absolute()
     weights = init_from / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    # finished parts are not repeated, so they must be of the same questions and model
+    note, made_of = out_dir / "made_of.json", {"task": args.task, "base": before}
+    if present(note) and read_json(note) != made_of:
+        raise ValueError(f"{out_dir} holds results of another task or model (see {note}); choose "
+                         "another --out_dir, or remove it")
+    write_json(made_of, note)
     rows, data = out_dir / "train.jsonl", out_dir / "data"
     if not rows.exists():
         task = TASKS[args.task]
