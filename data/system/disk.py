@@ -154,6 +154,10 @@ def claimed_file(path: str | Path, overwrite: bool):
     """
     check_writable(path)
     real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        # a device, such as /dev/null
+        yield
+        return
     lock = real.with_name(f".{real.name}.lock")
     with locked(lock, path, "--out") as handle:
         # its last holder may have removed it since
