@@ -29,6 +29,10 @@ def command(name: str):
             except BrokenPipeError:
                 silence()
                 raise SystemExit(0)
+            except UnicodeEncodeError as error:
+                near = error.object[max(0, error.start - 20):error.start + 20]
+                fail(f"{name}: the text {near!r} holds half a character, which has no UTF-8; "
+                     "remove it", 2)
             except (ValueError, OSError) as error:
                 fail(f"{name}: {error}", 2)
             except (MemoryError, RuntimeError) as error:
