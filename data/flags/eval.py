@@ -110,9 +110,8 @@ def check_regrade(args, given: dict):
     if not args.out:
         raise ValueError("--regrade needs --out, the file to write")
     given = {"class" if name == "label" else name for name in given}
-    idle = given - {"regrade", "out", "overwrite", "data_dir", "allow_code_execution",
-                           "code_seconds"}
-    refuse_idle(given, [(sorted(idle), False, "a model, without --regrade")])
+    acts = {"regrade", "out", "overwrite", "data_dir", "allow_code_execution", "code_seconds"}
+    refuse_idle(given, [(sorted(given - acts), False, "a model, without --regrade")])
     check_range("--code_seconds", args.code_seconds, *CODE_SECONDS)
 
 
