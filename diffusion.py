@@ -257,7 +257,7 @@ class L2D(nn.Module):
             lm = LM.from_pretrained(meta["base"], dtype, device)
         check_base(meta, lm, directory)
         model = cls(lm, meta["config"])
-        fill(model.path_parameters(), directory / "path.safetensors", model.config)
+        fill(model.path_parameters(), meta, directory)
         return model.eval()
 
 

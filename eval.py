@@ -11,13 +11,14 @@ frozen model, for each number of steps of the fixed solvers and for the adaptive
 temperature 1; network evaluations (NFE), seconds and arithmetic per token; the evaluations that
 adaptive solvers spend on each level; tokens that extra steps fixed and broke, and calibration;
 guidance. For a benchmark: every answer on a line as it comes, and their table. For held-out text:
-nats per token that counts. First the two loops,
-then what they call. No task is known here: they are in data/tasks/. Read train.py first.
+nats per token that counts. First the two loops, then what they call. The tasks themselves are in
+data/tasks/. Read train.py first.
 """
 
 import argparse
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,16 +30,16 @@ from tqdm import tqdm
 
 from data.checkpoints.path import class_number
 from data.checkpoints.weights import fingerprint
-from data.flags.eval import check_flags, eval_flags, fill_defaults
+from data.flags.eval import check_flags, check_regrade, eval_flags, fill_defaults
 from data.results.figures import new_figure, plot_accuracy
 from data.results.flops import flops_per_token
-from data.results.records import Records, provenance, regrade
+from data.results.records import Records, identity, provenance, regrade
 from data.results.scores import parse_search, print_scores, read_letters, rows
 from data.results.statistics import calibration, changes, mean, ratio, wilson
 from data.results.tables import (
     effort, print_accuracy, print_calibration, print_changes, print_effort, print_guidance,
     print_text)
-from data.system.disk import check_absent, check_writable, claimed, write_json
+from data.system.disk import check_absent, claimed, claimed_file, write_json
 from data.tasks import TASKS
 from data.tasks.grading import Grader
 from data.tasks.prompting import Prompts, letter_tokens, write_prompts
@@ -144,7 +145,7 @@ def columns_to_compare(steps: list, solvers: list, temperature: float, estimate:
         longest = max(fixed, key=lambda column: column.settings.steps)
         settings = replace(longest.settings, stop_unchanged=stop_unchanged)
         columns.append(Column(f"{longest.name} stop {stop_unchanged}", "adaptive", settings))
-    guided = [Column(column.name if weight == 1 else f"{column.name} w {weight:g}", column.kind,
+    guided = [Column(column.name if weight == 1 else f"{column.name} w {weight:.15g}", column.kind,
                      replace(column.settings, guidance=weight))
               for weight in weights for column in columns]
     return [frozen, *guided]
@@ -399,18 +400,21 @@ def benchmark(model, tokenizer, task, args, columns: list):
     asked = write_prompts(
         task, tokenizer, model.lm.config.max_positions, args.data_dir, args.style, args.shots,
         args.max_new_tokens, args.limit, args.show_prompts)
-    about = {**asked.about, "model": fingerprint(model), "tokenizer": tokenizer.fingerprint,
+    about = {**asked.about, "model": fingerprint(model), **identity(model, tokenizer),
              "draws": args.draws, "choices": args.choices, "seed": args.seed,
-             **estimate_of(args), "rtol": args.rtol, "class": class_id}
+             **estimate_of(args), "rtol": args.rtol, "class": class_id,
+             "merge_lora": args.merge_lora,
+             "code_seconds": args.code_seconds if task.kind == "code" else None}
     grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
     grader.problems[task.name] = {one["id"]: one for one in asked.problems}
     if task.kind == "code":
         task.check_references([question.problem for question in asked.questions],
                               args.code_seconds)
     out = Path(args.out)
-    with claimed(out):
+    with claimed(out, "--out"):
         start = time.time()
         records = Records(out / "records.jsonl", about, args.overwrite)
+        records.check(asked.questions)
         by_letters = task.kind == "letters" and args.choices == "letters"
         bench = Bench(model, tokenizer, task, asked, records, grader,
                       [parse_search(how) for how in args.search], args.samples, by_letters,
@@ -438,39 +442,38 @@ def check(args, task, given: dict):
     """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
     check_flags(args, given, task, any(solver in ADAPTIVE for solver in args.solvers),
                 any(solver in FIXED for solver in args.solvers))
-    for how in args.search:
-        parse_search(how)
     for weight in args.guidance:
         Settings(guidance=weight)
     if task.kind == "code" and not args.allow_code_execution:
         raise ValueError(f"--task {args.task} runs what the model writes, which needs "
                          f"--allow_code_execution; {NOTICE}")
-    if args.task not in ("tiny", "text"):
-        return
     # hours of work must not end with a missing package, or at a disk that takes nothing
-    outputs = [Path(args.out)]
     if args.plot:
         new_figure()
-        outputs.append(outputs[0].with_suffix(".png"))
-    for path in outputs:
-        check_absent(path, args.overwrite)
-        check_writable(path)
+        check_absent(Path(args.out).with_suffix(".png"), args.overwrite)
 
 
 @command("eval.py")
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    given = given_flags(parser, argv)
     if args.regrade:
-        if not args.out:
-            raise ValueError("--regrade needs --out, the file to write")
+        check_regrade(args, given)
         grader = Grader(args.data_dir, args.allow_code_execution, args.code_seconds)
         return regrade(Path(args.regrade), Path(args.out), grader, args.overwrite)
     task = TASKS[args.task]
-    given = given_flags(parser, argv)
     fill_defaults(args)
     check(args, task, given)
 
+    # a benchmark holds its directory once there is something to answer
+    one_file = args.task in ("tiny", "text")
+    with claimed_file(args.out, args.overwrite) if one_file else nullcontext():
+        measure_task(args, task)
+
+
+def measure_task(args, task):
+    """Load the model, and measure every column of it."""
     # the embedded topics have a table of their own for it
     weights = [1.0] if args.task == "tiny" else args.guidance
 

@@ -248,17 +248,18 @@ class Settings:
                              f"allowed: {COLDEST} or more, or 1-t (argmax is its limit at 0)")
 
 
+# larger numbers would overflow, or never end
 RANGES = {
-    "steps": (0,),
-    "rtol": (1e-12,),
-    "atol": (1e-12,),
-    "stop_unchanged": (1,),
-    "max_nfe": (1,),
-    "temperature": (0,),
-    "top_k": (1,),
+    "steps": (0, 10**6),
+    "rtol": (1e-12, 1e6),
+    "atol": (1e-12, 1e6),
+    "stop_unchanged": (1, 10**9),
+    "max_nfe": (1, 10**9),
+    "temperature": (0, 1e6),
+    "top_k": (1, 10**9),
     "top_p": (1e-6, 1),
     "guidance": (-1e6, 1e6),
-    "max_new_tokens": (1,),
+    "max_new_tokens": (1, 10**9),
 }
 
 

@@ -26,7 +26,7 @@ from data.checkpoints.families import ModelConfig
 from data.checkpoints.hub import resolve
 from data.checkpoints.path import L2DConfig
 from data.checkpoints.state import (
-    check_out_dir, clear, keep_best, out_of_patience, restore_state, write_state)
+    check_out_dir, clear, keep_best, out_of_patience, restore_state, updates_to_list, write_state)
 from data.checkpoints.weights import copy_tokenizer, pick_device, read_config
 from data.flags.train import parse
 from data.parts.lora import LoRA, merge_linear, replace_linears
@@ -123,6 +123,7 @@ class Run:
     ema: EMA
     update: int = 0            # updates done
     history: list = field(default_factory=list)     # [update, validation loss] of every one
+    kept: list = field(default_factory=list)        # updates of the best paths on disk
 
     @property
     def facts(self) -> dict:
@@ -154,10 +155,10 @@ def train_on(run: Run) -> dict:
                 if not stopped:
                     result = validate(run)
                     log.show(result)
-                    last = last or out_of_patience(run.history, args.patience)
-                # only what could be validated; a state just read need not be written again
-                if last or run.update > log.first:
-                    save_state(run)
+                    reason = "" if last else out_of_patience(run.history, args.patience)
+                    last = last or bool(reason)
+                # only what could be validated, and before the path: a run can always go on
+                save_state(run)
                 save_paths(run)
         if last:
             break
@@ -173,9 +174,9 @@ def train_on(run: Run) -> dict:
     run.ema.put_in_place()
     if args.method != "l2d":
         save_model(run, args.out_dir)
-    for name in NAMES:
+    for name in NAMES if args.cache_frozen else ():
         remove(Path(args.out_dir) / name)
-    print(f"saved to {args.out_dir} after {log.seconds:.0f} s")
+    print(f"saved to {args.out_dir} after {log.seconds:.0f} s{reason}")
     return {**result, "losses": log.losses, "model": run.model, "tokenizer": run.tokenizer}
 
 
@@ -230,9 +231,9 @@ def save_state(run: Run):
     # these belong to this command, not to the run
     args = {name: value for name, value in vars(run.args).items()
             if name not in ("resume", "out_dir", "overwrite")}
-    rows = run.update * run.loader.rows
-    meta = {"args": args, "update": run.update, "position": rows, "frozen": run.frozen,
-            "facts": run.facts, "history": run.history}
+    run.kept = updates_to_list(run.args.out_dir, run.kept, run.history, run.args.keep)
+    meta = {"args": args, "update": run.update, "position": run.update * run.loader.rows,
+            "frozen": run.frozen, "facts": run.facts, "history": run.history, "kept": run.kept}
     write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.ema.tensors)
     processes.saved.append(f"update {run.update} is saved; {go_on(run.args.out_dir)}")
 
@@ -244,8 +245,8 @@ def save_paths(run: Run):
     with run.ema.in_place():
         save_model(run, run.args.out_dir)
         if run.args.keep and run.history:
-            keep_best(run.args.out_dir, run.history, run.args.keep, run.update,
-                      functools.partial(save_model, run))
+            run.kept = keep_best(run.args.out_dir, run.kept, run.history, run.args.keep,
+                                 run.update, functools.partial(save_model, run))
 
 
 def save_model(run: Run, out_dir):
@@ -325,7 +326,6 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
 
 def set_up(args) -> Run:
     """Everything that the loop needs, from a saved state where resuming."""
-    tiny = args.data == "tiny"
     source = source_directory(args.init_from, args.cache_dir)
     config = ModelConfig.from_hf(read_config(source))
     tokenizer = load_tokenizer(source, config.vocab_size)
@@ -334,7 +334,7 @@ def set_up(args) -> Run:
     if not len(val):
         raise ValueError(f"--data {args.data} has no validation rows; "
                          "prepare it again with a larger --val_fraction")
-    if not tiny:
+    if args.data != "tiny":
         longest = max(data.longest, val.longest)
         check_length(config, longest, "prepare the data with a smaller --block_size")
     processes.check_shares(
@@ -379,8 +379,7 @@ def resume(run: Run):
     """Go on from the saved state. Raises ValueError where something else has changed since."""
     facts = {**run.facts, "weights": run.frozen}
     meta = restore_state(run.args.out_dir, run.trainable, run.optimizer, facts, run.ema.tensors)
-    run.update = meta["update"]
-    run.history = meta["history"]
+    run.update, run.history, run.kept = (meta[name] for name in ("update", "history", "kept"))
     processes.saved.append(f"update {run.update} is still there; {go_on(run.args.out_dir)}")
     if run.update * run.loader.rows != meta["position"]:
         raise ValueError(f"--batch_size {run.args.batch_size} times --accumulate "

@@ -8,7 +8,7 @@ Allowed ends:
     same       exit status 0 and the answer of the undamaged files: the damage had no effect
     refused    exit status 2 and one line
     stated     another answer, with a note on standard error, or from a file in which every content
-               has a meaning: a user's text, or a number among a training's numbers
+               has a meaning: a user's text, or a result. Tensors and tokens have a digest
 Faults:
 
     silent     another answer without a note
@@ -76,7 +76,7 @@ READ = f"{PATH} {ASK}"
 TARGETS = {
     "json": (sample, READ, "", "base/config.json base/model.safetensors base/tokenizer.json "
              "base/tokenizer_config.json base/generation_config.json+ path/path.json "
-             "path/path.safetensors+"),
+             "path/path.safetensors"),
     "tiktoken": (sample, READ, "", "base/tokenizer.model base/tokenizer_config.json"),
     "vocab": (sample, READ, "", "base/vocab.json base/merges.txt base/tokenizer_config.json"),
     "encoder": (sample, READ, "", "base/encoder.json base/vocab.bpe"),
@@ -95,8 +95,8 @@ TARGETS = {
               "--max_new_tokens=2 --shots=0 --device=cpu", RECORDS,
               f"gsm8k/test.jsonl+ gsm8k/train.jsonl {RECORDS}+"),
     "train": (train, "--init_from=resume --out_dir=WORK/out --updates=4", "out/path.safetensors",
-              "out/state.safetensors+ out/log.jsonl data/meta.json data/train.ids.npy+ "
-              "data/train.mask.npy+ data/train.examples.npy+ data/train.rows.npy+"),
+              "out/state.safetensors out/log.jsonl data/meta.json data/train.ids.npy "
+              "data/train.mask.npy data/train.examples.npy data/train.rows.npy"),
 }
 
 

@@ -14,18 +14,22 @@ import torch
 
 import eval as evaluation
 from conftest import LLAMA, exit_status, make_lm
+from data.checkpoints.families import ModelConfig
 from data.experiments import finetune, headline
+from data.flags import train as train_flags
+from data.parts.lora import LoRA, replace_linears
 from data.results import records, scores
 from data.tasks import TASKS, code, files
 from data.tasks.gsm8k import GSM8K
 from data.tasks.letters import find_letter
 from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
 from data.tasks.prompting import choose_style, letter_tokens
+from data.text.answer import Score
 from data.text.formats import render_llama3
 from data.text.tokenizer import load_tokenizer
 from diffusion import L2D, L2DConfig
 from model import LM
-from sample import generate, load_model
+from sample import Settings, generate, load_model
 from test_tokenizer import MERGES, NAMES, save, tokenizer_json, vocabulary
 
 ROWS = 8
@@ -209,6 +213,39 @@ def test_records_of_something_else_are_refused(change, models, data_dir, tmp_pat
     run(models, data_dir, out, "gsm8k", *GENERATE, "--limit=1", change, "--overwrite")
 
 
+@pytest.mark.parametrize("change, words", [
+    ("question", "another gsm8k/test/0 than the data files hold now"),
+    ("answer", "another gsm8k/test/0 than the data files hold now"),
+    ("dtype", "holds records of another dtype"),
+    ("config", "holds records of another config"),
+    ("stops", "holds records of another stops"),
+])
+def test_records_of_other_data_or_settings_are_refused(
+        change, words, data_dir, tmp_path, capsys):
+    base, _ = build_models(tmp_path)
+    rows = [json.loads(line) for line in (data_dir / "gsm8k/test.jsonl").read_text().splitlines()]
+    flags = ["--shots=0", "--max_new_tokens=2", "--limit=1"]
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", rows)
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
+    assert run_eval(base, tmp_path, tmp_path / "out", "gsm8k", *flags) == 0
+    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    if change in rows[0]:
+        # beside the id, which is only the number of the row
+        rows[0][change] = "the 9 in? #### 9"
+        write_jsonl(tmp_path / "gsm8k" / "test.jsonl", rows)
+    elif change == "dtype":
+        flags.append("--dtype=bfloat16")
+    elif change == "config":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 300.0}))
+    else:
+        (base / "generation_config.json").write_text('{"eos_token_id": [265, 266]}')
+    assert run_eval(base, tmp_path, tmp_path / "out", "gsm8k", *flags) == 2
+    err = capsys.readouterr().err
+    assert words in err and "--overwrite" in err
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+
+
 def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
         models, data_dir, tmp_path, capsys):
     lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", "--shots=6",
@@ -379,6 +416,51 @@ def test_one_answer_is_no_search_to_the_bit(models, data_dir, tmp_path):
         assert by_search[column, "vote:3"]["oracle"]["strict"] >= by_search[column, ""]["strict"]
 
 
+def test_samples_of_a_problem_have_noises_of_their_own(models, data_dir, tmp_path):
+    """Or pass@k, votes and best:K would be of copies."""
+    lines, _ = run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE, "--temperatures=1",
+                   "--limit=3", "--search", "vote:3")
+    by_problem = {}
+    for line in lines:
+        by_problem.setdefault((line["column"], line["id"]), set()).add(line["output"])
+    assert len(by_problem) == 6
+    assert all(len(outputs) == 3 for outputs in by_problem.values())
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@torch.no_grad()
+def test_every_answer_is_scored_by_the_frozen_model(steps, models):
+    """Token by token, whatever the text that they spell."""
+    model, _ = load_model(str(models[1]), device="cpu")
+    prompt = [5, 17, 200, 3]
+    settings = Settings(steps=steps, max_new_tokens=5, temperature=1.0)
+    answer, = generate(model, [prompt], settings, seeds=[3], watch=Score(model.lm))
+    log_p = model.lm(torch.tensor([prompt + answer.ids])).log_softmax(-1)[0, len(prompt) - 1:-1]
+    expected = log_p.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+    assert answer.log_p == pytest.approx(expected.tolist(), abs=1e-4)
+    assert answer.score == pytest.approx(float(expected.mean()), abs=1e-4)
+
+
+def test_a_search_costs_all_of_its_answers():
+    def record(sample, score):
+        return {"id": "x", "sample": sample, "output": "#### 2", "score": score, "strict": True,
+                "flexible": True, "tokens": 10 + sample, "nfe": 100 * (1 + sample), "cut": False,
+                "prompt_tokens": 4, "fewer_shots": False, "shortened": False, "seconds": 1.5}
+    column = {"x": [record(0, -2.0), record(1, -1.0), record(2, 0.0)]}
+    for how in ("vote", "best"):
+        row = scores.searched(GSM8K(), {"x": {"answer": "#### 2"}}, column, how, 2)
+        assert (row["tokens"], row["seconds"]) == (21, 3.0)
+        assert row["nfe_per_token"] == pytest.approx(300 / 21)
+
+
+def test_letters_are_chosen_by_the_mean_of_p_and_not_of_its_logarithm():
+    # the geometric mean of B is larger
+    p = torch.tensor([[0.9, 0.1], [0.01, 0.2]])
+    found = scores.read_letters(["A", "B"], p)
+    assert found["output"] == "A" and found["p"] == pytest.approx([0.455, 0.15])
+    assert found["agreement"] == 0.5 and found["first_letter"] == "A"
+
+
 def test_the_score_is_the_mean_log_p_under_the_frozen_model(models, data_dir, tmp_path):
     lines, _ = run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE, "--limit=2")
     lm, tokenizer = load_model(str(models[0]), device="cpu")
@@ -450,6 +532,19 @@ def test_lines_of_another_program_are_graded(data_dir, tmp_path):
     assert found[3]["pass_at_k"] == pytest.approx(1 - 21 / 252)
 
 
+def test_half_a_character_is_graded_and_said_with_its_line(tmp_path, capsys):
+    """As tools write that cut a text between the halves of a surrogate pair."""
+    lines = [{"benchmark": "gsm8k", "id": f"gsm8k/test/{i}", "output": f"\U0001f600 #### {i}",
+              "reference": f"#### {i}"} for i in range(3)]
+    lines[1]["output"] = "\ud83d #### 1"
+    write_jsonl(tmp_path / "in.jsonl", lines)
+    words = [f"--regrade={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"]
+    assert exit_status(evaluation.main, words) == 0
+    assert "note: line 2 of " in capsys.readouterr().err
+    found = records.read_lines(tmp_path / "out.jsonl")
+    assert found == [{**line, "strict": True, "flexible": True} for line in lines]
+
+
 @pytest.mark.parametrize("line, words", [
     ({"benchmark": "chess", "id": "x", "output": ""}, "benchmark 'chess' is not supported"),
     ({"benchmark": "gsm8k", "id": "gsm8k/test/1"}, "a record of gsm8k has no output"),
@@ -504,6 +599,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     ('{"question": "1"}\n', "line 1 of .* has no answer of the right type"),
     ('{"question": "1", "answer": 3}\n', "line 1 of .* has no answer of the right type"),
     ("[1]\n", "line 1 of .* has no question"), ("{\n", "line 1 of .* is not valid JSON"),
+    ('{"question": "\\ud83d", "answer": ""}\n', "line 1 of .* holds half a character"),
 ])
 def test_rows_of_another_form_are_refused(content, words, tmp_path):
     for split in ("test", "train"):
@@ -612,6 +708,29 @@ def test_golden_prompts_of_mmlu_pro(shared):
 
 # --- the finetune in one command ------------------------------------------------------------------
 
+def test_the_lora_of_the_finetune_has_as_many_parameters_as_its_paths():
+    """Of SmolLM2-135M, by shapes alone."""
+    config = ModelConfig.from_hf({
+        **LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3})
+
+    def trained(words):
+        args = train_flags.parse(["--init_from=DIR", "--data=DIR", *words])
+        with torch.device("meta"):
+            model = LM(config).requires_grad_(False)
+            if args.method == "l2d":
+                model = L2D(model, L2DConfig(args.width, args.cond_dim, rank=args.rank,
+                                             own_kv=args.own_kv, start=args.start))
+            else:
+                replace_linears(model, torch.nn.Linear,
+                                lambda linear: LoRA(linear, args.rank, args.rank))
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    lora = trained(finetune.METHODS["lora"])
+    for name in ("paper", "frozen"):
+        assert trained(finetune.METHODS[name]) == pytest.approx(lora, rel=0.05), name
+
+
 def test_a_finetune_trains_and_measures_each_method_once(
         models, data_dir, tmp_path, monkeypatch, capsys):
     commands = []
@@ -645,3 +764,8 @@ def test_a_finetune_trains_and_measures_each_method_once(
     (tmp_path / "o" / "data" / "meta.json").write_text("{}")
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in commands] == ["eval.py", "eval.py"]
+    # nor taken for one with other flags or questions
+    for change, words in (("--updates=4", "was trained with other flags"),
+                          ("--task=sums", "holds results of another task or model")):
+        assert exit_status(finetune.main, [*flags, change]) == 2
+        assert words in capsys.readouterr().err

@@ -2,11 +2,14 @@
 
 import math
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import eval as evaluation
 import sample
 import train
 from conftest import exit_status
@@ -21,6 +24,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 @pytest.mark.parametrize("error, status, line", [
     (ValueError("this is wrong"), 2, "it: this is wrong"),
     (OSError("no room"), 2, "it: no room"),
+    (UnicodeEncodeError("utf-8", "a\ud83db", 1, 2, "surrogates not allowed"), 2,
+     "it: the text 'a\\ud83db' holds half a character, which has no UTF-8; remove it"),
     (KeyboardInterrupt(), 130, "it: stopped"),
     (KeyboardInterrupt("half is kept"), 130, "it: half is kept"),
     (BrokenPipeError(), 0, ""),
@@ -65,6 +70,28 @@ def test_a_closed_pipe_is_no_error(words):
     process.stdout.close()
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize("words, status", [
+    (["--steps=0", "--no-frozen", "--max_new_tokens=1", "--prompt=1"], 0),
+    (["--steps=-3"], 2),
+    (["--steps=0", "--no-frozen", "--max_new_tokens=1", "--prompt=-"], 0),
+])
+def test_closed_streams_are_no_error(words, status):
+    line = shlex.join([sys.executable, "sample.py", "--device=cpu", *words])
+    done = subprocess.run(["sh", "-c", f"{line} <&- >&-"], cwd=ROOT, stderr=subprocess.PIPE,
+                          text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (status > 0)
+
+
+def test_a_memory_that_is_too_small_is_one_line(capsys):
+    @command("it")
+    def main(argv):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert exit_status(main, []) == 2
+    assert capsys.readouterr().err.startswith("it: not enough memory (")
 
 
 @pytest.mark.skipif(sys.getfilesystemencoding() == "ascii",
@@ -136,6 +163,7 @@ def test_another_value_or_type_is_refused(value, low, high, kind, allowed):
     (["--prompt=x", "--top_p=0.5"], "top_p"),
     (["--prompt=x", "--steps=0", "--num_samples=2"], "num_samples"),
     (["--prompt=x", "--trace_token=1"], "trace_token"),
+    (["--prompt=x", "--steps=0", "--no-merge_lora"], "merge_lora"),
 ])
 def test_sample_refuses_flags_that_would_do_nothing(words, idle, capsys):
     assert exit_status(sample.main, [*words, "--device=cpu"]) == 2
@@ -162,6 +190,40 @@ def test_train_refuses_flags_that_would_do_nothing(words, idle, capsys, tmp_path
         train.main([*small, f"--out_dir={out}", "--device=cpu"])
     assert exit_status(train.main, [*words, f"--out_dir={out}"]) == 2
     assert f"--{idle} would do nothing: it needs " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, idle", [
+    (["--guidance", "2", "--topics", "chains"], "guidance"),
+    (["--task=sums", "--solvers=dopri5", "--steps=3"], "steps"),
+    (["--task=sums", "--steps=0", "--solvers=euler"], "solvers"),
+    (["--task=sums", "--steps=0", "--estimate=average"], "estimate"),
+    (["--task=sums", "--steps=0", "--no-merge_lora"], "merge_lora"),
+    (["--task=sums", "--steps=0", "--stop_unchanged=2"], "stop_unchanged"),
+    (["--task=sums", "--steps=0", "--samples=4"], "samples"),
+    (["--task=sums", "--steps=0", "--search", "vote:4"], "search"),
+    (["--task=sums", "--samples=2", "--search", "vote:4"], "samples"),
+    (["--task=mmlu", "--steps=0", "--draws=4"], "draws"),
+    (["--regrade=x", "--out=y", "--task=sums"], "task"),
+    (["--regrade=x", "--out=y", "--class=a"], "class"),
+])
+def test_eval_refuses_flags_that_would_do_nothing(words, idle, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(evaluation.main, [*words]) == 2
+    assert f"--{idle} would do nothing: it needs " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--code_seconds=1e30", "--task=humaneval", "--allow_code_execution"],
+     "code_seconds = 1e+30 is out of range; allowed: 0.1 to 86400"),
+    (["--regrade=x", "--out=y", "--code_seconds=nan"], "code_seconds = nan"),
+    (["--problems=9999999"], "problems = 9999999 is out of range; allowed: 1 to 1000000"),
+    (["--steps=9999999"], "steps = 9999999 is out of range"),
+])
+def test_numbers_that_never_end_are_refused(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(evaluation.main, words) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", [

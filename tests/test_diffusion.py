@@ -126,6 +126,17 @@ def test_the_frozen_start_reads_the_least_squares_estimate_of_the_token():
         torch.testing.assert_close(seen.pop(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_own_keys_and_values_are_trained_as_sampling_reads_them(family):
+    """At t = 0, in both."""
+    l2d, ids = make_l2d(family, own_kv=True), make_ids()
+    trained = l2d.read(ids)
+    with torch.no_grad():
+        sampled = l2d.read(ids)
+    assert trained.keys[0].requires_grad
+    for name in ("keys", "values"):
+        torch.testing.assert_close(getattr(trained, name), getattr(sampled, name))
+
+
 @torch.no_grad()
 def test_states_at_some_positions_are_those_of_all(family):
     """As sequences of one token each, in rows and in copies: the same logits as all at once."""

@@ -9,8 +9,12 @@ import torch
 
 from conftest import exit_status
 from data.checkpoints import hub, state
+from data.results.records import read_lines
 from data.system import disk
+from data.tasks.files import read_file
+from data.text import chat
 from data.text.answer import read_prompts
+from data.text.tokens import map_array
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no modes and few links")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,6 +78,17 @@ def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match="cannot write .*a.json .No space left.*make room"):
+        with disk.appearing(path):
+            raise OSError(28, "No space left on device")
+    # the reader of a pipe that has gone is another end
+    with pytest.raises(BrokenPipeError), disk.naming(path):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written_is_noticed_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="is a directory; allowed: the name of a file"):
         disk.check_writable(tmp_path)
@@ -117,6 +132,21 @@ def test_a_link_to_nothing_is_not_taken_for_no_file(tmp_path):
         disk.present(path)
 
 
+@POSIX
+def test_a_pipe_is_refused_before_it_is_read(tmp_path):
+    """Reading one would wait for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    readers = (disk.present, disk.read_bytes, disk.read_json, disk.open_safetensors, read_lines,
+               disk.sha256_of, map_array, lambda path: read_prompts([], str(path)),
+               lambda path: list(chat.read_lines([path], [])), lambda path: read_file(path))
+    for read in readers:
+        with pytest.raises(ValueError, match="pipe is a pipe or a device; allowed: a file"):
+            read(pipe)
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        disk.check_regular("/dev/zero")
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
 def test_a_prompt_ends_at_a_line_feed_and_nowhere_else(separator, tmp_path):
     path = tmp_path / "prompts.txt"
@@ -132,6 +162,19 @@ def test_two_runs_cannot_have_one_directory(tmp_path):
             with disk.claimed(tmp_path):
                 pass
     with disk.claimed(tmp_path):
+        pass
+
+
+def test_two_commands_cannot_have_one_file(tmp_path):
+    path = tmp_path / "eval.json"
+    with disk.claimed_file(path, overwrite=True):
+        with pytest.raises(ValueError, match="another process is writing to .* another --out$"):
+            with disk.claimed_file(path, overwrite=True):
+                pass
+        path.write_text("{}")
+    # the lock has gone, the file stays
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="is there already"), disk.claimed_file(path, False):
         pass
 
 

@@ -17,6 +17,7 @@ from conftest import LLAMA, exit_status, generator, make_ids, make_l2d
 from data.checkpoints.hub import resolve
 from data.results import flops
 from data.results.statistics import calibration, changes, rank_correlation, ratio, wilson
+from data.results.tables import print_changes
 from data.tasks import TASKS
 from data.text import chat
 from data.tiny.topics import make_problem
@@ -73,6 +74,25 @@ def test_changes_are_counted_by_direction():
     before = torch.tensor([0, 0, 0, 1, 1, 1, 1]).bool()
     after = torch.tensor([1, 1, 0, 0, 1, 1, 1]).bool()
     assert changes(before, after) == {"tokens": 7, "fixed": 2, "broken": 1}
+
+
+def test_fixed_tokens_are_those_that_more_steps_made_right(monkeypatch, capsys):
+    """Of three tokens 2 steps fix two and break one; 4 steps keep what they are."""
+    right = {0: [0, 0, 1], 2: [1, 1, 0], 4: [1, 1, 0]}
+
+    def forced(model, tokenizer, task, problems, settings, seed, noises):
+        found = torch.tensor(right[settings.steps]).bool()
+        return torch.full((3,), 0.5), found
+
+    monkeypatch.setattr(evaluation, "forced_tokens", forced)
+    broken, _ = evaluation.token_tables(None, None, None, [], "euler", [2, 4], "argmax", 1, 0)
+    common = {"solver": "euler", "tokens": 3}
+    assert broken == [
+        {**common, "from": 0, "to": 2, "fixed": 2, "broken": 1},
+        {**common, "from": 0, "to": 4, "fixed": 2, "broken": 1},
+        {**common, "from": 2, "to": 4, "fixed": 0, "broken": 0}]
+    print_changes(broken)
+    assert "frozen ->   2 steps   fixed     2   broken     1\n" in capsys.readouterr().out
 
 
 # --- arithmetic -----------------------------------------------------------------------------------

@@ -185,12 +185,20 @@ def drop_tensor(directory):
     save_file(tensors, path)
 
 
+def change_tensors(directory):
+    path = directory / "path.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["to_z.bias"][0] += 1
+    save_file(tensors, path)
+
+
 UNFIT = "does not fit path.json: "
 
 
 @pytest.mark.parametrize("act, message", [
     (cut_tensors, "path.safetensors is truncated or not a safetensors file"),
     (removed("path.safetensors"), "path.safetensors is truncated or not a safetensors file"),
+    (change_tensors, "path.safetensors is damaged, or of another training than path.json; copy "),
     (drop_tensor, UNFIT + "1 tensors differ, first time_gate.2.weight"),
     (removed("path.json"), "path.json does not exist"),
     (replaced("path.json", '{"config": {'), "path.json is not valid JSON"),
@@ -210,6 +218,26 @@ def test_damaged_path_is_refused_in_one_line(saved, act, message):
     _, directory = saved
     act(directory)
     refused(directory, make_lm(), message)
+
+
+def test_tensors_of_another_training_of_the_same_shape_are_refused(saved, tmp_path_factory):
+    _, directory = saved
+    other = tmp_path_factory.mktemp("other")
+    make_l2d(seed=0, perturb=0.3, classes=2).save(other)
+    (directory / "path.safetensors").write_bytes((other / "path.safetensors").read_bytes())
+    refused(directory, make_lm(), "of another training than path.json")
+    # files of earlier versions have no digest
+    edit_json(other, lambda content: content.pop("digest"))
+    assert L2D.load(other, make_lm())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_path_that_is_not_finite_is_refused(value, tmp_path):
+    l2d = make_l2d()
+    with torch.no_grad():
+        l2d.to_z.bias[0] = value
+    l2d.save(tmp_path)
+    refused(tmp_path, make_lm(), "to_z.bias in .* holds values that are not finite; copy or down")
 
 
 @pytest.mark.parametrize("options, message", [

@@ -131,6 +131,21 @@ def test_losses_are_the_same_with_any_number_of_processes(options, sizes, base, 
         assert not any(said(tmp_path / str(size), rank, 1) for rank in range(1, size))
 
 
+def draw_other_weights(rank):
+    """As a GPU of its own would: only the first process has the weights of a run alone."""
+    seed = torch.manual_seed
+    torch.manual_seed = lambda number: seed(number + rank)
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora"])
+def test_every_process_starts_from_the_weights_of_the_first(method, base, tmp_path):
+    words = [f"--init_from={base}", *flags(method=method, updates=3, batch_size=2, accumulate=2)]
+    for size in (1, 2):
+        assert together(size, tmp_path / str(size), *words,
+                        prepare=draw_other_weights) == [0] * size
+    agree(losses(tmp_path / "2"), losses(tmp_path / "1"))
+
+
 def test_a_run_is_resumed_by_another_number_of_processes(base, tmp_path):
     options = {"batch_size": 2, "accumulate": 2, "lr": 2e-3}
     together(1, tmp_path / "one", f"--init_from={base}", *flags(**options, updates=6))

@@ -415,7 +415,7 @@ def test_sampled_tokens_follow_the_softmax(options):
 # --- refusals -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
-    (dict(steps=-1), "steps = -1 is out of range; allowed: 0 or more"),
+    (dict(steps=-1), "steps = -1 is out of range; allowed: 0 to 1000000"),
     (dict(max_new_tokens=0), "max_new_tokens = 0"),
     (dict(temperature=-0.1), "temperature = -0.1"),
     (dict(temperature=float("nan")), "temperature = nan"),
@@ -423,6 +423,11 @@ def test_sampled_tokens_follow_the_softmax(options):
     (dict(top_p=0.0), "top_p = 0.0"),
     (dict(top_p=1.5), "top_p = 1.5 .* to 1"),
     (dict(max_nfe=0), "max_nfe = 0"),
+    (dict(max_nfe=10**30), "max_nfe = 10{30} is out of range; allowed: 1 to 10{9}$"),
+    (dict(top_k=10**30), "top_k = 10{30}"),
+    (dict(steps=10**30), "steps = 10{30}"),
+    (dict(rtol=1e308), "rtol = 1e\\+308"),
+    (dict(temperature=1e308), "temperature = 1e\\+308"),
     (dict(rtol=0.0), "rtol = 0.0"),
     (dict(atol=0.0), "atol = 0.0"),
     (dict(stop_unchanged=0), "stop_unchanged = 0"),

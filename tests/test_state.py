@@ -87,6 +87,11 @@ def spoil(tensors):
     tensors[name].view(-1)[0] = float("nan")
 
 
+def alter(tensors):
+    name = next(name for name in sorted(tensors) if name.startswith("exp_avg/"))
+    tensors[name].view(-1)[0] += 1
+
+
 @pytest.mark.parametrize("change, word", [
     (drop("weights/"), "1 tensors, first weights/"),
     (drop("exp_avg_sq/"), "1 tensors, first exp_avg_sq/"),
@@ -94,6 +99,7 @@ def spoil(tensors):
     (reshape, "does not fit"),
     (retype, "is of type torch.float64"),
     (spoil, "holds values that are not finite"),
+    (alter, "is damaged: it holds something else than was saved"),
 ])
 def test_a_state_with_missing_or_damaged_parts_is_refused(change, word, out, capsys):
     change_state(out, change)
@@ -109,6 +115,9 @@ def test_a_state_with_missing_or_damaged_parts_is_refused(change, word, out, cap
     lambda meta: meta["args"].update(unknown=1),
     lambda meta: meta.update(facts={}),
     lambda meta: meta.update(position=3),
+    lambda meta: meta.update(kept=["../other"]),
+    # of the right form
+    lambda meta: meta["args"].update(min_lr=0.001),
 ])
 def test_metadata_of_another_form_is_refused(change, out, capsys):
     change_state(out, change_meta=change)

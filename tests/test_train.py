@@ -270,6 +270,21 @@ def test_two_batches_of_four_teach_the_same_as_one_of_eight(base, tmp_path):
         assert other["norm"] == pytest.approx(one["norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("clip", [0, 1])
+def test_a_gradient_that_is_not_finite_is_no_step(clip):
+    """The derivative of √p is infinite at 0, where its value is 0."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = train.build_optimizer({"blocks.p": p}, 0.1, 0.0)
+    batch, = [collate([([1, 2], [0, 1], [1, 1])])]
+
+    def objective(model, batch):
+        return Losses(p.sqrt(), p.sqrt(), None)
+
+    with pytest.raises(FloatingPointError, match="the loss is 0, the norm of its gradient inf"):
+        train.update_once(None, optimizer, [batch], objective, clip)
+    assert p.item() == 0
+
+
 def test_the_gradient_is_clipped(base, tmp_path):
     run(base, tmp_path / "out", method="full", updates=1, clip=0.5)
     moments = [moment.flatten() for moment in state(tmp_path / "out", "exp_avg").values()]
@@ -556,6 +571,10 @@ def refused(capsys, *argv):
     (["--unroll=0"], "--unroll = 0 is out of range; allowed: 1 or more"),
     (["--backprop=0"], "--backprop = 0 is out of range; allowed: 1 or more"),
     (["--ema=1"], "--ema = 1.0 is out of range; allowed: 0 to 1, without 1"),
+    (["--warmup=1" + "0" * 400], "is out of range; allowed: 0 to 1000000000"),
+    (["--batch_size=1000", "--accumulate=1000"],
+     "--batch_size times --accumulate = 1000000 is out of range; allowed: 1 to 65536"),
+    (["--unroll=9999"], "--unroll = 9999 is out of range; allowed: 0 to 1000"),
     (["--device=gpu"], "gpu"),
 ])
 def test_bad_flags_are_refused_in_one_line(argv, message, capsys, tmp_path):
@@ -587,6 +606,7 @@ def test_resuming_another_training_or_on_another_base_is_refused(base, capsys, t
     run(base, out, updates=1)
     words = ["--init_from=resume", f"--out_dir={out}"]
     before = (out / "state.safetensors").read_bytes()
+    assert "--updates 0 are fewer than the 1 that" in refused(capsys, *words, "--updates=0")
     for flag in ("--width=16", "--method=full", "--rank=4"):
         assert "cannot be changed in a run that goes on" in refused(capsys, *words, flag)
     make_lm(seed=1).save_pretrained(base)
@@ -640,18 +660,27 @@ def test_the_preset_fits_model_and_data(flags, preset, updates):
 ])
 def test_patience_counts_validations_since_the_best(losses, patience, over):
     history = [[10 * place, loss] for place, loss in enumerate(losses)]
-    assert out_of_patience(history, patience) == over
+    reason = out_of_patience(history, patience)
+    assert bool(reason) == over
+    if over:
+        assert f"--patience={patience}: none of the last " in reason and "(1)" in reason
 
 
-def test_a_run_without_progress_stops_early_and_stays_stopped(base, tmp_path):
+def test_a_run_without_progress_stops_early_says_so_and_stays_stopped(base, tmp_path, capsys):
     out = tmp_path / "out"
     # with a learning rate of zero no validation is better than the first
     run(base, out, updates=50, lr=0, eval_every=2, patience=3)
     meta = read_state(out)[1]
     assert meta["update"] == 6
     assert [update for update, _ in meta["history"]] == [0, 2, 4, 6]
+    reason = " s; stopped early by --patience=3: none of the last 3 validations was better than "
+    assert f"{reason}that after update 0 (" in capsys.readouterr().out
     resume(out)
     assert read_state(out)[1]["update"] == 6
+    assert f"{reason}that after update 0 (" in capsys.readouterr().out
+    # as many updates as were asked for are no early end
+    resume(out, "--updates=6")
+    assert "early" not in capsys.readouterr().out
 
 
 def test_the_best_paths_are_saved_until_a_new_run_replaces_them(base, tmp_path):
@@ -665,6 +694,45 @@ def test_the_best_paths_are_saved_until_a_new_run_replaces_them(base, tmp_path):
         assert L2D.load(out / name, device="cpu")
     train.main([f"--init_from={base}", f"--out_dir={out}", "--overwrite", *flags(updates=1)])
     assert not list(out.glob("best-*"))
+
+
+def test_keep_and_overwrite_remove_what_the_state_lists_and_nothing_else(base, tmp_path):
+    out = tmp_path / "out"
+    run(base, out, updates=2, eval_every=1, keep=1)
+    (kept, _), = [entry for entry in read_state(out)[1]["history"]
+                  if (out / f"best-{entry[0]}").exists()]
+    mine = [f"best-{kept}/notes.txt", "best-settings.txt", "best-3/notes.txt", "best-0-copy/a",
+            "notes.part/a", "a.part", "frozen-train.bin"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    # a resumed run goes on with the list
+    resume(out, "--updates=8")
+    history = read_state(out)[1]["history"]
+    best = min(history, key=lambda entry: entry[1])[0]
+    assert best not in (kept, 3) and L2D.load(out / f"best-{best}", device="cpu")
+    assert not (out / f"best-{kept}" / "path.json").exists()
+    assert {(out / name).read_text() for name in mine} == {"mine"}
+    train.main([f"--init_from={base}", f"--out_dir={out}", "--overwrite", *flags(updates=1)])
+    assert not (out / f"best-{best}").exists()
+    assert {(out / name).read_text() for name in mine} == {"mine"}
+
+
+def test_a_run_killed_before_its_first_update_goes_on(base, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "one_update", kill)
+        run(base, out)
+    assert (out / "path.json").exists()
+    resume(out)
+    run(base, tmp_path / "whole")
+    assert_same(state(out, "weights"), state(tmp_path / "whole", "weights"))
 
 
 @pytest.mark.parametrize("method", ["l2d", "lora"])
@@ -738,6 +806,36 @@ def test_states_are_cached_when_a_run_stops_and_used_when_it_goes_on(
     resume(out)
     assert "caching" not in capsys.readouterr().out
     assert updates(out) == updates(whole)
+
+
+@pytest.mark.parametrize("change", ["content", "config", "a full disk"])
+def test_cached_states_of_something_else_are_made_again(
+    change, base, tmp_path, packed_rows, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    words = [f"--init_from={base}", "--data=rows", "--cache_frozen", *flags()]
+    stop_after(monkeypatch, 3, [*words, f"--out_dir={out}"])
+    if change == "content":
+        (out / "frozen-val.bin").write_bytes(bytes((out / "frozen-val.bin").stat().st_size))
+    else:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 300.0}))
+    (out / "state.safetensors").unlink()
+    capsys.readouterr()
+    words += ["--overwrite", f"--out_dir={out}"]
+    if change == "a full disk":
+        def full(file, *_):
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr("data.training.frozen.collate", full)
+        line = refused(capsys, *words)
+        assert line.endswith("frozen-train.bin (No space left on device); make room, or choose "
+                             "another place")
+        return
+    train.main(words)
+    assert capsys.readouterr().out.count("caching") == (1 if change == "content" else 2)
+    train.main([*words[:2], *flags(), f"--out_dir={tmp_path / 'plain'}"])
+    assert [entry["loss"] for entry in updates(out)] == pytest.approx(
+        [entry["loss"] for entry in updates(tmp_path / "plain")], abs=2e-5)
 
 
 def test_the_room_for_cached_states_is_planned_and_checked(

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.checkpoints.weights import check_finite
+from data.checkpoints.weights import check_finite, digest_of
 from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
 from data.tiny.topics import CLASSES
@@ -108,6 +108,8 @@ def save_path(ours: dict, config: L2DConfig, facts: dict, directory: Path):
     # in both files, so that files of two different configs are noticed
     stated = {"config": json.dumps(asdict(config))}
     write_safetensors(tensors, directory / "path.safetensors", stated)
+    # and files of two different trainings
+    facts = {"digest": digest_of(tensors), **facts}
     write_json({"config": asdict(config), **facts}, directory / "path.json")
 
 
@@ -119,14 +121,15 @@ def base_facts(lm, sha256: str) -> dict:
 def read_path(directory: Path) -> dict:
     """path.json, its config as an L2DConfig. Raises ValueError for a file of another form.
 
-    base_config, tokenizer and updates are None in the oldest files.
+    base_config, tokenizer, updates and digest are None in the oldest files.
     """
     path = directory / "path.json"
-    meta = {"base_config": None, "tokenizer": None, "updates": None, **read_json(path)}
+    older = dict.fromkeys(("base_config", "tokenizer", "updates", "digest"))
+    meta = {**older, **read_json(path)}
     # a base that was never on disk has no name
     kinds = {"config": dict, "base": (str, type(None)), "base_sha256": str,
              "base_config": (dict, type(None)), "tokenizer": (str, type(None)),
-             "updates": (int, type(None))}
+             "updates": (int, type(None)), "digest": (str, type(None))}
     try:
         for name, kind in kinds.items():
             if name not in meta or not isinstance(meta[name], kind):
@@ -177,8 +180,13 @@ def check_trained(meta: dict, directory: Path):
                          f"go on with train.py --init_from=resume --out_dir={directory}")
 
 
-def fill(ours: dict, path: Path, config: L2DConfig):
-    """Copy a file into the tensors of a path. Raises ValueError unless all fit and are finite."""
+def fill(ours: dict, meta: dict, directory: Path):
+    """Copy path.safetensors into the tensors of a path.
+
+    meta  of read_path
+    Raises ValueError unless all fit, are finite, and are those of path.json.
+    """
+    path = directory / "path.safetensors"
     file = open_safetensors(path)
     # present name -> name in the file
     theirs = {}
@@ -193,11 +201,17 @@ def fill(ours: dict, path: Path, config: L2DConfig):
                          f"first {names[0]}; copy both files of the same training")
     # older files lack it
     stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
-    if stated is not None and L2DConfig(**renamed(stated)) != config:
+    if stated is not None and L2DConfig(**renamed(stated)) != meta["config"]:
         raise ValueError(f"{path} was trained with another config than path.json says; "
                          "copy both files of the same training")
+    tensors = {name: file.get_tensor(old) for name, old in theirs.items()}
+    # older files lack it too
+    found = digest_of({old: tensors[name] for name, old in theirs.items()})
+    if meta["digest"] not in (None, found):
+        raise ValueError(f"{path} is damaged, or of another training than path.json; "
+                         "copy both files of the same training")
     for name, p in ours.items():
-        tensor = file.get_tensor(theirs[name])
+        tensor = tensors[name]
         if not tensor.is_floating_point():
             raise ValueError(f"{name} in {path} is of type {tensor.dtype}; "
                              "copy both files of the same training")

@@ -7,12 +7,13 @@ so that a kill at any moment leaves a complete state.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from data.checkpoints.weights import check_finite
+from data.checkpoints.weights import check_finite, digest_of
 from data.system import processes, sharding
 from data.system.disk import (
     check_absent, open_safetensors, parse_json, present, remove, write_safetensors)
@@ -44,32 +45,71 @@ def check_out_dir(out_dir, source: Path, overwrite: bool):
 
 def clear(out_dir: Path):
     """Remove an earlier run, but not the cached states of data/training/frozen.py."""
+    # without a state nothing says which of the best paths were the run's
+    with suppress(ValueError):
+        for update in read_state_meta(out_dir)["kept"]:
+            remove_best(out_dir, update)
     for name in (*RESULTS, "log.jsonl"):
         remove(out_dir / name)
-    for path in out_dir.glob(f"{BEST}*"):
-        remove(path)
 
 
-def out_of_patience(history: list, patience: int) -> bool:
-    """Have `patience` validations passed since the best? 0: never. history: [update, loss]."""
-    if not patience or not history:
-        return False
-    best = min(range(len(history)), key=lambda index: history[index][1])
-    return len(history) - 1 - best >= patience
+def out_of_patience(history: list, patience: int) -> str:
+    """Why to stop: `patience` validations have passed since the best. "" to go on; 0: never.
 
-
-def keep_best(out_dir, history: list, keep: int, update: int, save):
-    """Keep the `keep` paths of the lowest validation losses.
-
-    history: [update, loss] of every validation; save(directory) writes the path of `update`
+    history: [update, loss] of every validation
     """
-    best = sorted(history, key=lambda entry: entry[1])[:keep]
-    names = {f"{BEST}{number}" for number, _ in best}
-    if f"{BEST}{update}" in names:
+    if not patience or not history:
+        return ""
+    best = min(range(len(history)), key=lambda index: history[index][1])
+    since = len(history) - 1 - best
+    if since < patience:
+        return ""
+    update, loss = history[best]
+    return (f"; stopped early by --patience={patience}: none of the last {since} validations was "
+            f"better than that after update {update} ({loss:g})")
+
+
+# --- the best paths -------------------------------------------------------------------------------
+
+def best_updates(history: list, keep: int) -> list:
+    """The updates of the `keep` lowest validation losses."""
+    return [update for update, _ in sorted(history, key=lambda entry: entry[1])[:keep]]
+
+
+def updates_to_list(out_dir, kept: list, history: list, keep: int) -> list:
+    """What the state lists before keep_best acts: the paths that are there or will be.
+
+    kept: the updates whose paths this run has written
+    """
+    # a directory that the run has not written is the user's
+    new = [update for update in best_updates(history, keep)
+           if update in kept or not (Path(out_dir) / f"{BEST}{update}").exists()]
+    return sorted({*kept, *new})
+
+
+def keep_best(out_dir, kept: list, history: list, keep: int, update: int, save) -> list:
+    """Keep the `keep` paths of the lowest validation losses; returns the updates of those kept.
+
+    kept: those that the state lists; save(directory) writes the path of `update`
+    """
+    best = best_updates(history, keep)
+    if update in best and update in kept:
         save(Path(out_dir) / f"{BEST}{update}")
-    for path in Path(out_dir).glob(f"{BEST}*"):
-        if path.name not in names:
-            remove(path)
+    for other in kept:
+        if other not in best:
+            remove_best(out_dir, other)
+    return [update for update in kept if update in best]
+
+
+def remove_best(out_dir, update: int):
+    """Remove the path of an update, and its directory unless the user has laid something there."""
+    folder = Path(out_dir) / f"{BEST}{update}"
+    if folder.is_symlink():
+        return
+    for name in ("path.json", "path.safetensors"):
+        remove(folder / name)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 # --- the state ------------------------------------------------------------------------------------
@@ -96,7 +136,8 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
         tensors[name] = value.cpu().contiguous()
     if processes.number() == 0:
         path = Path(out_dir) / "state.safetensors"
-        write_safetensors(tensors, path, {"state": json.dumps(meta)})
+        content = {**meta, "digest": digest_of(tensors, meta)}
+        write_safetensors(tensors, path, {"state": json.dumps(content)})
 
 
 def read_state_meta(out_dir) -> dict:
@@ -115,6 +156,11 @@ def read_state_meta(out_dir) -> dict:
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, float]:
             raise ValueError(f"{path} holds an invalid history ({str(entry)[:40]}); "
                              "start anew with another --out_dir")
+    # absent in states of earlier versions
+    kept = meta.setdefault("kept", [])
+    if not isinstance(kept, list) or any(type(update) is not int for update in kept):
+        raise ValueError(f"{path} holds an invalid list of kept paths ({str(kept)[:40]}); "
+                         "start anew with another --out_dir")
     return meta
 
 
@@ -158,5 +204,11 @@ def restore_state(out_dir, trainable: dict, optimizer, facts: dict, ema: dict) -
             raise ValueError(f"{path} does not fit: {name} is of type {tensor.dtype}; "
                              "start anew with another --out_dir")
         check_finite(name, tensor, path, "start anew with another --out_dir")
+    # absent in states of earlier versions
+    digest = meta.pop("digest", None)
+    if digest is not None and digest != digest_of(tensors, meta):
+        raise ValueError(f"{path} is damaged: it holds something else than was saved; "
+                         "copy it again, or start anew with another --out_dir")
+    for name, tensor in tensors.items():
         ours[name].copy_(sharding.divided(tensor, ours[name]))
     return meta

@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import json
 import math
 import shutil
 import sys
@@ -181,6 +182,18 @@ def fingerprint(model) -> str:
         digest.update(name.replace("ln_f.", "norm_f.").encode())
         values = p.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_of(tensors: dict, meta: dict | None = None) -> str:
+    """sha256 of names, types, shapes and values; tensors: name -> tensor on the CPU.
+
+    meta  what else belongs to them, in a form for JSON
+    """
+    digest = hashlib.sha256(json.dumps(meta).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from data.experiments.headline import run, train_once
 from data.results.records import read_lines
 from data.system.command import command, flag_parser
-from data.system.disk import appearing
+from data.system.disk import appearing, present, read_json, write_json
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
-from solvers import SOLVERS
+from solvers import FIXED, SOLVERS
 
 # of two values of a flag the later one counts
 FROZEN = ["--method=l2d", "--start=frozen", "--objective=paper", "--own_kv", "--new_lr=0.1",
@@ -94,6 +94,12 @@ def main(argv=None):
     init_from = Path(args.init_from).absolute()
     weights = init_from / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    # finished parts are not repeated, so they must be of the same questions and model
+    note, made_of = out_dir / "made_of.json", {"task": args.task, "base": before}
+    if present(note) and read_json(note) != made_of:
+        raise ValueError(f"{out_dir} holds results of another task or model (see {note}); choose "
+                         "another --out_dir, or remove it")
+    write_json(made_of, note)
     rows, data = out_dir / "train.jsonl", out_dir / "data"
     if not rows.exists():
         task = TASKS[args.task]
@@ -120,7 +126,9 @@ def main(argv=None):
             words.append(f"--data_dir={Path(args.data_dir).absolute()}")
         # with a path the frozen model is measured too
         if "--method=l2d" in METHODS[method]:
-            words += ["--steps", *args.steps, "--solvers", *args.solvers]
+            words += ["--solvers", *args.solvers]
+            if any(solver in FIXED for solver in args.solvers):
+                words += ["--steps", *args.steps]
         # if records exist, eval.py continues them
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
             f"--out={out_dir / f'eval-{method}'}", *words, *precision)

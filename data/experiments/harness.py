@@ -17,7 +17,7 @@ from data.system.command import command, flag_parser
 import torch
 from tqdm import tqdm
 
-from data.system.disk import check_absent, check_writable, write_json
+from data.system.disk import claimed_file, write_json
 from data.text.answer import Stop
 from data.text.formats import check_messages, resolve_style
 from data.training.batches import collate
@@ -186,9 +186,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if simple_evaluate is None:
         raise ValueError("the harness is not installed; get it with: pip install lm_eval")
-    check_absent(args.out, args.overwrite)
-    check_writable(args.out)
     settings = Settings(steps=args.steps, solver=args.solver)
+    with claimed_file(args.out, args.overwrite):
+        measure(args, settings)
+
+
+def measure(args, settings: Settings):
+    """Let the harness ask; write its results and print the numbers among them."""
     model, tokenizer = load_model(args.init_from, None, args.device, args.cache_dir)
     adapter = Adapter(model, tokenizer, settings, args.draws, args.batch_size)
     results = simple_evaluate(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.flags.train import PRESETS
 from data.results.statistics import mean, unique
-from data.system.command import flag_parser
+from data.system.command import command, flag_parser
 from data.system.disk import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,12 +43,17 @@ def train_once(out_dir: Path, *words):
     """Train, resume a run that was stopped, or do nothing after a finished one."""
     # path.json is written at every validation, so it does not mark the end
     done = out_dir / "done"
+    flags = "\n".join(map(str, words))
     if done.exists():
+        # empty in folders of earlier versions
+        if done.read_text(encoding="utf-8") not in ("", flags):
+            raise ValueError(f"{out_dir} was trained with other flags, which are in {done}; "
+                             "choose another --out_dir, or remove it")
         return
     if (out_dir / "state.safetensors").exists():
         words = ["--init_from=resume"]
     run("train.py", *words, f"--out_dir={out_dir}")
-    done.touch()
+    done.write_text(flags, encoding="utf-8")
 
 
 def train_and_measure(method: str, seed: int, out_dir: Path, more: list):
@@ -93,6 +98,7 @@ def show(out_dir: Path):
             print(f"  {topic}, temperature {temperature:g}: " + "; ".join(cells))
 
 
+@command("data.experiments.headline")
 def main(argv=None):
     parser = flag_parser("python -m data.experiments.headline", __doc__)
     add = parser.add_argument

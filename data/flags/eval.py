@@ -3,6 +3,7 @@
 import argparse
 
 from data.parts.draws import check_seed
+from data.results.scores import parse_search
 from data.system.command import (
     add_estimate_flags, add_model_flags, check_range, choices, flag_parser, refuse_idle)
 
@@ -10,6 +11,7 @@ from data.system.command import (
 TINY = ("topics", "problems", "plot")
 BENCHMARK = ("data_dir", "shots", "style", "choices", "class", "samples", "search",
              "max_new_tokens", "show_prompts", "allow_code_execution", "code_seconds")
+CODE_SECONDS = (0.1, 86_400)
 
 
 def eval_flags(description, tasks, default, solvers, estimates) -> argparse.ArgumentParser:
@@ -102,6 +104,16 @@ def fill_defaults(args):
             setattr(args, name, value)
 
 
+def check_regrade(args, given: dict):
+    """Refuse what grading again would ignore. Raises ValueError with one line."""
+    if not args.out:
+        raise ValueError("--regrade needs --out, the file to write")
+    given = {"class" if name == "label" else name for name in given}
+    acts = {"regrade", "out", "overwrite", "data_dir", "allow_code_execution", "code_seconds"}
+    refuse_idle(given, [(sorted(given - acts), False, "a model, without --regrade")])
+    check_range("--code_seconds", args.code_seconds, *CODE_SECONDS)
+
+
 def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     """Refuse numbers out of range, and flags that would be ignored. Raises ValueError.
 
@@ -110,11 +122,15 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     tiny = args.task == "tiny"
     text = args.task == "text"
     at_least = {1: ("problems", "draws", "limit", "samples", "max_new_tokens", "batch_size"),
-                0: ("stop_unchanged", "shots", "show_prompts"), 0.1: ("code_seconds",)}
+                0: ("stop_unchanged", "shots", "show_prompts")}
     for least, names in at_least.items():
         for name in names:
             if getattr(args, name) is not None:
                 check_range(f"--{name}", getattr(args, name), least)
+    # more is a mistake, which would take all memory or never end
+    for name, most in (("problems", 10**6), ("draws", 10**6), ("samples", 10**4)):
+        check_range(f"--{name}", getattr(args, name), 1, most)
+    check_range("--code_seconds", args.code_seconds, *CODE_SECONDS)
     # the frozen model is always shown
     check_range("--steps", min(args.steps), 1 if tiny else 0)
     check_seed(args.seed)
@@ -124,21 +140,31 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     # the dest of --class
     given = {"class" if name == "label" else name for name in given}
     generated = not text and (task.kind != "letters" or args.choices == "generate")
+    path = adaptive or max(args.steps) > 0
+    random = path or max(args.temperatures) > 0
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),
         (BENCHMARK, not tiny and not text, "--task with a benchmark"),
         (("limit", "batch_size"), not tiny, "--task with a benchmark, or text"),
         (("data",), text, "--task text"),
-        (("class", "guidance"), adaptive or max(args.steps) > 0,
+        (("class", "guidance", "solvers", "estimate", "draws", "merge_lora"), path,
          "a diffusion path, --steps of 1 or more"),
         (("guidance",), tiny or args.label is not None or set(args.guidance) == {1}, "--class"),
+        (("guidance",), not tiny or not args.topics or set(args.topics) & set(task.guided),
+         "a topic where the class matters, such as --topics strings"),
+        # the calibration of the embedded topics has a fixed solver in any case
+        (("steps",), tiny or fixed, "a fixed solver; dopri5 takes its own steps"),
         (("data_dir",), tiny or task.folder, "a benchmark that is read from files"),
         (("rtol",), adaptive, "--solvers dopri5"),
         (("estimate_temperature",), args.estimate != "argmax", "--estimate sample or average"),
-        (("stop_unchanged",), fixed or not args.stop_unchanged, "a fixed solver"),
+        (("stop_unchanged",), (fixed and max(args.steps) > 0) or not args.stop_unchanged,
+         "a fixed solver, --steps of 1 or more"),
         (("choices",), task.kind == "letters", "a task of multiple choice"),
         (("allow_code_execution", "code_seconds"), task.kind == "code", "a task of code"),
         (("max_new_tokens", "samples", "search", "temperatures"), generated,
          "generated answers, --choices generate"),
+        (("samples", "search"), random, "--temperatures of more than 0, or --steps of 1 or more"),
+        (("samples",), args.samples >= max([1, *(parse_search(how)[1] for how in args.search)]),
+         "as many answers as --search takes"),
         (("draws",), tiny or text or not generated, "--choices letters"),
     ])

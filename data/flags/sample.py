@@ -64,7 +64,7 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
 
 def check_flags(args, given: dict, adaptive):
     """Refuse what would otherwise be ignored or fail later. Raises ValueError with one line."""
-    check_range("--num_samples", args.num_samples, 1)
+    check_range("--num_samples", args.num_samples, 1, 10**5)
     check_range("--batch_size", args.batch_size, 1)
     check_seed(args.seed)
     if args.prompt and args.prompt_file:
@@ -78,7 +78,7 @@ def check_flags(args, given: dict, adaptive):
         (("chat", "class", "stop", "num_samples", "batch_size", "frozen"),
          prompted, "--prompt or --prompt_file"),
         (("solver", "rtol", "atol", "max_nfe", "stop_unchanged", "estimate",
-          "estimate_temperature", "guidance", "class", "trace"), args.steps > 0,
+          "estimate_temperature", "guidance", "class", "trace", "merge_lora"), args.steps > 0,
          "a diffusion path, --steps of 1 or more"),
         (("steps",), args.steps == 0 or not adapts, "a fixed solver; dopri5 takes its own steps"),
         (("rtol", "atol"), adapts, "--solver dopri5"),

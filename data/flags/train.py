@@ -7,7 +7,7 @@ would do nothing is refused, and one that cannot change in a resumed run.
 import argparse
 
 from data.checkpoints.hub import check_not_a_model
-from data.checkpoints.path import PARTS, STARTS, TIME_DISTRIBUTIONS
+from data.checkpoints.path import LARGEST, PARTS, STARTS, TIME_DISTRIBUTIONS
 from data.checkpoints.state import read_state_meta
 from data.parts.draws import check_seed
 from data.system import processes
@@ -171,7 +171,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
     # is parsed once for the directory of the state, and again over the saved flags
     resume = args.init_from == "resume"
     if resume:
-        saved = read_state_meta(args.out_dir)["args"]
+        meta = read_state_meta(args.out_dir)
+        saved = meta["args"]
         check_saved(saved, args.out_dir)
         for name in OF_A_RUN:
             if name in given and given[name] != saved.get(name):
@@ -180,6 +181,9 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.init_from = saved["init_from"]
+        if args.updates is not None and args.updates < meta["update"]:
+            raise ValueError(f"--updates {args.updates} are fewer than the {meta['update']} that "
+                             f"the run in {args.out_dir} has made; allowed: as many or more")
     args.resume = resume
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
@@ -226,6 +230,17 @@ def check(args, given: dict):
     for least, names in at_least.items():
         for name in names:
             check_range(f"--{name}", getattr(args, name), least)
+    # more is a mistake, which would take all memory or never end
+    at_most = {
+        1000: ("unroll", "backprop"),
+        LARGEST: ("width", "cond_dim", "rank", "report"),
+        10**9: ("updates", "warmup", "eval_every", "val_rows", "patience", "keep"),
+    }
+    for most, names in at_most.items():
+        for name in names:
+            check_range(f"--{name}", getattr(args, name), 0, most)
+    rows = args.batch_size * args.accumulate
+    check_range("--batch_size times --accumulate", rows, 1, LARGEST)
     check_range("--new_lr", args.new_lr, 0, 1)
     if not args.ema < 1:
         raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")

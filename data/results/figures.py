@@ -22,7 +22,8 @@ from pathlib import Path
 from data.results.records import read_lines
 from data.results.statistics import mean, only, unique
 from data.system.command import choices, command
-from data.system.disk import appearing, check_absent, check_writable, decode, parse_json, read_json
+from data.system.disk import (
+    appearing, check_absent, check_writable, decode, parse_json, read_bytes, read_json)
 
 WIDTH = 81      # columns of a text picture
 SHADES = (27, 33, 39, 49, 82, 190, 220, 208, 196)      # of a 256-colour terminal, blue to red
@@ -186,7 +187,7 @@ MARKS = {
 
 def read_trace(path: Path) -> list:
     """The predictions of the token that a page shows first: [t, word, p, kind] each."""
-    text = decode(path.read_bytes(), path)
+    text = decode(read_bytes(path), path)
     found = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.S)
     trace = parse_json(found[1], path)
     return trace["tokens"][trace["first"]]["predictions"]

@@ -5,6 +5,7 @@ further line has `benchmark`, `id` and `output`, the cost, and the verdicts. `py
 --regrade records.jsonl --out again.jsonl` grades them again, without a model.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from data.system.disk import appearing, check_absent, check_writable, decode, parse_json
+from data.system.disk import (
+    appearing, claimed_file, decode, naming, parse_json, read_bytes, whole_characters)
 
 ROOT = Path(__file__).resolve().parents[2]
 # the fields of every record, and those of multiple choice by probability
@@ -74,8 +76,19 @@ class Records:
         with appearing(path) as part:
             part.write_text("".join(map(line_of, lines)), encoding="utf-8")
 
+    def check(self, questions: list):
+        """Raise ValueError for an answer to another question than the data files hold now."""
+        facts = {question.problem["id"]: question.facts for question in questions}
+        for record in self.found.values():
+            for name, value in facts.get(record["id"], {}).items():
+                # as the file gives it back
+                if record.get(name) != json.loads(json.dumps(value)):
+                    raise ValueError(f"{self.path} has an answer to another {record['id']} than "
+                                     f"the data files hold now (its {name} differs); choose "
+                                     "another --out, or add --overwrite")
+
     def write(self, record: dict):
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(line_of(record))
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +106,9 @@ class Records:
 
 
 def line_of(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    # half a surrogate pair has no UTF-8: then every character beyond ASCII is an escape
+    plain = not whole_characters(record)
+    return json.dumps(record, ensure_ascii=plain) + "\n"
 
 
 def read_lines(path: Path) -> list:
@@ -101,7 +116,7 @@ def read_lines(path: Path) -> list:
 
     Raises ValueError for any other line that is not an object.
     """
-    lines = decode(path.read_bytes(), path).split("\n")
+    lines = decode(read_bytes(path), path).split("\n")
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -117,22 +132,24 @@ def read_lines(path: Path) -> list:
                 raise
             print(f"note: the last line of {path} is cut off and is left out", file=sys.stderr)
         else:
+            if not whole_characters(record):
+                print(f"note: {where} holds half a character, which stays an escape",
+                      file=sys.stderr)
             found.append(record)
     return found
 
 
 def regrade(source: Path, out: Path, grade, overwrite: bool):
     """Write every line of `source` with new verdicts; grade: record -> dict of verdicts."""
-    check_absent(out, overwrite)
-    check_writable(out)
-    lines = read_lines(source)
-    if not lines:
-        raise ValueError(f"{source} has no line; allowed: records of eval.py, or lines with "
-                         "benchmark, id and output")
-    # the first line of eval.py is a description
-    graded = [record if "about" in record else {**record, **grade(record)} for record in lines]
-    with appearing(out) as part:
-        part.write_text("".join(map(line_of, graded)), encoding="utf-8")
+    with claimed_file(out, overwrite):
+        lines = read_lines(source)
+        if not lines:
+            raise ValueError(f"{source} has no line; allowed: records of eval.py, or lines with "
+                             "benchmark, id and output")
+        # the first line of eval.py is a description
+        graded = [line if "about" in line else {**line, **grade(line)} for line in lines]
+        with appearing(out) as part:
+            part.write_text("".join(map(line_of, graded)), encoding="utf-8")
 
 
 # --- provenance -----------------------------------------------------------------------------------
@@ -146,6 +163,15 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+def identity(model, tokenizer) -> dict:
+    """What an answer depends on beside the weights: settings, precision, stop tokens."""
+    path = None if model is model.lm else vars(model.config)
+    settings = json.dumps([model.lm.config.numbers, path], sort_keys=True)
+    return {"config": hashlib.sha256(settings.encode()).hexdigest(),
+            "dtype": str(model.lm.embed.weight.dtype), "tokenizer": tokenizer.fingerprint,
+            "stops": sorted(tokenizer.stop_ids)}
 
 
 def provenance(model, args, start: float) -> dict:

@@ -29,12 +29,27 @@ def command(name: str):
             except BrokenPipeError:
                 silence()
                 raise SystemExit(0)
+            except UnicodeEncodeError as error:
+                near = error.object[max(0, error.start - 20):error.start + 20]
+                fail(f"{name}: the text {near!r} holds half a character, which has no UTF-8; "
+                     "remove it", 2)
             except (ValueError, OSError) as error:
                 fail(f"{name}: {error}", 2)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                fail(f"{name}: not enough memory ({str(error).strip()[:80]}); "
+                     "take a smaller model, batch or number", 2)
             except KeyboardInterrupt as stop:
                 fail(f"{name}: {stop}" if str(stop) else f"{name}: stopped", 130)
         return run
     return decorate
+
+
+def out_of_memory(error) -> bool:
+    """Is this Python's, or torch's for a GPU or the CPU? torch is not imported yet."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def fail(line: str, status: int):
@@ -66,6 +81,11 @@ def quiet_interrupt(kind, error, trace):
 
 
 sys.excepthook = quiet_interrupt
+
+# a shell's `>&-`, services and pythonw close the standard streams; each takes its own number again
+for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, stream) is None:
+        setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ error is one line that says what is wrong and how to repair it.
 """
 
 import codecs
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -45,17 +46,41 @@ def appearing(path: str | Path):
         return
     # a folder, so that a library's own temporary files are removed with it
     folder = Path(f"{path}{PART}")
-    remove(folder)
+    sweep(folder)
     folder.mkdir()
     try:
-        part = folder / path.name
-        yield part
-        # some libraries write for the owner alone
-        os.chmod(part, folder.stat().st_mode & 0o666)
-        flush(part)
-        os.replace(part, path)
-        flush(path.parent)
+        with naming(path):
+            part = folder / path.name
+            yield part
+            # some libraries write for the owner alone
+            os.chmod(part, folder.stat().st_mode & 0o666)
+            flush(part)
+            os.replace(part, path)
+            flush(path.parent)
     finally:
+        remove(folder)
+
+
+@contextmanager
+def naming(path: str | Path):
+    """Around writing: an error of the system names the file, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"cannot write {path} ({error.strerror or error}); "
+                      "make room, or choose another place") from None
+
+
+def sweep(folder: Path):
+    """Remove the folder of a killed `appearing`; one with other files in it is the user's own."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    name = folder.name.removesuffix(PART)
+    # .tmp: a temporary file of safetensors
+    if all(path.is_file() and (path.name == name or path.name.startswith(".tmp"))
+           for path in folder.iterdir()):
         remove(folder)
 
 
@@ -120,6 +145,33 @@ def check_absent(path: str | Path, overwrite: bool):
                          "allowed: another name, or --overwrite")
 
 
+@contextmanager
+def claimed_file(path: str | Path, overwrite: bool):
+    """Hold a file that this process writes later; the lock beside it is removed again.
+
+    Raises OSError or ValueError, before the work, where it cannot be written, is of an earlier run
+    and may not be overwritten, or is held by another process.
+    """
+    check_writable(path)
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        # a device, such as /dev/null
+        yield
+        return
+    lock = real.with_name(f".{real.name}.lock")
+    with locked(lock, path, "--out") as handle:
+        # its last holder may have removed it since
+        if not lock.exists() or not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+            raise ValueError(f"another process has just written {path}; choose another --out")
+        try:
+            check_absent(path, overwrite)
+            yield
+        finally:
+            # Windows removes no open file
+            with suppress(OSError):
+                lock.unlink()
+
+
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Directory of downloads: `cache_dir`, else NANOL2D_CACHE, else ~/.cache/nanol2d."""
     root = cache_dir or os.environ.get("NANOL2D_CACHE") or "~/.cache/nanol2d"
@@ -129,10 +181,36 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 # --- checked when read ----------------------------------------------------------------------------
 
 def present(path: Path) -> bool:
-    """Does this file exist? Raises ValueError for a link to nothing, since one was intended."""
+    """Does this file exist? Raises ValueError for a link to nothing, since one was intended.
+
+    And for a pipe or a device.
+    """
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to nothing; copy or download the file itself")
+    check_regular(path)
     return path.exists()
+
+
+def check_regular(path: str | Path):
+    """Raise ValueError for a pipe or a device, from which reading might never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device; allowed: a file")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's content, however large it is."""
+    check_regular(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 16):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def decode(content: bytes, where) -> str:
@@ -156,10 +234,19 @@ def parse_json(content: bytes | str, where):
                          "copy or download it again") from None
 
 
+def whole_characters(value) -> bool:
+    """Has every text in a JSON value a form in UTF-8? Half a surrogate pair has none."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_json(path: str | Path) -> dict:
     """Parse a JSON object. Raises ValueError for a missing or damaged file."""
     try:
-        content = parse_json(Path(path).read_bytes(), path)
+        content = parse_json(read_bytes(path), path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; copy or download it") from None
     if not isinstance(content, dict):
@@ -169,6 +256,7 @@ def read_json(path: str | Path) -> dict:
 
 def open_safetensors(path: Path):
     """The file, mapped into memory. Raises ValueError for a damaged or missing one."""
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -179,25 +267,34 @@ def open_safetensors(path: Path):
 # --- directories of one run -----------------------------------------------------------------------
 
 @contextmanager
-def claimed(directory: Path):
+def claimed(directory: Path, flag: str = "--out_dir"):
     """Hold a directory for this process; a new one is removed again if nothing was written to it.
 
+    flag  that names the directory
     Raises ValueError while another process holds it.
     """
     new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with open(directory / "lock", "a", encoding="utf-8") as handle:
-            if not try_lock(handle):
-                raise ValueError(f"another process is writing to {directory}; "
-                                 "wait for it, or choose another --out_dir")
+        with locked(directory / "lock", directory, flag):
             # of killed runs
             for path in directory.glob(f"*{PART}"):
-                remove(path)
+                sweep(path)
             yield
     finally:
         if new and [path.name for path in directory.iterdir()] == ["lock"]:
             remove(directory)
+
+
+@contextmanager
+def locked(lock: Path, target: str | Path, flag: str):
+    """Hold a lock, a file; target: what it protects, the value of `flag`."""
+    check_regular(lock)
+    with open(lock, "a", encoding="utf-8") as handle:
+        if not try_lock(handle):
+            raise ValueError(f"another process is writing to {target}; "
+                             f"wait for it, or choose another {flag}")
+        yield handle
 
 
 def try_lock(handle) -> bool:

@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 
 from data.checkpoints.hub import RemoteFile, fetch_files
-from data.system.disk import cache_root, decode, parse_json, present
+from data.system.disk import cache_root, decode, parse_json, present, whole_characters
 
 # Address, size in bytes and sha256 of each file as published.
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
@@ -102,6 +102,9 @@ def read_jsonl(path: Path, needed: dict) -> list:
         if not line.strip():
             continue
         row = parse_json(line, f"line {number} of {path}")
+        if not whole_characters(row):
+            raise ValueError(f"line {number} of {path} holds half a character (of a surrogate "
+                             "pair); use the file as published")
         for key, kind in needed.items():
             value = row.get(key) if isinstance(row, dict) else None
             texts = value if kind is list and isinstance(value, list) else []

@@ -5,6 +5,7 @@ alone is too long, its beginning is cut, as in lm-evaluation-harness. eval.py co
 """
 
 import hashlib
+import json
 import sys
 from dataclasses import dataclass
 
@@ -61,9 +62,9 @@ def write_prompts(task, tokenizer, max_positions: int, data_dir: str | None, sty
             ids, text = encode(task.prompt(problem, examples[:count], style), tokenizer)
             if len(ids) <= room:
                 break
-        # equal in two records if their prompts are
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        facts = {"id": problem["id"], **task.short(problem), "prompt": digest,
+        # equal in two records if their prompts are, and if all that grading reads is
+        facts = {"id": problem["id"], **task.short(problem), "prompt": digest(text),
+                 "problem": digest(json.dumps(problem, default=str)),
                  "prompt_tokens": len(ids), "fewer_shots": count < len(examples),
                  "shortened": len(ids) > room}
         questions.append(Question(problem, ids[-room:], text, facts))
@@ -73,6 +74,10 @@ def write_prompts(task, tokenizer, max_positions: int, data_dir: str | None, sty
         print(note, file=sys.stderr)
     about = {"benchmark": task.name, "style": style, "shots": shots, "max_new_tokens": tokens}
     return Prompts(problems, questions, style, tokens, about)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def choose_style(style: str | None, tokenizer) -> str:

@@ -11,11 +11,10 @@ sees every evaluation and every token:
 import codecs
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from data.system.disk import decode
+from data.system.disk import decode, read_bytes
 from data.text.formats import encode_chat, resolve_style
 
 
@@ -25,7 +24,7 @@ def read_prompts(given: list, file: str | None) -> list:
     """The prompts of a file, one a line, or else those given, of which `-` is standard input."""
     if file:
         # only a line feed ends a line, no other separator of Unicode
-        lines = decode(Path(file).read_bytes(), file).replace("\r\n", "\n").split("\n")
+        lines = decode(read_bytes(file), file).replace("\r\n", "\n").split("\n")
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompt_file {file} has no prompt; allowed: one prompt a line")

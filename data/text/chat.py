@@ -25,7 +25,9 @@ from tqdm import tqdm
 from data.checkpoints.families import ModelConfig
 from data.parts.draws import check_seed
 from data.system.command import check_range, command
-from data.system.disk import MARKS, PART, claimed, parse_json, read_json, remove
+from data.system.disk import (
+    MARKS, PART, check_regular, claimed, naming, parse_json, read_json, remove,
+    sha256_of)
 from data.text.formats import (
     RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
 from data.text.tokenizer import load_tokenizer
@@ -104,6 +106,8 @@ def read_lines(paths, digests: list):
 
     Raises ValueError for a file with the byte order mark of another encoding than UTF-8.
     """
+    for path in paths:
+        check_regular(path)
     total = sum(os.path.getsize(path) for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None) as progress:
         for path in paths:
@@ -251,7 +255,9 @@ def main(argv=None):
     # inside out_dir, so on its disk: a finished file is only renamed, and until then the old stay
     folder = out_dir / f"unfinished{PART}"
     inputs = []
-    with claimed(out_dir):
+    with claimed(out_dir), naming(out_dir):
+        # of a killed run
+        remove(folder)
         folder.mkdir()
         try:
             raw = {split: RawSplit(folder / f"{split}.raw", dtype) for split in SPLITS}
@@ -275,6 +281,7 @@ def main(argv=None):
                 "classes": classes,
                 "inputs": inputs,
                 "splits": splits,
+                "digests": {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))},
                 "counts": dict(counts),
                 "first_malformed": first_malformed,
             }

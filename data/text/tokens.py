@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.checkpoints.path import check_class_names
 from data.system.command import choices
-from data.system.disk import flush, parse_json
+from data.system.disk import check_regular, flush, parse_json, read_bytes, sha256_of
 
 VERSION = 1
 SPLITS = ("train", "val")
@@ -131,6 +131,7 @@ def install(folder: Path, out_dir: Path):
 
 def map_array(path: Path):
     """A list of whole numbers in a file, memory-mapped. Raises OSError or ValueError."""
+    check_regular(path)
     try:
         numbers = np.load(path, mmap_mode="r")
     except OSError:
@@ -161,7 +162,7 @@ class TokenFiles:
                   f"--out_dir={folder}")
         try:
             # meta.json lists every flag and the digests of the inputs
-            content = (folder / "meta.json").read_bytes()
+            content = read_bytes(folder / "meta.json")
             self.fingerprint = hashlib.sha256(content).hexdigest()
             self.meta = parse_json(content, "meta.json")
             arrays = [map_array(folder / f"{split}.{kind}.npy") for kind in ARRAYS]
@@ -172,6 +173,10 @@ class TokenFiles:
             self.classes = tuple(names)
             self.class_ids = map_array(folder / f"{split}.classes.npy") if names else None
             self.check(split, tokenizer)
+            # older files lack them
+            for name, digest in self.meta.get("digests", {}).items():
+                if name.startswith(f"{split}.") and sha256_of(folder / name) != digest:
+                    raise ValueError(f"{name} is damaged, or of another preparation")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(f"no token file {error.filename}; {repair}") from None
         # a meta.json of another program, or edited by hand

@@ -11,7 +11,7 @@ import base64
 import json
 from pathlib import Path
 
-from data.system.disk import decode, present, read_json
+from data.system.disk import decode, present, read_bytes, read_json
 
 # GPT-2: English contractions, words and digit runs of any length, each taking one leading space;
 # then the rest.
@@ -177,7 +177,7 @@ def named_id(files, special, name):
 def read_tiktoken(source, files, special):
     """Lines `base64-of-the-token rank`, the form of Llama 3. Ids may have gaps."""
     ranks = {}
-    for number, line in enumerate(source.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(source).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -5,6 +5,7 @@ out_dir/frozen-train.bin and frozen-val.bin, mapped into memory. train.py --cach
 data sets so; loader.py adds the states to its batches, and diffusion.py finds them there.
 """
 
+import hashlib
 import math
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data.system import processes
-from data.system.disk import appearing, present, read_json, write_json
+from data.system.disk import appearing, present, read_json, sha256_of, write_json
 from data.text.tokens import SPLITS
 from data.training.batches import Batch, CachedStates, collate
 
@@ -64,7 +65,8 @@ class FrozenRows:
         # the first line of every row, and the end; the last token of a row is only a target
         self.starts = [0, *np.cumsum(data.lengths[:count] - 1).tolist()]
         # what the file was made of: for another model or other data it is made again
-        self.facts = {"base": l2d.base_sha256, "data": data.fingerprint, "dtype": str(self.dtype),
+        self.facts = {"base": l2d.base_sha256, "config": config.numbers, "data": data.fingerprint,
+                      "dtype": str(self.dtype), "rows": count,
                       "bytes": self.starts[-1] * self.width * self.dtype.itemsize}
 
     def __len__(self) -> int:
@@ -77,8 +79,10 @@ class FrozenRows:
     def fill(self, batch_size: int):
         """Make the file, unless an earlier run has made it. Raises ValueError for a full disk."""
         note = self.path.with_suffix(".json")
-        if present(self.path) and present(note) and read_json(note) == self.facts:
-            return
+        # the digest too: a file of the right size may hold something else, or zeros
+        if present(self.path) and present(note):
+            if read_json(note) == {**self.facts, "sha256": sha256_of(self.path)}:
+                return
         size = self.facts["bytes"]
         print(f"caching the frozen model's states of {self.starts[-1]:,} tokens: "
               f"{size / 1e9:.1f} GB in {self.path}", flush=True)
@@ -86,8 +90,9 @@ class FrozenRows:
         if free < size:
             raise ValueError(f"--cache_frozen needs {size / 1e9:.1f} GB in {self.path.parent}, "
                              f"which has {free / 1e9:.1f}; make room, or go without it")
-        with appearing(self.path) as part:
-            lines = self.map(part, written=True)
+        digest = hashlib.sha256()
+        # written and not mapped: where the disk is full, writing to a mapping kills the process
+        with appearing(self.path) as part, open(part, "wb") as file:
             for first in tqdm(range(0, len(self), batch_size), disable=None, unit="batch"):
                 places = range(first, min(first + batch_size, len(self)))
                 batch = collate([self.data[place] for place in places])
@@ -98,30 +103,21 @@ class FrozenRows:
                 numbers = numbers.movedim(4, 1).flatten(2)              # (B, T, L·2·G·D)
                 found = torch.cat((states.hidden, numbers), -1).cpu()
                 for row, place in zip(found, places):
-                    mine = self.of_row(lines, place)
-                    mine.copy_(row[:len(mine)])
-        write_json(self.facts, note)
-
-    def map(self, path, written: bool) -> torch.Tensor:
-        """The file as a tensor (tokens, width), mapped into memory.
-
-        written  make the file; otherwise a missing file is an error, and no zeros
-        """
-        size = self.starts[-1] * self.width
-        flat = torch.from_file(str(path), shared=written, size=size, dtype=self.dtype)
-        return flat.view(-1, self.width)
-
-    def of_row(self, lines, place: int) -> torch.Tensor:
-        """The lines of a row, a view."""
-        return lines[self.starts[place]:self.starts[place + 1]]
+                    # without the padding
+                    mine = row[:self.starts[place + 1] - self.starts[place]].contiguous()
+                    content = mine.view(torch.uint8).numpy()
+                    digest.update(content)
+                    file.write(content)
+        write_json({**self.facts, "sha256": digest.hexdigest()}, note)
 
     def recall(self, batch: Batch, places: list) -> Batch:
         """The batch of the rows at these places, with the cached states."""
         # mapped for every batch, one system call: Windows removes no file that is still mapped
-        lines = self.map(self.path, written=False)
+        size = self.starts[-1] * self.width
+        lines = torch.from_file(str(self.path), size=size, dtype=self.dtype).view(-1, self.width)
         found = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)
         for row, place in zip(found, places):
-            mine = self.of_row(lines, place)
+            mine = lines[self.starts[place]:self.starts[place + 1]]
             row[:len(mine)] = mine
         hidden = found[..., :self.hidden_size]
         numbers = found[..., self.hidden_size:].unflatten(-1, self.kv_shape)    # (B, T, L, 2, G, D)

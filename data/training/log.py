@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data.system import processes
+from data.system.disk import check_regular, naming
 
 
 def tenth_sums(losses, t) -> torch.Tensor:
@@ -42,6 +43,8 @@ class Log:
         self.losses = []        # of this run
         # one process writes
         path = os.devnull if processes.number() else Path(out_dir) / "log.jsonl"
+        if path != os.devnull:
+            check_regular(path)
         self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=updates, initial=done, disable=None, mininterval=0.5)
 
@@ -50,7 +53,8 @@ class Log:
         return time.time() - self.start
 
     def write(self, entry: dict):
-        print(json.dumps(entry), file=self.file, flush=True)
+        with naming(self.file.name):
+            print(json.dumps(entry), file=self.file, flush=True)
 
     def add(self, update: int, loss: float, **numbers):
         """One update."""
