@@ -8,11 +8,10 @@
 
 For every kind of problem of the embedded task: accuracy with its 95 % Wilson interval for the
 frozen model, for each number of steps of the fixed solvers and for the adaptive one, greedy and at
-temperature 1; network evaluations (NFE), seconds and arithmetic per token; the evaluations that
-adaptive solvers spend on each level; tokens that extra steps fixed and broke, and calibration;
-guidance. For a benchmark: every answer on a line as it comes, and their table. For held-out text:
-nats per token that counts. First the two loops, then what they call. The tasks themselves are in
-data/tasks/. Read train.py first.
+temperature 1; NFE, seconds and arithmetic per token; the evaluations that adaptive solvers spend on
+each level; tokens that extra steps fixed and broke, and calibration; guidance. For a benchmark:
+every answer on a line as it comes, and their table. For held-out text: nats per token that counts.
+First the two loops, then what they call. The tasks are in data/tasks/. Read train.py first.
 """
 
 import argparse
@@ -440,8 +439,8 @@ def estimate_of(args) -> dict:
 
 def check(args, task, given: dict):
     """Refuse what would fail after the work, or leave nothing to measure. Raises ValueError."""
-    check_flags(args, given, task, any(solver in ADAPTIVE for solver in args.solvers),
-                any(solver in FIXED for solver in args.solvers))
+    check_flags(args, given, task, bool(set(args.solvers) & set(ADAPTIVE)),
+                bool(set(args.solvers) & set(FIXED)))
     for weight in args.guidance:
         Settings(guidance=weight)
     if task.kind == "code" and not args.allow_code_execution:
