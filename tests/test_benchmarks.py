@@ -271,6 +271,39 @@ def test_the_letter_that_an_answer_means(text, letter):
     assert find_letter(text, 4) == letter
 
 
+CHOICES = [{"label": label, "text": label} for label in "1234"]
+PRO = {"question_id": 1, "question": "q", "options": ["a", "b"], "category": "law"}
+
+
+@pytest.mark.parametrize("name, file, content, words", [
+    ("mmlu", "test/a_test.csv", "q,1,2,3,4,0", "row 1 of .*a_test.csv has the answer '0'"),
+    ("mmlu", "test/a_test.csv", "q,1,2,3,4,A\nq,1,2,3,4, B", "row 2 of .*allowed: A to D"),
+    ("mmlu", "test/a_test.csv", "question,A,B,C,D,answer", "has the answer 'answer'"),
+    ("mmlu_pro", "test.jsonl", {**PRO, "answer": "C"}, "line 1 of .*allowed: A to B"),
+    ("mmlu_pro", "test.jsonl", {**PRO, "answer": "A", "options": []}, "has 0 options"),
+    ("arc_easy", "ARC-Easy/ARC-Easy-Test.jsonl",
+     {"id": "1", "answerKey": "0", "question": {"stem": "q", "choices": CHOICES}},
+     "has the answerKey '0', but the labels"),
+    ("arc_easy", "ARC-Easy/ARC-Easy-Test.jsonl",
+     {"id": "1", "answerKey": "1", "question": {"stem": "q"}}, "has no question of a stem"),
+    ("gsm8k", "test.jsonl", {"question": "q", "answer": "4"}, "without a number behind ####"),
+    ("gsm8k", "test.jsonl", {"question": "q", "answer": "#### 4", "context": "c"},
+     "line 1 of .* has a column 'context', which is not read"),
+    ("math500", "test.jsonl", {"problem": "p", "solution": "s", "answer": " "}, "an empty answer"),
+])
+def test_a_row_that_no_answer_could_agree_with_is_refused(name, file, content, words, tmp_path):
+    path = tmp_path / file
+    write_jsonl(path, [content])
+    if file.endswith(".csv"):
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"{words}.*; use the file as published"):
+        TASKS[name].load(tmp_path)
+
+
+def test_options_may_be_numbered_and_the_answer_is_their_letter(data_dir):
+    assert {one["answer"] for one in TASKS["arc_easy"].load(data_dir / "arc")} == {"B"}
+
+
 # --- verdicts -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, strict, flexible", [

@@ -93,6 +93,32 @@ def test_a_missing_file_is_named(tmp_path):
         MBPP().load(tmp_path)
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"prompt": "const f = (x) => {\n"}, "does not end in a Python function 'twice'"),
+    ({"entry_point": "half"}, "does not end in a Python function 'half'"),
+    ({"prompt": "def twice(x):\n    # two of x\n"}, "description in triple quotes"),
+    ({"prompt": "def twice(x):\n    'two'\n"}, "description in triple quotes"),
+    ({"canonical_solution": "  return }\n"}, "canonical_solution and its tests"),
+    ({"test": "int main() {}"}, "canonical_solution and its tests"),
+    ({"context": "a file"}, "has a column 'context'"),
+])
+def test_a_row_of_humaneval_that_is_no_program_is_refused(tmp_path, change, words):
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps({**TWICE, **change}))
+    with pytest.raises(ValueError, match=f"line 1 of .*{words}.*; use the file as published"):
+        HumanEval().load(tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"test_list": []}, "has an empty test_list"),
+    ({"test_list": ["assert 1 == 1"]}, "call nothing of its code"),
+    ({"code": "function add(a, b) {}"}, "is no Python program"),
+])
+def test_a_row_of_mbpp_that_is_no_program_is_refused(tmp_path, change, words):
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(mbpp_row(11, **change)))
+    with pytest.raises(ValueError, match=f"line 1 of .*{words}.*; use the file as published"):
+        MBPP().load(tmp_path)
+
+
 def test_which_problems_are_shots_and_which_are_scored(humaneval, mbpp):
     task = HumanEval()
     assert task.shots == {"chat": 5, "plain": 0}

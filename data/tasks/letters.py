@@ -49,6 +49,14 @@ def find_letter(text: str, options: int) -> str | None:
     return letter if letter and letter in ALPHABET[:options] else None
 
 
+def check_letter(letter: str, options: int):
+    """Raise ValueError for a reference that is none of the options."""
+    if not 1 <= options <= len(ALPHABET):
+        raise ValueError(f"has {options} options; allowed: 1 to {len(ALPHABET)}")
+    if letter not in list(ALPHABET[:options]):
+        raise ValueError(f"has the answer {letter[:20]!r}; allowed: A to {ALPHABET[options - 1]}")
+
+
 class Letters(Task):
     """A task of multiple choice; a problem has question, options (texts) and answer (a letter)."""
     kind = "letters"
@@ -75,7 +83,9 @@ class Letters(Task):
         options = record.get("options", 4)
         if options not in range(1, len(ALPHABET) + 1):
             raise ValueError(f"options of a record are {str(options)[:20]!r}; allowed: 1 to 10")
-        return {**super().restore(record), "options": [""] * options}
+        problem = {**super().restore(record), "options": [""] * options}
+        check_letter(problem["answer"], options)
+        return problem
 
     def strict(self, problem: dict, text: str) -> bool:
         """The whole first line is the letter, case and punctuation aside (`mmlu_generative`)."""
