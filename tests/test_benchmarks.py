@@ -266,6 +266,17 @@ def test_a_letter_that_is_not_one_token_is_refused():
     ("I think it is D", "D"), ("not (A), hence (B)", "B"), ("B or C", None), ("", None),
     (r"so $\boxed{C}$", "C"), (r"\boxed{\text{A}}", "A"), ("Answer: D", "D"), ("E", None),
     ("B\nQuestion: the answer is C", "B"), ("The answer is Boron", None), ("A: yes", "A"),
+    # a letter alone, in either case and in quotes
+    ("d", "D"), ("(d)", "D"), ("d.\nIt is so.", "D"), ('"c"', "C"), ("\u201cB\u201d", "B"),
+    ("a dog", None), ('The answer is "b".', "B"), ("7\nso B", "B"), ("d</s>e", "D"),
+    # a label before a first line
+    ("A. Not so fast.\nAnswer: B", "B"), ("Answer: 'c'", "C"), ("A.\nthe answer: (b)", "B"),
+    # the options once more
+    ("A. 3\nB. 4\nC. 5\nD. 6\n\nD. 6", "D"), ("A) 3\nB) 4\nC) 5\nD) 6\nAnswer: **B**", "B"),
+    ("Choices:\n(a) 3\n(b) 4\n(c) 5\n\nI take (B).", "B"), ("A. 3\nB. 4\nC. 5\nD. 6", None),
+    # thoughts
+    ("<think>The answer is A.</think>\n\nB", "B"), ("It is A?</think>C", "C"),
+    ("<think>the answer is A, or", None), ("B <think>the answer is A</think>", "B"),
 ])
 def test_the_letter_that_an_answer_means(text, letter):
     assert find_letter(text, 4) == letter
@@ -302,6 +313,12 @@ def test_a_row_that_no_answer_could_agree_with_is_refused(name, file, content, w
 
 def test_options_may_be_numbered_and_the_answer_is_their_letter(data_dir):
     assert {one["answer"] for one in TASKS["arc_easy"].load(data_dir / "arc")} == {"B"}
+
+
+@pytest.mark.parametrize("text", ["d", "(d)", "d.", "D\n", "d</s>", "*d*\nB, perhaps?", "'D'"])
+def test_a_fair_reading_is_right_where_the_strict_one_is(text):
+    problem = {"options": list("wxyz"), "answer": "D"}
+    assert MMLU().grade(problem, text) == {"strict": True, "flexible": True, "letter": "D"}
 
 
 # --- verdicts -------------------------------------------------------------------------------------

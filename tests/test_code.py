@@ -205,6 +205,11 @@ AREAS = {
     "fence cut in a line": (f"```\n{WHOLE}\nprint(area(1, ", False, True),
     "fence that only ends": (f"{BODY}```\nThat is all.", False, True),
     "second fence": (f"```python\nprint(area(1, 2))\n```\nand\n```python\n{WHOLE}```", False, True),
+    "draft in a thought": (f"<think>\n```\n{WHOLE.replace('half', '')}```\nNo.\n</think>\n"
+                           f"```python\n{WHOLE}```", False, True),
+    "thought opened before": (f"```\n{WHOLE.replace('half', '')}```\n</think>\n{WHOLE}",
+                              False, True),
+    "thought alone": (f"<think>\n```\n{WHOLE}```\nOr is", False, False),
     "fence in a list": ("1. So:\n   ```python\n   def area(side, high):\n"
                         "       return half(side * high)\n   ```\n", False, True),
     "prose": (f"Here it is.\nimport of nothing needed\n{WHOLE}\nIt halves the product.",

@@ -20,7 +20,7 @@ from pathlib import Path
 from data.tasks.files import read_jsonl
 from data.tasks.sandbox import run, run_all
 from data.tasks.task import Task
-from data.text.answer import cut
+from data.text.answer import cut, without_thoughts
 
 FENCE = re.compile(r"^[ \t]*```.*$", re.M)
 # The first line of a program; "import" or "class" alone may begin a sentence.
@@ -102,8 +102,8 @@ class Code(Task):
         """(the strict program, others that a fair reader could mean, the likeliest first)."""
         # the text before the model's, with imports and helpers; MBPP has none
         head = problem.get("prompt", "")
-        # models repeat the marks of the harness's prompts
-        marked = cut(text, ["[DONE]"])
+        # a draft in a thought is not the answer; models repeat the marks of the harness's prompts
+        marked = cut(without_thoughts(text), ["[DONE]"])
         marked = marked.partition("[BEGIN]")[2] or marked
         readings = [*definitions(head, marked, self.names(problem)),
                     trimmed(head, cut(marked, self.stops["plain"]))]

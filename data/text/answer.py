@@ -9,6 +9,7 @@ sees every evaluation and every token:
 """
 
 import codecs
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,13 @@ def cut(text: str, stops) -> str:
     """Text up to the first of some strings."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[:min(ends)] if ends else text
+
+
+def without_thoughts(text: str) -> str:
+    """A text without its <think>...</think>; behind a thought that does not end is no answer."""
+    text = re.sub(r"(?s)<think>.*?(?:</think>|$)", "", text)
+    # the format may have opened the thought in the prompt
+    return text.rpartition("</think>")[2]
 
 
 @dataclass
