@@ -269,11 +269,13 @@ def test_a_letter_that_is_not_one_token_is_refused():
     # a letter alone, in either case and in quotes
     ("d", "D"), ("(d)", "D"), ("d.\nIt is so.", "D"), ('"c"', "C"), ("\u201cB\u201d", "B"),
     ("a dog", None), ('The answer is "b".', "B"), ("7\nso B", "B"), ("d</s>e", "D"),
+    (r"$\boxed{\text{b}}$", "B"),
     # a label before a first line
     ("A. Not so fast.\nAnswer: B", "B"), ("Answer: 'c'", "C"), ("A.\nthe answer: (b)", "B"),
     # the options once more
     ("A. 3\nB. 4\nC. 5\nD. 6\n\nD. 6", "D"), ("A) 3\nB) 4\nC) 5\nD) 6\nAnswer: **B**", "B"),
     ("Choices:\n(a) 3\n(b) 4\n(c) 5\n\nI take (B).", "B"), ("A. 3\nB. 4\nC. 5\nD. 6", None),
+    ("Question: which?\nA. 3\nB. 4\nAnswer: B", "B"),
     # thoughts
     ("<think>The answer is A.</think>\n\nB", "B"), ("It is A?</think>C", "C"),
     ("<think>the answer is A, or", None), ("B <think>the answer is A</think>", "B"),
@@ -309,6 +311,13 @@ def test_a_row_that_no_answer_could_agree_with_is_refused(name, file, content, w
         path.write_text(content)
     with pytest.raises(ValueError, match=f"{words}.*; use the file as published"):
         TASKS[name].load(tmp_path)
+
+
+def test_two_problems_of_one_id_are_refused(models, tmp_path, capsys):
+    for name in ("test", "validation"):
+        write_jsonl(tmp_path / "mmlu_pro" / f"{name}.jsonl", [{**PRO, "answer": "A"}] * 2)
+    assert run_eval(models[0], tmp_path, tmp_path / "out", "mmlu_pro") == 2
+    assert "has 2 problems with the id 'mmlu_pro/test/1'" in capsys.readouterr().err
 
 
 def test_options_may_be_numbered_and_the_answer_is_their_letter(data_dir):

@@ -22,7 +22,7 @@ CLAIM = re.compile(r"(?i:answer is)" + SIGNS + EITHER)
 LABEL = re.compile(r"(?i:answer)[^A-Za-z]*" + SIGNS + EITHER)
 FIRST_LINE = re.compile(rf"^[\s*(\[{QUOTES}]*{UPPER}[\s*)\].:{QUOTES}]*"
                         rf"(?:$|(?<=[.):*\]{QUOTES}])\s)")
-BOX = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?" + UPPER)
+BOX = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?" + EITHER)
 ALONE = re.compile(r"(?<![A-Za-z'’])" + UPPER)
 # Letters that are no answers: an article, a pronoun, an option that is ruled out.
 WORDS = re.compile(
@@ -36,7 +36,9 @@ REPEATED = re.compile(r"(?im)^\W*A[.):\]].*\n\W*B[.):\]].*" + REPEATED)
 
 def find_letter(text: str, options: int) -> str | None:
     """The letter that a text answers with, one of the first `options`, or None."""
-    text = cut(without_thoughts(text), ("Question:", "</s>"))
+    # the question once more, and not the next one
+    text = without_thoughts(text).strip().removeprefix("Question:")
+    text = cut(text, ("Question:", "</s>"))
     line = REPEATED.sub("", text).strip().partition("\n")[0]
     alone = line.strip(string.whitespace + string.punctuation + QUOTES)
     letter = ""
@@ -50,7 +52,7 @@ def find_letter(text: str, options: int) -> str | None:
     elif len(alone) == 1 and alone.upper() in ALPHABET:
         letter = alone.upper()
     elif found := FIRST_LINE.match(line) or BOX.match(line.lstrip("$ ")):
-        letter = found[1]
+        letter = found[1].upper()
     else:
         # else a letter alone; two of them are ambiguous
         others = set(ALONE.findall(WORDS.sub(" ", REPEATED.sub("", text))))
