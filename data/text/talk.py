@@ -62,6 +62,8 @@ class Talk:
         name, value = [*line[1:].split(maxsplit=1), "", ""][:2]
         if not line.strip():
             return
+        if name not in ("trace", "save"):
+            self.lines.append(line)
         if not line.startswith("/"):
             self.answer(line, self.turns.turns)
         elif name in SETTINGS:
@@ -88,8 +90,6 @@ class Talk:
             check_writable(value)
             (self.turns.save if name == "save" else self.trace)(value)
             print(quiet(f"written: {value}"))
-            return
-        self.lines.append(line)
 
     def trace(self, path: str):
         question, answer = self.turns.turns[-1]
