@@ -5,6 +5,7 @@
     python sample.py --trace --html                                 the hardest chain as a page
     python sample.py --class sort --guidance 2 --prompt "gcab?"     pushed towards a topic
     python sample.py --steps 0 --prompt "(7*8)+15?"                 the frozen model
+    python sample.py --talk                                         a conversation
 
 `generate` is the sampling loop (paper Algorithm 1): the frozen model reads every token once, the
 diffusion path runs once per evaluation. Time runs from noise (t = 0) to data (t = 1). Read
@@ -29,10 +30,11 @@ from data.parts.kv_cache import KVCache
 from data.parts.positions import check_length
 from data.results.figures import trace_text
 from data.results.page import write_page
-from data.system.command import check_range, choices, given_flags
+from data.system.command import check_range, choices, each_line, given_flags
 from data.system.disk import check_absent, check_writable, present
 from data.tasks import TASKS
 from data.text.answer import Answer, Live, Stop, TraceFirst, encode_prompts, read_prompts
+from data.text.talk import Talk
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import LEVELS
 from data.training.batches import Batch
@@ -48,14 +50,15 @@ COMMON = 16             # tokens at the start of all prompts that are worth one 
 
 @torch.no_grad()
 def generate(model: L2D | LM, prompts: list, settings: "Settings", stop: Stop | None = None,
-             class_ids=None, seeds=None, watch=None) -> list:
+             class_ids=None, seeds=None, watch=None, cache: KVCache | None = None) -> list:
     """Continue every prompt, a list of token ids; returns an Answer each.
 
     class_ids, seeds: one integer per prompt. A seed fixes everything about its sequence, whatever
     else is in the batch, up to the rounding of batched matrix products. watch: see
-    data/text/answer.py. Raises ValueError for an empty prompt, for unknown classes, for steps > 0
-    with a model that has no diffusion path, for prompts and answers longer than the model's
-    positions, or where the logits are not finite.
+    data/text/answer.py. cache: holds the start of the only prompt; afterwards all that was read.
+    Raises ValueError for an empty prompt, for unknown classes, for steps > 0 with a model that has
+    no diffusion path, for prompts and answers longer than the model's positions, or where the
+    logits are not finite.
     """
     check_request(model, prompts, settings, class_ids)
     if not settings.steps:
@@ -63,7 +66,7 @@ def generate(model: L2D | LM, prompts: list, settings: "Settings", stop: Stop | 
     stop = stop or Stop()
     answers = [Answer(stop) for _ in prompts]
     # 1. The frozen model reads the prompts, once.
-    batch = Decoding(model, prompts, answers, seeds or range(len(prompts)), class_ids)
+    batch = Decoding(model, prompts, answers, seeds or range(len(prompts)), class_ids, cache)
     for n in range(settings.max_new_tokens):
         # 2. Noise flows to the vector of the next token; the final evaluation makes logits of it.
         logits, nfe, solution = next_logits(batch, settings, watch)
@@ -96,7 +99,7 @@ def generate(model: L2D | LM, prompts: list, settings: "Settings", stop: Stop | 
 class Decoding:
     """A batch of answers under way: the states after their newest tokens, generators, classes."""
 
-    def __init__(self, model, prompts: list, answers: list, seeds, class_ids):
+    def __init__(self, model, prompts: list, answers: list, seeds, class_ids, cache=None):
         device = next(model.parameters()).device
         self.model = model
         self.answers = answers
@@ -105,7 +108,7 @@ class Decoding:
         self.class_ids = None
         if class_ids is not None:
             self.class_ids = torch.tensor(class_ids, device=device)
-        self.cache = KVCache()
+        self.cache = KVCache() if cache is None else cache
         # prompts end at the same column; padding on the left is document 0
         length = max(map(len, prompts))
         shifts = [length - len(prompt) for prompt in prompts]
@@ -118,12 +121,13 @@ class Decoding:
         low, high, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
         common = next((i for i in range(most) if low[i] != high[i]), most)
         if len(prompts) == 1 or common < COMMON:
-            common = 0
+            # what is in the cache already
+            common = self.cache.length
         # without padding the attention needs no mask
         before = after = None
         if any(shifts):
             before, after = documents[:, :common], documents[:, common:]
-        if common:
+        if common > self.cache.length:
             model.read(torch.tensor([prompts[0][:common]], device=device), None, self.cache)
             # a shorter prompt begins further right, and has less of its start in the cache
             self.cache.spread(shifts, before)
@@ -415,7 +419,9 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
     # all of them, and not batch by batch
     check_request(model, prompts, settings)
     # one answer alone is shown as it comes, unless its end may have to be taken back
-    live = Live(texts[0], tokenizer) if len(prompts) == 1 and not stop.strings else None
+    live = None
+    if len(prompts) == 1 and not stop.strings:
+        live = Live(f"{texts[0]!r}\n   answer  ", tokenizer)
     watchers = [live] if live else []
     if args.trace:
         watchers.append(TraceFirst())
@@ -481,6 +487,8 @@ def main(argv=None):
         check_writable(args.html)
     model, tokenizer = load_model(args.init_from, args.dtype, args.device, args.cache_dir,
                                   args.base, args.merge_lora)
+    if args.talk:
+        return each_line(Talk(model, tokenizer, settings, args, given, parser, generate).act)
     if args.trace and not (args.prompt or args.prompt_file):
         # the hardest chain that was trained
         group = ("chains", max(LEVELS["chains"]))

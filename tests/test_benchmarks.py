@@ -303,9 +303,68 @@ def test_a_letter_that_is_not_one_token_is_refused():
     ("I think it is D", "D"), ("not (A), hence (B)", "B"), ("B or C", None), ("", None),
     (r"so $\boxed{C}$", "C"), (r"\boxed{\text{A}}", "A"), ("Answer: D", "D"), ("E", None),
     ("B\nQuestion: the answer is C", "B"), ("The answer is Boron", None), ("A: yes", "A"),
+    # a letter alone, in either case and in quotes
+    ("d", "D"), ("(d)", "D"), ("d.\nIt is so.", "D"), ('"c"', "C"), ("\u201cB\u201d", "B"),
+    ("a dog", None), ('The answer is "b".', "B"), ("7\nso B", "B"), ("d</s>e", "D"),
+    (r"$\boxed{\text{b}}$", "B"),
+    # a label before a first line
+    ("A. Not so fast.\nAnswer: B", "B"), ("Answer: 'c'", "C"), ("A.\nthe answer: (b)", "B"),
+    # the options once more
+    ("A. 3\nB. 4\nC. 5\nD. 6\n\nD. 6", "D"), ("A) 3\nB) 4\nC) 5\nD) 6\nAnswer: **B**", "B"),
+    ("Choices:\n(a) 3\n(b) 4\n(c) 5\n\nI take (B).", "B"), ("A. 3\nB. 4\nC. 5\nD. 6", None),
+    ("Question: which?\nA. 3\nB. 4\nAnswer: B", "B"),
+    # thoughts
+    ("<think>The answer is A.</think>\n\nB", "B"), ("It is A?</think>C", "C"),
+    ("<think>the answer is A, or", None), ("B <think>the answer is A</think>", "B"),
 ])
 def test_the_letter_that_an_answer_means(text, letter):
     assert find_letter(text, 4) == letter
+
+
+CHOICES = [{"label": label, "text": label} for label in "1234"]
+PRO = {"question_id": 1, "question": "q", "options": ["a", "b"], "category": "law"}
+
+
+@pytest.mark.parametrize("name, file, content, words", [
+    ("mmlu", "test/a_test.csv", "q,1,2,3,4,0", "row 1 of .*a_test.csv has the answer '0'"),
+    ("mmlu", "test/a_test.csv", "q,1,2,3,4,A\nq,1,2,3,4, B", "row 2 of .*allowed: A to D"),
+    ("mmlu", "test/a_test.csv", "question,A,B,C,D,answer", "has the answer 'answer'"),
+    ("mmlu_pro", "test.jsonl", {**PRO, "answer": "C"}, "line 1 of .*allowed: A to B"),
+    ("mmlu_pro", "test.jsonl", {**PRO, "answer": "A", "options": []}, "has 0 options"),
+    ("arc_easy", "ARC-Easy/ARC-Easy-Test.jsonl",
+     {"id": "1", "answerKey": "0", "question": {"stem": "q", "choices": CHOICES}},
+     "has the answerKey '0', but the labels"),
+    ("arc_easy", "ARC-Easy/ARC-Easy-Test.jsonl",
+     {"id": "1", "answerKey": "1", "question": {"stem": "q"}}, "has no question of a stem"),
+    ("gsm8k", "test.jsonl", {"question": "q", "answer": "4"}, "without a number behind ####"),
+    ("gsm8k", "test.jsonl", {"question": "q", "answer": "#### 4", "context": "c"},
+     "line 1 of .* has a column 'context', which is not read"),
+    ("math500", "test.jsonl", {"problem": "p", "solution": "s", "answer": " "}, "an empty answer"),
+])
+def test_a_row_that_no_answer_could_agree_with_is_refused(name, file, content, words, tmp_path):
+    path = tmp_path / file
+    write_jsonl(path, [content])
+    if file.endswith(".csv"):
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"{words}.*; use the file as published"):
+        TASKS[name].load(tmp_path)
+
+
+def test_two_problems_of_one_id_are_refused(models, tmp_path, capsys):
+    for name in ("test", "validation"):
+        write_jsonl(tmp_path / "mmlu_pro" / f"{name}.jsonl", [{**PRO, "answer": "A"}] * 2)
+    assert run_eval(models[0], tmp_path, tmp_path / "out", "mmlu_pro") == 2
+    assert "has 2 problems with the id 'mmlu_pro/test/1'" in capsys.readouterr().err
+
+
+def test_options_may_be_numbered_and_the_answer_is_their_letter(data_dir):
+    assert {one["answer"] for one in TASKS["arc_easy"].load(data_dir / "arc")} == {"B"}
+
+
+@pytest.mark.parametrize("text", ["d", "(d)", "d.", "D\n", "d</s>", "*d*\nB, perhaps?", "'D'"])
+def test_a_fair_reading_is_right_where_the_strict_one_is(text):
+    problem = {"options": list("wxyz"), "answer": "D"}
+    assert MMLU().grade(problem, text) == {"strict": True, "flexible": True, "letter": "D"}
 
 
 # --- verdicts -------------------------------------------------------------------------------------

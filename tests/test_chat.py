@@ -231,6 +231,50 @@ def test_kinds_of_rows(tmp_path, run):
     ]
 
 
+def test_a_system_prompt_in_a_column_begins_the_conversation(tmp_path, run):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"system": "Be brief.", "messages": [USER, ANSWER]},
+            {"system_prompt": "Be brief.", "prompt": "2+2?", "response": "4"},
+            {"system": "Be brief.", "messages": [system, USER, ANSWER]}]
+    run(rows, tmp_path / "out", "--val_fraction=0", "--style=plain")
+    text = "<s>Be brief.\n\nQuestion: 2+2?\nAnswer: 4<|eot_id|>"
+    assert examples_of(tmp_path / "out", "train") == [(text, " 4<|eot_id|>")] * 3
+
+
+def test_an_answer_of_weight_0_is_read_but_not_learned(tmp_path, run):
+    rows = [{"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}]
+    run(rows, tmp_path / "out", "--val_fraction=0", "--style=plain")
+    turn = "Question: 2+2?\nAnswer: 4<|eot_id|>"
+    assert examples_of(tmp_path / "out", "train") == [("<s>" + turn * 2, " 4<|eot_id|>")]
+
+
+CALL = {"tool_calls": [{"function": {"name": "weather"}}]}
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"messages": [USER, {**ANSWER, **CALL}]}, "has 'tool_calls', which no format here writes"),
+    ({"messages": [USER, {**ANSWER, "train": False}]}, "has 'train', which no format"),
+    ({"messages": [USER, {**ANSWER, "weight": 2}]}, "has weight '2'; allowed: 0 (not learned)"),
+    ({"messages": [USER, ANSWER], "tools": ["weather"]}, "has a column 'tools', which is not read"),
+    ({"prompt": "a", "response": "b", "context": "c"}, "write it into prompt or response"),
+    ({"question": "a", "answer": "b", "Choices": ["b", "c"]}, "has a column 'Choices'"),
+    ({"text": "a", "system": "b"}, "has a column 'system', which is not read"),
+    ({"system": "a", "messages": [{"role": "system", "content": "b"}, USER, ANSWER]},
+     "has two system prompts"),
+])
+def test_nothing_that_changes_an_answer_is_left_out_in_silence(tmp_path, run, capsys, row, words):
+    assert run([row], tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert words in error and "out.jsonl, line 1: " in error
+
+
+def test_columns_that_are_left_out_are_named(tmp_path, run, capsys):
+    rows = [{"messages": [USER, {**ANSWER, **dict.fromkeys(CALL)}], "id": 3, "tools": [],
+             "instruction": "2+2?", "source": "me"}]
+    assert run(rows, tmp_path / "out", "--val_fraction=0") == 0
+    assert "columns left out: id, source\n" in capsys.readouterr().out
+
+
 def test_text_without_a_first_token_does_not_count_its_first_byte(tmp_path, run):
     tokenizer = ByteTokenizer()
     tokenizer.bos_id = None

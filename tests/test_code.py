@@ -93,6 +93,32 @@ def test_a_missing_file_is_named(tmp_path):
         MBPP().load(tmp_path)
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"prompt": "const f = (x) => {\n"}, "does not end in a Python function 'twice'"),
+    ({"entry_point": "half"}, "does not end in a Python function 'half'"),
+    ({"prompt": "def twice(x):\n    # two of x\n"}, "description in triple quotes"),
+    ({"prompt": "def twice(x):\n    'two'\n"}, "description in triple quotes"),
+    ({"canonical_solution": "  return }\n"}, "canonical_solution and its tests"),
+    ({"test": "int main() {}"}, "canonical_solution and its tests"),
+    ({"context": "a file"}, "has a column 'context'"),
+])
+def test_a_row_of_humaneval_that_is_no_program_is_refused(tmp_path, change, words):
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps({**TWICE, **change}))
+    with pytest.raises(ValueError, match=f"line 1 of .*{words}.*; use the file as published"):
+        HumanEval().load(tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"test_list": []}, "has an empty test_list"),
+    ({"test_list": ["assert 1 == 1"]}, "call nothing of its code"),
+    ({"code": "function add(a, b) {}"}, "is no Python program"),
+])
+def test_a_row_of_mbpp_that_is_no_program_is_refused(tmp_path, change, words):
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(mbpp_row(11, **change)))
+    with pytest.raises(ValueError, match=f"line 1 of .*{words}.*; use the file as published"):
+        MBPP().load(tmp_path)
+
+
 def test_which_problems_are_shots_and_which_are_scored(humaneval, mbpp):
     task = HumanEval()
     assert task.shots == {"chat": 5, "plain": 0}
@@ -179,6 +205,11 @@ AREAS = {
     "fence cut in a line": (f"```\n{WHOLE}\nprint(area(1, ", False, True),
     "fence that only ends": (f"{BODY}```\nThat is all.", False, True),
     "second fence": (f"```python\nprint(area(1, 2))\n```\nand\n```python\n{WHOLE}```", False, True),
+    "draft in a thought": (f"<think>\n```\n{WHOLE.replace('half', '')}```\nNo.\n</think>\n"
+                           f"```python\n{WHOLE}```", False, True),
+    "thought opened before": (f"```\n{WHOLE.replace('half', '')}```\n</think>\n{WHOLE}",
+                              False, True),
+    "thought alone": (f"<think>\n```\n{WHOLE}```\nOr is", False, False),
     "fence in a list": ("1. So:\n   ```python\n   def area(side, high):\n"
                         "       return half(side * high)\n   ```\n", False, True),
     "prose": (f"Here it is.\nimport of nothing needed\n{WHOLE}\nIt halves the product.",

@@ -148,7 +148,7 @@ def test_another_value_or_type_is_refused(value, low, high, kind, allowed):
 
 
 @pytest.mark.parametrize("words, idle", [
-    (["--chat", "--steps=0"], "chat"),
+    (["--talk", "--prompt=x"], "talk"),
     (["--stop=x"], "stop"),
     (["--class=sums"], "class"),
     (["--trace", "--steps=0"], "trace"),

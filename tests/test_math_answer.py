@@ -143,6 +143,7 @@ def test_no_row_of_the_table_equals_another():
     ("x^2 + 7", "x^2+7"),
     ("The curve is a circle.", r"\text{circle}"),
     ("\\boxed{7}\nProblem: another one, \\boxed{8}", "7"),
+    (r"<think>\boxed{7}? No.</think>So the answer is 8.", "8"),
 ])
 def test_the_answer_is_found(text, answer):
     assert equal(extract(text.split("Problem:")[0]), answer)

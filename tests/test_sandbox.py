@@ -42,6 +42,10 @@ RIGHT = {
     "nothing": "",
     "tests": "def f(x):\n    return x + 1\nassert f(1) == 2\n",
     "modules": "import random, hashlib, re, uuid, logging, doctest, asyncio, typing",
+    "coroutines": "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x\n"
+                  "async def g():\n    return await asyncio.gather(f(1), asyncio.to_thread(int))\n"
+                  "assert asyncio.run(g()) == [1, 0]",
+    "debugger": "import pdb\npdb.Pdb()",
     "dataclass": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nA(1)",
     "numpy": "import numpy\nassert numpy.linalg.inv(numpy.eye(9)).sum() == 9",
     "threads": "import threading as t\na = t.Thread(target=int)\na.start()\na.join()",
@@ -82,6 +86,20 @@ os.chmod("left", 0)
 """
     assert run(program) == "passed"
     assert list(temp.iterdir()) == []
+
+
+@pytest.mark.skipif(not POSIX, reason="Windows opens no folder")
+def test_a_program_may_write_by_its_own_open_folder():
+    program = """
+import os, shutil
+os.makedirs("a/b")
+a = os.open("a", os.O_RDONLY)
+b = os.open("b", os.O_RDONLY, dir_fd=a)
+os.close(os.open("x", os.O_WRONLY | os.O_CREAT, dir_fd=b))
+assert [files for *_, files, _ in os.fwalk("a")] == [[], ["x"]]
+shutil.rmtree("a")
+"""
+    assert run(program) == "passed"
 
 
 def test_a_thread_left_running_is_not_waited_for(temp):
@@ -175,6 +193,15 @@ REFUSED_ON_POSIX = {
     "processes": "import multiprocessing as m\nm.get_context('fork').Process(target=int).start()",
     "silent start": "import _posixsubprocess\n_posixsubprocess.fork_exec()",
     "limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "started again": "import sys\ndel sys.modules['_posixsubprocess']\nimport _posixsubprocess",
+    "interpreter": "import sys\nsys.modules.pop('_xxsubinterpreters', 0)\n"
+                   "sys.modules.pop('_interpreters', 0)\n"
+                   "try:\n    import _interpreters as i\n"
+                   "except ImportError:\n    import _xxsubinterpreters as i\ni.create()",
+    "interpreter for tests": "import _testcapi\n_testcapi.run_in_subinterp('')",
+    "tcl": "import tkinter\ntkinter.Tcl().eval('exec true')",
+    "signal to a process": "import os\nos.pidfd_open(os.getppid())",
+    "address of a local socket": "import socket\nsocket.socket(socket.AF_UNIX).bind('x')",
     "shared memory": "from multiprocessing import shared_memory",
 }
 
@@ -186,7 +213,8 @@ if POSIX:
 @pytest.mark.parametrize("program", REFUSED.values(), ids=REFUSED)
 def test_network_and_processes_are_refused(program):
     verdict = run(program)
-    assert verdict.startswith(("failed: PermissionError", "failed: ModuleNotFoundError"))
+    assert verdict.startswith(("failed: PermissionError", "failed: ImportError",
+                               "failed: ModuleNotFoundError"))
 
 
 OUTSIDE = {
@@ -213,6 +241,12 @@ OUTSIDE = {
 }
 OUTSIDE_ON_POSIX = {
     "open folder": "os.remove('file', dir_fd=os.open(FOLDER, os.O_RDONLY))",
+    "file in an open folder":
+        "os.open('new', os.O_CREAT | os.O_WRONLY, dir_fd=os.open(FOLDER, os.O_RDONLY))",
+    "above an open folder": "top = os.open('.', os.O_RDONLY)\nos.mkdir('a')\nos.chdir('a')\n"
+                            "os.open('../canary', os.O_RDONLY, dir_fd=top)",
+    "listed function": "next((f for f in os.supports_dir_fd if f.__name__ == 'mkfifo'), os.mkfifo)"
+                       "(FOLDER + '/new')",
     "mode of an open file": "os.fchmod(os.open(FILE, os.O_RDONLY), 0)",
     "go to an open folder": "os.fchdir(os.open(FOLDER, os.O_RDONLY))",
     "pipe": "os.mkfifo(FOLDER + '/new')",

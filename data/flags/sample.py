@@ -21,6 +21,7 @@ def sample_flags(description, default, solvers, adaptive, estimates) -> argparse
     add("--prompt_file", help="file with one prompt a line")
     add("--chat", nargs="?", const="auto", choices=["auto", *RENDER],
         help="chat format of the prompts: the model's own, or one of " + ", ".join(RENDER))
+    add("--talk", action="store_true", help="a conversation in the terminal (--chat alone, too)")
     add("--class", dest="label", help="class for guidance, by name or number")
     add("--stop", action="append", default=[],
         help="text that ends an answer and is left out of it; may be repeated")
@@ -70,13 +71,17 @@ def check_flags(args, given: dict, adaptive):
     if args.prompt and args.prompt_file:
         raise ValueError("--prompt and --prompt_file were both given; allowed: one of them")
     prompted = bool(args.prompt or args.prompt_file)
+    # --chat without a prompt is a conversation
+    args.talk = args.talk or (args.chat is not None and not prompted)
     adapts = args.solver in adaptive
     # the dest of --class
     given = {"class" if name == "label" else name for name in given}
     random = args.steps > 0 or args.temperature > 0
     refuse_idle(given, [
-        (("chat", "class", "stop", "num_samples", "batch_size", "frozen"),
-         prompted, "--prompt or --prompt_file"),
+        (("talk",), not prompted, "to ask for the prompts: no --prompt or --prompt_file"),
+        (("class", "stop"), prompted or args.talk, "--prompt, --prompt_file or --talk"),
+        (("num_samples", "batch_size", "frozen"), prompted, "--prompt or --prompt_file"),
+        (("trace",), not args.talk, "a prompt; in a conversation: /trace FILE"),
         (("solver", "rtol", "atol", "max_nfe", "stop_unchanged", "estimate",
           "estimate_temperature", "guidance", "class", "trace", "merge_lora"), args.steps > 0,
          "a diffusion path, --steps of 1 or more"),
@@ -86,6 +91,6 @@ def check_flags(args, given: dict, adaptive):
         (("top_k", "top_p"), args.temperature > 0, "--temperature of more than 0"),
         (("num_samples",), random or args.num_samples == 1, "--temperature of more than 0"),
         (("trace_token", "html"), args.trace, "--trace"),
-        (("overwrite",), args.html is not None, "--html"),
+        (("overwrite",), args.html is not None or args.talk, "--html or --talk"),
         (("guidance",), args.label is not None or args.guidance == 1, "a topic, --class"),
     ])

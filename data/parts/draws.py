@@ -50,7 +50,7 @@ class RowDraws:
 
 
 def draw_times(draws: RowDraws, distribution: str) -> torch.Tensor:
-    """Training times t (N,) in [0, 1): uniform, or "cosmap", more near 1 (paper's appendix)."""
+    """Training times t (N,) in [0, 1): uniform, or "cosmap", mostly in the middle (appendix)."""
     u = draws.uniform()
     if distribution == "uniform":
         return u

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data.results.records import read_lines
 from data.results.statistics import mean, only, unique
-from data.system.command import choices, command
+from data.system.command import choices, command, has_colours
 from data.system.disk import (
     appearing, check_absent, check_writable, decode, parse_json, read_bytes, read_json)
 
@@ -43,7 +43,7 @@ def draw_points(points, low: float, high: float) -> str:
 
 def coloured(pieces, costs) -> str:
     """Tokens on a background from blue (low NFE) to red (high NFE), or followed by their NFE."""
-    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+    if not has_colours():
         return " ".join(f"{piece!r}:{cost}" for piece, cost in zip(pieces, costs))
     low, high = min(costs), max(costs)
     text = ""

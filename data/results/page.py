@@ -22,18 +22,19 @@ LEFT_OUT = ("prompt", "prompt_file", "num_samples", "batch_size", "cache_dir", "
 PATHS = ("init_from", "base")
 
 
-def write_page(args, given: dict, prompt: str, answer, tokenizer):
+def write_page(args, given: dict, prompt: str, answer, tokenizer, typed=None):
     """Write the page of one answer to args.html, whole or not at all; arguments of build_page."""
-    page = build_page(args, given, prompt, answer, tokenizer)
+    page = build_page(args, given, prompt, answer, tokenizer, typed)
     with appearing(args.html) as part:
         part.write_text(page, encoding="utf-8", newline="\n")
 
 
-def build_page(args, given: dict, prompt: str, answer, tokenizer) -> str:
+def build_page(args, given: dict, prompt: str, answer, tokenizer, typed=None) -> str:
     """The page as text: the same bytes for the same answer.
 
     args, given  the flags of sample.py: all of them, and those given on the command line
     answer       an Answer with the Trace of every token
+    typed        the lines of a conversation, up to the answer
     """
     form = FORM.read_text(encoding="utf-8")
     # the page's policy names its own script by checksum, so that no other script runs
@@ -50,7 +51,7 @@ def build_page(args, given: dict, prompt: str, answer, tokenizer) -> str:
         answer=html.escape(escaped(answer.text, lines)),
         tokens=buttons(tokens),
         settings=settings(args, answer),
-        command=html.escape(again(args, given, prompt)),
+        command=html.escape(again(args, given, prompt, typed)),
         # JSON without `<` cannot end its element
         data=data.replace("<", "\\u003c"),
     )
@@ -156,12 +157,15 @@ def short(name: str) -> str:
 
 # --- the command ----------------------------------------------------------------------------------
 
-def again(args, given: dict, prompt: str) -> str:
-    """The command that makes this answer and this page again."""
+def again(args, given: dict, prompt: str, typed=None) -> str:
+    """The command that makes this answer and this page again; typed: as of build_page."""
     words = ["python", "sample.py"]
     for name, value in given.items():
         if name not in LEFT_OUT:
             words += flag(name, short(value) if name in PATHS else value)
+    if typed:
+        lines = [*typed, f"/trace {Path(args.html).name}"]
+        return f"printf '%s\\n' {' '.join(map(quoted, lines))} | {' '.join(map(quoted, words))}"
     # the page shows the first of several prompts; its seed is the first too
     words += flag("html", Path(args.html).name) + flag("prompt", prompt)
     return " ".join(map(quoted, words))

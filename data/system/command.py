@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import sys
+from contextlib import suppress
 
 
 def command(name: str):
@@ -86,6 +87,40 @@ sys.excepthook = quiet_interrupt
 for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, stream) is None:
         setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
+
+
+def each_line(act):
+    """Call `act` with every line of standard input; what goes wrong in one is said in one line.
+
+    Ctrl-C ends what `act` does; twice in a row, or at the end of the input, this returns.
+    """
+    sign = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    stopped = False     # by a Ctrl-C just before
+    # the second Ctrl-C may come at any place
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            try:
+                act(input(sign).rstrip("\r"))
+                stopped = False
+            except BrokenPipeError:
+                raise
+            except (ValueError, OSError) as error:
+                stopped = False
+                print(visible(error), file=sys.stderr)
+            except KeyboardInterrupt:
+                if stopped:
+                    break
+                stopped = True
+                print(quiet("\nstopped; Ctrl-C once more, or Ctrl-D, ends"))
+
+
+def quiet(text: str) -> str:
+    """Text to print, pale on a terminal without NO_COLOR."""
+    return f"\033[2m{text}\033[0m" if has_colours() else text
+
+
+def has_colours() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 # --- values ---------------------------------------------------------------------------------------

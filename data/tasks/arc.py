@@ -9,7 +9,23 @@ options' texts instead; data/experiments/harness.py runs that.
 from pathlib import Path
 
 from data.tasks.files import read_jsonl
-from data.tasks.letters import ALPHABET, Letters
+from data.tasks.letters import ALPHABET, Letters, check_letter
+
+
+def answer_letter(row: dict) -> str:
+    """The letter of the right option; ValueError for a row without it."""
+    question, key = row["question"], row["answerKey"]
+    choices = question.get("choices")
+    if not isinstance(question.get("stem"), str) or not isinstance(choices, list) or not all(
+            isinstance(choice, dict) and isinstance(choice.get("text"), str) for choice in choices):
+        raise ValueError("has no question of a stem and choices, each with a text and a label")
+    # some questions number their options
+    labels = [choice.get("label") for choice in choices]
+    if labels.count(key) != 1:
+        raise ValueError(f"has the answerKey {key[:20]!r}, but the labels {str(labels)[:60]}")
+    letter = ALPHABET[labels.index(key):][:1]
+    check_letter(letter, len(choices))
+    return letter
 
 
 class ARC(Letters):
@@ -24,15 +40,14 @@ class ARC(Letters):
         problems = []
         for split in ("Test", "Train"):
             rows = read_jsonl(folder / self.part / f"{self.part}-{split}.jsonl",
-                              {"id": str, "question": dict, "answerKey": str})
+                              {"id": str, "question": dict, "answerKey": str}, answer_letter)
             for row in rows:
-                question, label = row["question"], row["answerKey"]
+                question = row["question"]
                 problems.append({
                     "id": f"{self.name}/{split.lower()}/{row['id']}",
                     "question": question["stem"],
                     "options": [choice["text"] for choice in question["choices"]],
-                    # some questions number their options
-                    "answer": ALPHABET[int(label) - 1] if label.isdigit() else label})
+                    "answer": answer_letter(row)})
         return problems
 
     def question(self, problem: dict) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from data.tasks.files import read_jsonl
 from data.tasks.sandbox import run, run_all
 from data.tasks.task import Task
-from data.text.answer import cut
+from data.text.answer import cut, without_thoughts
 
 FENCE = re.compile(r"^[ \t]*```.*$", re.M)
 # The first line of a program; "import" or "class" alone may begin a sentence.
@@ -102,8 +102,8 @@ class Code(Task):
         """(the strict program, others that a fair reader could mean, the likeliest first)."""
         # the text before the model's, with imports and helpers; MBPP has none
         head = problem.get("prompt", "")
-        # models repeat the marks of the harness's prompts
-        marked = cut(text, ["[DONE]"])
+        # a draft in a thought is not the answer; models repeat the marks of the harness's prompts
+        marked = cut(without_thoughts(text), ["[DONE]"])
         marked = marked.partition("[BEGIN]")[2] or marked
         readings = [*definitions(head, marked, self.names(problem)),
                     trimmed(head, cut(marked, self.stops["plain"]))]
@@ -156,6 +156,11 @@ class Code(Task):
                              f"machine, first {failed[0]}; try --code_seconds of more than "
                              f"{seconds:g}")
 
+    def check(self, row: dict):
+        """Raise ValueError for a row whose reference is no program with tests."""
+        if broken_line(self.fair_program(row, self.reference(row))):
+            raise ValueError(f"is no Python program, its {self.solution} and its tests together")
+
     def plausible(self, problem, text: str) -> bool:
         """Is it a program at all? Nothing is run."""
         return not broken_line(self.program(problem, text))
@@ -179,7 +184,7 @@ class HumanEval(Code):
         """The problems as published. Raises FileNotFoundError or ValueError."""
         needed = dict.fromkeys(
             ("task_id", "prompt", "entry_point", "canonical_solution", "test"), str)
-        rows = read_jsonl(folder / "HumanEval.jsonl", needed)
+        rows = read_jsonl(folder / "HumanEval.jsonl", needed, self.check)
         return [{"id": row["task_id"], **row} for row in rows]
 
     def examples(self, problems, problem, count: int, style: str) -> list:
@@ -189,6 +194,11 @@ class HumanEval(Code):
     def scored(self, problems, shots: int, style: str) -> list:
         """The problems that are no shots."""
         return problems[shots:]
+
+    def check(self, row: dict):
+        # first, since its message is closer to the cause
+        instruction(row)
+        super().check(row)
 
     def question(self, problem) -> str:
         return problem["prompt"]
@@ -216,18 +226,28 @@ class HumanEval(Code):
 
 
 def instruction(problem) -> tuple:
-    """(the user's message, the beginning of the assistant's), made from the plain prompt."""
-    prompt = problem["prompt"]
+    """(the user's message, the beginning of the assistant's), made from the plain prompt.
+
+    Raises ValueError for a prompt that does not end in a function's description.
+    """
+    prompt, name = problem["prompt"], problem["entry_point"]
     lines = prompt.split("\n")
-    function = next(node for node in ast.parse(prompt).body
-                    if getattr(node, "name", None) == problem["entry_point"])
+    function = None
+    quoted = ""
+    if not broken_line(prompt):
+        function = next((node for node in ast.parse(prompt).body
+                         if getattr(node, "name", None) == name and hasattr(node, "body")), None)
+    if function:
+        # as it is written, with its escapes
+        quoted = ast.get_source_segment(prompt, function.body[-1])
+    if not quoted.startswith(('"""', "'''")):
+        raise ValueError(f"has a prompt that does not end in a Python function {name[:40]!r} with "
+                         "a description in triple quotes")
     # up to the colon; in one problem an import precedes the description
     first = function.body[0].lineno - 1
     start = "\n".join(lines[:first]).strip()
     signature = "\n".join(lines[function.lineno - 1:first]).strip()
     signature = signature.removeprefix("def ").removesuffix(":")
-    # as it is written, with its escapes
-    quoted = ast.get_source_segment(prompt, function.body[-1])
     description = inspect.cleandoc(quoted[3:-3])
     question = f"Write a function {signature} to solve the following problem:\n{description}"
     # Llama's template removes blanks at both ends, so all models read the same
@@ -247,8 +267,15 @@ class MBPP(Code):
     def load(self, folder: Path) -> list:
         """All parts, as published. Raises FileNotFoundError or ValueError."""
         needed = {"task_id": int, "text": str, "code": str, "test_list": list}
-        rows = read_jsonl(folder / "mbpp.jsonl", needed)
+        rows = read_jsonl(folder / "mbpp.jsonl", needed, self.check)
         return [{"id": f"mbpp/{row['task_id']}", **row} for row in rows]
+
+    def check(self, row: dict):
+        if not row["test_list"]:
+            raise ValueError("has an empty test_list, which every answer would pass")
+        super().check(row)
+        if not self.names(row):
+            raise ValueError("has tests that call nothing of its code")
 
     def examples(self, problems, problem, count: int, style: str) -> list:
         """The shots: tasks from 1 on in chat style, from 2 on in plain, as published."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.checkpoints.hub import RemoteFile, fetch_files
 from data.system.disk import cache_root, decode, parse_json, present, whole_characters
+from data.text.chat import check_columns
 
 # Address, size in bytes and sha256 of each file as published.
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
@@ -92,9 +93,10 @@ def read_file(path: Path) -> str:
                             "the files as published")
 
 
-def read_jsonl(path: Path, needed: dict) -> list:
+def read_jsonl(path: Path, needed: dict, check=None) -> list:
     """The objects of a file of JSON lines; needed: key -> type of its value (list: of texts).
 
+    check   called with every object, it raises ValueError for one that the task cannot use
     Raises FileNotFoundError, or ValueError for a line of another form.
     """
     rows = []
@@ -111,15 +113,29 @@ def read_jsonl(path: Path, needed: dict) -> list:
             if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"line {number} of {path} has no {key} of the right type; "
                                  "use the file as published")
+        words = "\n".join(row[key] for key, kind in needed.items() if kind is str)
+        check_row(f"line {number} of {path}", check_columns, row, needed, words)
+        if check:
+            check_row(f"line {number} of {path}", check, row)
         rows.append(row)
     return rows
 
 
-def read_csv(path: Path, columns: int) -> list:
-    """The rows of a file of comma-separated values without a header."""
+def read_csv(path: Path, columns: int, check=None) -> list:
+    """The rows of a file of comma-separated values without a header; check as of read_jsonl."""
     rows = list(csv.reader(io.StringIO(read_file(path), newline="")))
     for number, row in enumerate(rows, 1):
         if len(row) != columns:
             raise ValueError(f"row {number} of {path} has {len(row)} columns, not {columns}; "
                              "use the file as published")
+        if check:
+            check_row(f"row {number} of {path}", check, row)
     return rows
+
+
+def check_row(place: str, check, *values):
+    """Call a check; its ValueError gets the place of the row."""
+    try:
+        check(*values)
+    except ValueError as error:
+        raise ValueError(f"{place} {error}; use the file as published") from None

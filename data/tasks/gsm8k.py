@@ -32,7 +32,8 @@ class GSM8K(Task):
         """Rows with an id, training rows last. Raises ValueError for missing or other files."""
         problems = []
         for split in ("test", "train"):
-            rows = read_jsonl(folder / f"{split}.jsonl", {"question": str, "answer": str})
+            rows = read_jsonl(folder / f"{split}.jsonl", {"question": str, "answer": str},
+                              check_answer)
             problems += [{"id": f"gsm8k/{split}/{number}", **row}
                          for number, row in enumerate(rows)]
         return problems
@@ -55,6 +56,12 @@ class GSM8K(Task):
         """The number that a vote compares: behind `####`, else the last one; None without any."""
         number = strict_number(text) or last_number(text)
         return IGNORED.sub("", number) if number else None
+
+
+def check_answer(row: dict):
+    """Raise ValueError for a solution without its number, with which no answer could agree."""
+    if not STRICT.search(row["answer"]):
+        raise ValueError(f"has the answer {row['answer'][-40:]!r}, without a number behind ####")
 
 
 def strict_number(text: str) -> str | None:

@@ -9,44 +9,64 @@ import re
 import string
 
 from data.tasks.task import Task
-from data.text.answer import cut
+from data.text.answer import cut, without_thoughts
 
 ALPHABET = "ABCDEFGHIJ"
 # A letter that begins no word; a small one only at the end of a sentence: "a" is mostly a word.
 UPPER = r"([A-J])(?![A-Za-z])"
-EITHER = r"([A-J](?![A-Za-z])|[a-j](?=\s*(?:[.,;:!?)\]}*<]|$)))"
+QUOTES = "\"'`_\u2018\u2019\u201c\u201d"
+EITHER = rf"([A-J](?![A-Za-z])|[a-j](?=\s*(?:[.,;:!?)\]}}*<{QUOTES}]|$)))"
 # Signs between a claim and its letter.
-SIGNS = r"[\s:*(\[{$]*(?:\\boxed\{|\\text\{|\\textbf\{)*[\s*(]*"
+SIGNS = rf"[\s:*(\[{{${QUOTES}]*(?:\\boxed\{{|\\text\{{|\\textbf\{{)*[\s*({QUOTES}]*"
 CLAIM = re.compile(r"(?i:answer is)" + SIGNS + EITHER)
-LABEL = re.compile(r"(?i:answer)[^A-Za-z]*" + SIGNS + UPPER)
-FIRST_LINE = re.compile(r"^[\s*(\[]*" + UPPER + r"[\s*)\].:]*(?:$|(?<=[.):*\]])\s)")
-BOX = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?" + UPPER)
+LABEL = re.compile(r"(?i:answer)[^A-Za-z]*" + SIGNS + EITHER)
+FIRST_LINE = re.compile(rf"^[\s*(\[{QUOTES}]*{UPPER}[\s*)\].:{QUOTES}]*"
+                        rf"(?:$|(?<=[.):*\]{QUOTES}])\s)")
+BOX = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?" + EITHER)
 ALONE = re.compile(r"(?<![A-Za-z'’])" + UPPER)
 # Letters that are no answers: an article, a pronoun, an option that is ruled out.
 WORDS = re.compile(
     r"(?<![A-Za-z])(?:A(?= [a-z])|I(?= [a-z])|I(?=['’])|not \(?[A-J]\)?(?![A-Za-z]))")
+# The options once more: a line for each, in their order from A on.
+REPEATED = ""
+for option in reversed(ALPHABET[2:]):
+    REPEATED = rf"(?:\n\W*{option}[.):\]].*{REPEATED})?"
+REPEATED = re.compile(r"(?im)^\W*A[.):\]].*\n\W*B[.):\]].*" + REPEATED)
 
 
 def find_letter(text: str, options: int) -> str | None:
     """The letter that a text answers with, one of the first `options`, or None."""
-    text = cut(text, ("Question:",))
-    line = text.strip().partition("\n")[0]
+    # the question once more, and not the next one
+    text = without_thoughts(text).strip().removeprefix("Question:")
+    text = cut(text, ("Question:", "</s>"))
+    line = REPEATED.sub("", text).strip().partition("\n")[0]
+    alone = line.strip(string.whitespace + string.punctuation + QUOTES)
     letter = ""
     # the last claim: the answer is (X)
     if claims := CLAIM.findall(text):
         letter = claims[-1].upper()
-    # else a first line that is a letter
-    elif found := FIRST_LINE.match(line) or BOX.match(line.lstrip("$ ")):
-        letter = found[1]
     # else the last label: Answer: X
     elif labels := LABEL.findall(text):
-        letter = labels[-1]
+        letter = labels[-1].upper()
+    # else a first line that is a letter, or begins with one and its sign
+    elif len(alone) == 1 and alone.upper() in ALPHABET:
+        letter = alone.upper()
+    elif found := FIRST_LINE.match(line) or BOX.match(line.lstrip("$ ")):
+        letter = found[1].upper()
     else:
         # else a letter alone; two of them are ambiguous
-        alone = set(ALONE.findall(WORDS.sub(" ", text)))
-        if len(alone) == 1:
-            letter = alone.pop()
+        others = set(ALONE.findall(WORDS.sub(" ", REPEATED.sub("", text))))
+        if len(others) == 1:
+            letter = others.pop()
     return letter if letter and letter in ALPHABET[:options] else None
+
+
+def check_letter(letter: str, options: int):
+    """Raise ValueError for a reference that is none of the options."""
+    if not 1 <= options <= len(ALPHABET):
+        raise ValueError(f"has {options} options; allowed: 1 to {len(ALPHABET)}")
+    if letter not in list(ALPHABET[:options]):
+        raise ValueError(f"has the answer {letter[:20]!r}; allowed: A to {ALPHABET[options - 1]}")
 
 
 class Letters(Task):
@@ -75,7 +95,9 @@ class Letters(Task):
         options = record.get("options", 4)
         if options not in range(1, len(ALPHABET) + 1):
             raise ValueError(f"options of a record are {str(options)[:20]!r}; allowed: 1 to 10")
-        return {**super().restore(record), "options": [""] * options}
+        problem = {**super().restore(record), "options": [""] * options}
+        check_letter(problem["answer"], options)
+        return problem
 
     def strict(self, problem: dict, text: str) -> bool:
         """The whole first line is the letter, case and punctuation aside (`mmlu_generative`)."""

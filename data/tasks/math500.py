@@ -18,6 +18,12 @@ SHOTS = Path(__file__).with_name("minerva_shots.jsonl")
 ROW = {"problem": str, "solution": str, "answer": str}
 
 
+def check_answer(row: dict):
+    """Raise ValueError for an empty answer, which no box could hold."""
+    if not row["answer"].strip():
+        raise ValueError("has an empty answer")
+
+
 class Math500(Task):
     name = "math500"
     folder = "math500"
@@ -30,7 +36,7 @@ class Math500(Task):
 
     def load(self, folder: Path) -> list:
         """Rows with an id. Raises ValueError for missing or other files."""
-        rows = read_jsonl(folder / "test.jsonl", ROW)
+        rows = read_jsonl(folder / "test.jsonl", ROW, check_answer)
         return [{"id": f"math500/{number}", **row} for number, row in enumerate(rows)]
 
     def scored(self, problems: list, shots: int, style: str) -> list:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.system.disk import present
 from data.tasks.files import read_csv, read_jsonl
-from data.tasks.letters import Letters
+from data.tasks.letters import Letters, check_letter
 from data.tasks.task import of_split
 from data.text.answer import cut
 
@@ -22,6 +22,14 @@ PRO_STRICT = re.compile(r"answer is \(?([A-J])\)?")
 
 def same_subject(problems: list, problem: dict) -> list:
     return [one for one in problems if one["subject"] == problem["subject"]]
+
+
+def check_csv(row: list):
+    check_letter(row[5], 4)
+
+
+def check_pro(row: dict):
+    check_letter(row["answer"], len(row["options"]))
 
 
 class MMLU(Letters):
@@ -40,7 +48,7 @@ class MMLU(Letters):
                 subject = path.name.removesuffix(f"_{split}.csv")
                 problems += [{"id": f"mmlu/{split}/{subject}/{number}", "subject": subject,
                               "question": row[0].strip(), "options": row[1:5], "answer": row[5]}
-                             for number, row in enumerate(read_csv(path, 6))]
+                             for number, row in enumerate(read_csv(path, 6, check_csv))]
         return problems
 
     def examples(self, problems: list, problem: dict, count: int, style: str) -> list:
@@ -72,7 +80,7 @@ class MMLUPro(MMLU):
             problems += [{"id": f"mmlu_pro/{split}/{row['question_id']}", **row,
                           "subject": row["category"],
                           "options": [option.strip() for option in row["options"]]}
-                         for row in read_jsonl(path, needed)]
+                         for row in read_jsonl(path, needed, check_pro)]
         return problems
 
     def note(self, problems: list) -> str | None:

@@ -7,6 +7,7 @@ alone is too long, its beginning is cut, as in lm-evaluation-harness. eval.py co
 import hashlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -55,6 +56,11 @@ def write_prompts(task, tokenizer, max_positions: int, data_dir: str | None, sty
     scored = task.scored(problems, shots, style)[:limit]
     if not scored:
         raise ValueError(f"{folder} has no problem to score; use the files as published")
+    # records are told apart by their ids
+    for name, count in Counter(problem["id"] for problem in scored).items():
+        if count > 1:
+            raise ValueError(f"{folder} has {count} problems with the id {name[:60]!r}; "
+                             "use the files as published")
     questions = []
     for problem in tqdm(scored, disable=None, desc="prompts"):
         examples = task.examples(problems, problem, shots, style)

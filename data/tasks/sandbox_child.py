@@ -4,7 +4,13 @@ data/tasks/sandbox.py starts this file, a process for each program, and reads th
 reply; read that first. Nothing else imports or starts it.
 
 The order in `main` matters: it reads its input first, then gives up its rights, and only then runs
-the program, which cannot get them back.
+the program, which cannot get them back by the functions of Python.
+
+What it does not keep from a program that looks for a way out: reading any file; making a second
+copy of a built-in module by _imp, whose functions are not the ones taken away here; changing its
+memory by a damaged object; files that a library written in C opens by itself, such as ATTACH of
+SQLite or a lock of multiprocessing in shared memory. On Windows, where a pair of sockets is made
+over the network, asyncio is refused too.
 """
 
 import contextlib
@@ -14,6 +20,11 @@ import signal
 import sys
 from pathlib import PurePath
 
+# Sockets within the machine, which asyncio makes a pair of.
+try:
+    from _socket import AF_UNIX as LOCAL
+except ImportError:
+    LOCAL = None
 # Imported though not used: ctypes loads a library when it is imported, which the guard refuses.
 # Without this line the program could import neither ctypes nor numpy, which needs it.
 try:
@@ -36,7 +47,7 @@ LONGEST_FILE = 16 * 2**20
 LONGEST_PATH = 500      # characters: folders nested deeper are hard to delete again
 LONGEST_REASON = 300
 
-# Audit events that are always refused, by their prefix.
+# Audit events that are always refused, by their prefix; sockets: see make_guard.
 REFUSED = (
     "socket.", "subprocess.", "ctypes.", "winreg.", "syslog.",
     "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.spawn", "os.startfile", "os.system",
@@ -63,8 +74,12 @@ CHANGES = {
 # Events whose path may be a number: a file that was checked when it was opened.
 NUMBERS_ALLOWED = ("open", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Modules that change files or shared memory in C without an audit event.
-SILENT = ("_dbm", "_gdbm", "_posixshmem")
+# Modules that change files or shared memory in C without an audit event, or start a program or an
+# interpreter, in which this guard would not be.
+SILENT = ("_dbm", "_gdbm", "_posixshmem", "readline", "_tkinter", "_interpreters",
+          "_xxsubinterpreters", "_testcapi", "_testinternalcapi")
+# Modules without some of their functions, see below: a second import would bring these back.
+REDUCED = ("posix", "_posixsubprocess")
 
 
 # --- before the program ---------------------------------------------------------------------------
@@ -108,16 +123,15 @@ def refuse(*_, what: str = "this", **__):
 
 def remove_silent_functions():
     """Take away the few functions that cause no audit event."""
-    for name in SILENT:
-        # to import it now raises ImportError, which the standard library handles
-        sys.modules[name] = None
     if resource is None:
         return
     # multiprocessing starts processes with this
     _posixsubprocess.fork_exec = refuse
+    # Python lists what it was before
+    os.supports_dir_fd -= {os.mkfifo, os.mknod}
     for module in (os, posix):
-        module.mkfifo = refuse
-        module.mknod = refuse
+        for name in ("mkfifo", "mknod", "pidfd_open"):
+            setattr(module, name, refuse)
 
 
 def is_inside(folder: str, path, directory) -> bool:
@@ -147,12 +161,26 @@ def make_guard(folder: str):
     It sees every event, by whichever name a function is called, and Python cannot remove it.
     """
     def guard(event, args):
-        if event.startswith(REFUSED):
+        # a pair of sockets within the process, as asyncio needs it, reaches nothing: connect,
+        # bind and send to an address are events of their own
+        pair = event == "socket.__new__" and args[1] == LOCAL
+        if event.startswith(REFUSED) and not pair:
             refuse(what=event)
+        if event == "import" and args[0] in SILENT + REDUCED:
+            # which the standard library handles
+            raise ImportError(f"{args[0]} is not available here")
         if event == "open":
             # opened for reading alone: of mode and flags one may be missing
-            _, mode, flags = args
-            if not set(mode or "") & set("wax+") and not (flags or 0) & WRITING:
+            path, mode, flags = args
+            reads = not set(mode or "") & set("wax+") and not (flags or 0) & WRITING
+            # os.open, which has no mode, does not say which open folder its path is relative to:
+            # no folder outside may be opened, and no path may lead upwards
+            if mode is None and not isinstance(path, int):
+                path = os.fsdecode(path)
+                if not os.path.isabs(path) and os.pardir in PurePath(path).parts:
+                    refuse(what="os.open upwards")
+                reads = reads and not os.path.isdir(path)
+            if reads:
                 return
         for position, start in CHANGES.get(event, ()):
             path = args[position]

@@ -6,6 +6,7 @@
     chat        conversations to token files: python -m data.text.chat
     tokens      token files: packing, writing, reading
     answer      prompts as a user gives them; an answer: its tokens, their cost, where it ends
+    talk        a conversation in the terminal: python sample.py --talk
 
 May import parts, checkpoints, results, system.
 """

@@ -9,13 +9,17 @@ sees every evaluation and every token:
 """
 
 import codecs
+import json
+import re
 import sys
+import time
 from dataclasses import dataclass, field
 
 import torch
 
-from data.system.disk import decode, read_bytes
-from data.text.formats import encode_chat, resolve_style
+from data.system.command import quiet
+from data.system.disk import appearing, decode, read_bytes
+from data.text.formats import encode_chat, recognise, resolve_style
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -51,12 +55,70 @@ def encode_prompts(texts: list, tokenizer, style: str | None) -> list:
     return [encode_chat([{"role": "user", "content": text}], tokenizer, style) for text in texts]
 
 
+class Turns:
+    """A conversation in a chat format; without one, every question is a text to continue."""
+
+    def __init__(self, tokenizer, chat: str | None):
+        """chat: of encode_prompts; None: the model's own format, if it has one that we know."""
+        self.tokenizer = tokenizer
+        self.style = chat or recognise(tokenizer.template)[0]
+        if chat == "auto" and resolve_style(chat, tokenizer)[0] == "plain":
+            raise ValueError("--chat without a prompt: this model has no chat format; allowed: "
+                             "--talk, to continue lines, or --chat plain, questions and answers")
+        # at once, for the note on a format that only the special tokens tell, and for its errors
+        encode_prompts(["?"], tokenizer, self.style)
+        self.reset()
+
+    def reset(self):
+        self.turns = []         # (question, Answer)
+        self.first = 0          # the first turn for which there was room
+
+    def encode(self, question: str, turns: list, room: int) -> list:
+        """Token ids of some turns and a question, at most `room`: the oldest turns are left out."""
+        if not self.style:
+            return self.tokenizer.encode_start(question)
+        for first in range(self.first, len(turns) + 1):
+            messages = [*messages_of(turns[first:]), {"role": "user", "content": question}]
+            ids = encode_chat(messages, self.tokenizer, self.style)
+            if len(ids) <= room:
+                if first > self.first:
+                    print(quiet(f"the first {first} turns are left out: no room in the model"))
+                    self.first = first
+                break
+        return ids
+
+    def save(self, path: str):
+        """Write the conversation as lines of JSON for data/text/chat.py."""
+        rows = [{"messages": messages_of(self.turns)}]
+        if not self.style:
+            rows = [{"text": question + answer.text} for question, answer in self.turns]
+        with appearing(path) as part:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def messages_of(turns: list) -> list:
+    """The messages of turns whose answers are not empty, which no format could write."""
+    # a format without turns of its own puts a blank before the answer
+    return [{"role": role, "content": content}
+            for question, answer in turns if answer.text.strip()
+            for role, content in (("user", question),
+                                  ("assistant", answer.text.removeprefix(" ")))]
+
+
 # --- answers --------------------------------------------------------------------------------------
 
 def cut(text: str, stops) -> str:
     """Text up to the first of some strings."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[:min(ends)] if ends else text
+
+
+def without_thoughts(text: str) -> str:
+    """A text without its <think>...</think>; behind a thought that does not end is no answer."""
+    text = re.sub(r"(?s)<think>.*?(?:</think>|$)", "", text)
+    # the format may have opened the thought in the prompt
+    return text.rpartition("</think>")[2]
 
 
 @dataclass
@@ -190,13 +252,16 @@ class Score:
 
 
 class Live:
-    """A watcher: shows a single answer token by token, a character of several when it is whole."""
+    """A watcher: shows a single answer token by token, a character of several when it is whole.
 
-    def __init__(self, prompt: str, tokenizer):
+    head: printed before
+    """
+
+    def __init__(self, head: str, tokenizer):
         self.tokenizer = tokenizer
         # holds the bytes of an incomplete character until the others arrive
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        print(f"{prompt!r}\n   answer  ", end="", flush=True)
+        print(head, end="", flush=True)
 
     def __call__(self, batch, rows, t, logits, tokens=None, solution=None):
         if tokens and tokens[0] not in batch.answers[0].stop.ids:
@@ -205,3 +270,47 @@ class Live:
 
     def end(self):
         print(self.decoder.decode(b"", final=True))
+
+
+class Turn:
+    """A watcher of the one answer of a turn: shows and traces it, and notes what the cache holds.
+
+    answer  so far, None before its first token
+    read    the number of tokens that are whole in the cache, whenever Ctrl-C comes
+    """
+
+    def __init__(self, tokenizer, read: int, show: bool, trace: bool):
+        self.answer = None
+        self.read = read
+        self.start = time.time()
+        self.live = Live("", tokenizer) if show else None
+        self.watchers = [TraceFirst()] if trace else []
+        self.watchers += [self.live] if show else []
+
+    def __call__(self, batch, rows, t, logits, tokens=None, solution=None):
+        for watcher in self.watchers:
+            watcher(batch, rows, t, logits, tokens, solution)
+        if tokens:
+            self.answer = batch.answers[0]
+            # all before this token has been read, and of the token itself nothing
+            self.read = batch.cache.length
+
+    @property
+    def ids(self) -> list:
+        return self.answer.ids if self.answer else []
+
+    def end(self):
+        """Print what is left of the answer, and what it cost."""
+        if not self.answer or not self.answer.nfe:
+            return
+        if self.live:
+            self.live.end()
+        else:
+            print(self.answer.text)
+        nfe = self.answer.nfe
+        line = f"{len(nfe)} tokens, NFE {sum(nfe) / len(nfe):.1f} (most {max(nfe)})"
+        if self.answer.unfinished:
+            line += f", {self.answer.unfinished} stopped at max_nfe"
+        if not self.answer.stopped:
+            line += ", not ended"
+        print(quiet(f"{line}, {time.time() - self.start:.1f} s"))

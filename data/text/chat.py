@@ -6,9 +6,10 @@ data/text/tokens.py next, which writes the examples to the disk.
 
     python -m data.text.chat gsm8k.jsonl --tokenizer=tokenizers/llama3 --out_dir=data/gsm8k
 
-A row holds `messages` (a list of role and content), or `prompt` and `response`, or `question` and
-`answer`, or plain `text`; perhaps a `category`, by which rows can be dropped, and a `class`, a name
-or an integer, towards which guidance can push (sample.py --class).
+A row holds `messages` (a list of role and content, and weight 0 for an answer not to be learned),
+or `prompt` and `response`, or `question` and `answer`, or plain `text`; perhaps a `system` prompt,
+a `category`, by which rows can be dropped, and a `class`, a name or an integer, towards which
+guidance can push (sample.py --class). The report names all other columns.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from data.system.disk import (
     MARKS, PART, check_regular, claimed, naming, parse_json, read_json, remove,
     sha256_of)
 from data.text.formats import (
-    RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
+    EMPTY, RENDER, check_messages, encode_chat, encode_pieces, render_text, resolve_style)
 from data.text.tokenizer import load_tokenizer
 from data.text.tokens import SPLITS, VERSION, RawSplit, TokenFiles, install, write_split
 
@@ -40,12 +41,18 @@ LONGEST_BLOCK = 2048        # unless the model has fewer positions
 # The paper trains on reasoning and code: these categories of smol-magpie-ultra are left out.
 PAPER_DROPPED_CATEGORIES = (
     "advice-seeking", "brainstorming", "creative-writing", "editing", "planning", "role-playing")
+# Columns of a row that say how its conversation begins.
+SYSTEM = ("system", "system_prompt")
+# Columns without which an answer may be no answer to its question: never left out in silence.
+MEANING = (*SYSTEM, "choices", "context", "document", "documents", "function_call", "functions",
+           "history", "image", "images", "input", "instruction", "instructions", "options",
+           "passage", "reasoning", "reasoning_content", "thinking", "tool_calls", "tools")
 
 
 # --- from a row to examples -----------------------------------------------------------------------
 
 def parse_row(line):
-    """A line of JSON to (messages or a text, category, class's name or None).
+    """A line of JSON to (messages or a text, category, class's name or None, columns left out).
 
     Raises ValueError for another row.
     """
@@ -60,18 +67,56 @@ def parse_row(line):
         label = str(label)
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise ValueError(f"has class {repr(label)[:60]}; allowed: a name, or an integer")
+    conversation, read = find_conversation(row)
+    words = conversation
+    if not isinstance(conversation, str):
+        for name in SYSTEM:
+            if row.get(name) not in EMPTY:
+                conversation = begin(conversation, row[name], name)
+        words = "\n".join(message["content"] for message in conversation)
+    return conversation, category, label, check_columns(row, read, words)
+
+
+def find_conversation(row: dict) -> tuple:
+    """(messages or a text, the columns that it stands in)."""
     if "messages" in row:
-        return check_messages(row["messages"]), category, label
+        return check_messages(row["messages"]), ["messages"]
     for question, answer in (("prompt", "response"), ("question", "answer")):
         if question in row and answer in row:
             messages = [{"role": "user", "content": row[question]},
                         {"role": "assistant", "content": row[answer]}]
-            return check_messages(messages), category, label
+            return check_messages(messages), [question, answer]
     text = row.get("text")
     # white space alone teaches nothing
     if isinstance(text, str) and text.strip():
-        return text, category, label
+        return text, ["text"]
     raise ValueError("needs messages, or prompt and response, or question and answer, or text")
+
+
+def begin(messages: list, system, column: str) -> list:
+    """The messages with the system prompt of a column before them, if it is not there yet."""
+    first = check_messages([{"role": "system", "content": system}])
+    if messages[0]["role"] != "system":
+        return first + messages
+    if messages[0] != first[0]:
+        raise ValueError(f"has two system prompts, one in column {column!r}; leave one out")
+    return messages
+
+
+def check_columns(row: dict, read, words: str) -> list:
+    """The columns that are left out, besides those that are read.
+
+    Raises ValueError for one of MEANING, unless it repeats a part of the words that are read.
+    """
+    others = [name for name, value in row.items()
+              if name not in (*read, "category", "class") and value not in EMPTY]
+    for name in others:
+        value = row[name]
+        repeats = isinstance(value, str) and value in words
+        if name.lower() in MEANING and not repeats:
+            raise ValueError(f"has a column {name!r}, which is not read; write it into "
+                             f"{' or '.join(read)}, or remove the column")
+    return [name for name in others if name.lower() not in MEANING]
 
 
 def encode_examples(conversation, tokenizer, render):
@@ -85,6 +130,10 @@ def encode_examples(conversation, tokenizer, render):
     # a response is a run of ones; its borders are where the mask changes
     borders = np.flatnonzero(np.diff(mask, prepend=0, append=0))
     spans = borders.reshape(-1, 2).tolist()
+    if not isinstance(conversation, str):
+        # an answer of weight 0 stays in the text, but is not learned
+        answers = [message for message in conversation if message["role"] == "assistant"]
+        spans = [span for span, answer in zip(spans, answers) if answer.get("weight", 1)]
     if not spans:
         raise ValueError("holds no assistant turn to learn from")
     return ids, spans
@@ -130,17 +179,20 @@ def read_lines(paths, digests: list):
 def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_categories):
     """Encode (place, line) pairs into `raw`, a RawSplit per split.
 
-    Returns the counts, the first error, and the names of the classes, in order of appearance.
+    Returns the counts, the first error, the names of the classes, in order of appearance, and those
+    of the columns that are left out.
     Raises ValueError if more than a tenth of the lines is malformed or no example is left.
     """
     counts = Counter()
     first_malformed = None
     # name -> number
     classes = {}
+    left_out = set()
     for place, line in lines:
         counts["conversations"] += 1
         try:
-            conversation, category, label = parse_row(line)
+            conversation, category, label, others = parse_row(line)
+            left_out.update(others)
             if category in drop_categories:
                 counts["dropped_category"] += 1
                 continue
@@ -170,7 +222,7 @@ def encode_lines(lines, tokenizer, render, raw, block_size, val_fraction, drop_c
                          f"{counts['dropped_too_long']} examples are longer than --block_size, "
                          f"{counts['dropped_category']} conversations of dropped categories, "
                          f"{len(raw['val'].numbers) // 3} examples held out by --val_fraction")
-    return counts, first_malformed, list(classes)
+    return counts, first_malformed, list(classes), sorted(left_out)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -197,6 +249,8 @@ def report(meta) -> str:
     lines = [f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells) for name, *cells in table]
     if meta["classes"]:
         lines.append(f"classes: {', '.join(meta['classes'])}")
+    if meta["left_out"]:
+        lines.append(f"columns left out: {', '.join(meta['left_out'])}")
     if meta["first_malformed"]:
         lines.append(f"first malformed: {meta['first_malformed']}")
     return "\n".join(lines)
@@ -263,7 +317,7 @@ def main(argv=None):
             raw = {split: RawSplit(folder / f"{split}.raw", dtype) for split in SPLITS}
             # the raw files are closed, so complete, before they are read
             with raw["train"].file, raw["val"].file:
-                counts, first_malformed, classes = encode_lines(
+                counts, first_malformed, classes, left_out = encode_lines(
                     read_lines(args.inputs, inputs), tokenizer, render, raw, args.block_size,
                     args.val_fraction, args.drop_categories)
             splits = {split: write_split(raw[split], folder / split, args.block_size, args.seed,
@@ -284,6 +338,7 @@ def main(argv=None):
                 "digests": {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))},
                 "counts": dict(counts),
                 "first_malformed": first_malformed,
+                "left_out": left_out,
             }
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             if (out_dir / "meta.json").exists():

@@ -39,6 +39,7 @@ SPECIAL_TOKENS = {
 # The official Llama template prints the day it is run; a fixed day makes runs repeatable.
 LLAMA3_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+EMPTY = (None, "", [], {})      # values that say nothing, of a key of a message or a row
 # Default system prompts of the templates; one that contains another comes first.
 SYSTEM_PROMPTS = (
     QWEN_SYSTEM,
@@ -251,7 +252,10 @@ def encode_pieces(pieces, tokenizer) -> tuple[list, list]:
 
 
 def check_messages(messages) -> list[dict]:
-    """The messages, reduced to role and content; ValueError if the formats cannot write them."""
+    """The messages, reduced to role and content; ValueError if the formats cannot write them.
+
+    An answer that is not to be learned keeps its weight of 0, for data/text/chat.py.
+    """
     # errors quote 60 characters: a data set may hold a whole book in the wrong place
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list with at least one message, "
@@ -267,7 +271,19 @@ def check_messages(messages) -> list[dict]:
         if empty or not isinstance(content, str):
             raise ValueError(f"content of a message from {role} must be text, "
                              f"not {str(content)[:60]!r}")
+        # a call of a tool, a name, a thought: without it the answer would mean something else
+        others = [key for key, value in message.items()
+                  if key not in ("role", "content", "weight") and value not in EMPTY]
+        if others:
+            raise ValueError(f"a message from {role} has {str(others[0])[:60]!r}, which no format "
+                             "here writes; allowed: role, content, and weight 0 or 1")
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise ValueError(f"a message from {role} has weight {str(weight)[:60]!r}; "
+                             "allowed: 0 (not learned) or 1")
         checked.append({"role": role, "content": content})
+        if weight == 0:
+            checked[-1]["weight"] = 0
     return checked
 
 

@@ -13,6 +13,7 @@ import re
 from data.tasks.math.latex import clean, letters, prose, shape
 from data.tasks.math.value import (
     LONGEST, UNREADABLE, constant, same_value, same_values, values)
+from data.text.answer import without_thoughts
 
 STOP = "Problem:"       # the answer ends where the model writes a next problem
 MOST_ITEMS = 64         # of a list that is matched in any order, in quadratic time
@@ -144,6 +145,7 @@ def boxed(text: str) -> str:
 
 def extract(text: str) -> str:
     """The answer in a text, as it is written there; "" when there is none."""
+    text = without_thoughts(text)
     answer = boxed(text)
     if answer:
         return answer.strip()
