@@ -446,8 +446,7 @@ def check(args, task, given: dict):
     if task.kind == "code" and not args.allow_code_execution:
         raise ValueError(f"--task {args.task} runs what the model writes, which needs "
                          f"--allow_code_execution; {NOTICE}")
-    # hours of work must not end with a missing package, or at a disk that takes nothing
-    if args.plot:
+    if args.plot:       # hours of work must not end with a missing package
         new_figure()
         check_absent(Path(args.out).with_suffix(".png"), args.overwrite)
 

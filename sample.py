@@ -4,12 +4,10 @@
     python sample.py --solver dopri5 --trace --prompt "(7*8)+15?"   what each token cost
     python sample.py --trace --html                                 the hardest chain as a page
     python sample.py --class sort --guidance 2 --prompt "gcab?"     pushed towards a topic
-    python sample.py --steps 0 --prompt "(7*8)+15?"                 the frozen model
     python sample.py --talk                                         a conversation
 
 `generate` is the sampling loop (paper Algorithm 1): the frozen model reads every token once, the
-diffusion path runs once per evaluation. Time runs from noise (t = 0) to data (t = 1). Read
-model.py before and train.py next.
+diffusion path runs once per evaluation. Read model.py before and train.py next.
 """
 
 import argparse
@@ -33,7 +31,8 @@ from data.results.page import write_page
 from data.system.command import check_range, choices, each_line, given_flags
 from data.system.disk import check_absent, check_writable, present
 from data.tasks import TASKS
-from data.text.answer import Answer, Live, Stop, TraceFirst, encode_prompts, read_prompts
+from data.text.answer import (
+    Answer, Live, Stop, TraceFirst, encode_prompts, read_prompts, spent)
 from data.text.talk import Talk
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import LEVELS
@@ -78,6 +77,7 @@ def generate(model: L2D | LM, prompts: list, settings: "Settings", stop: Stop | 
         running = []
         for row, (answer, token) in enumerate(zip(batch.answers, tokens)):
             answer.nfe.append(nfe[row])
+            answer.calls += (solution and solution.calls) or nfe[row]
             if solution is not None and not solution.finished[row]:
                 answer.unfinished += 1
             if token in stop.ids:
@@ -422,9 +422,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
     live = None
     if len(prompts) == 1 and not stop.strings:
         live = Live(f"{texts[0]!r}\n   answer  ", tokenizer)
-    watchers = [live] if live else []
-    if args.trace:
-        watchers.append(TraceFirst())
+    watchers = [one for one in (live, args.trace and TraceFirst()) if one]
 
     def watch(*event):
         for watcher in watchers:
@@ -451,11 +449,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
         for text, answer, before in zip(texts[some], new, frozen):
             if not live:
                 print(f"{text!r}\n   answer  {answer.text}")
-            cost = f"   NFE {sum(answer.nfe)} for {len(answer.nfe)} tokens"
-            # an ODE that was cut short may have given another token: say so
-            if answer.unfinished:
-                cost += f", {answer.unfinished} tokens stopped at max_nfe"
-            print(cost)
+            print(f"   {answer.cost}")
             if before:
                 print(f"   frozen  {before.text}")
             if answer.traces:
@@ -491,19 +485,15 @@ def main(argv=None):
         return each_line(Talk(model, tokenizer, settings, args, given, parser, generate).act)
     if args.trace and not (args.prompt or args.prompt_file):
         # the hardest chain that was trained
-        group = ("chains", max(LEVELS["chains"]))
-        args.prompt = [TASKS["tiny"].problem(group, args.seed).prompt]
+        args.prompt = [TASKS["tiny"].problem(("chains", max(LEVELS["chains"])), args.seed).prompt]
     if args.prompt or args.prompt_file:
         answers, seconds = prompted_answers(model, tokenizer, settings, args, given)
     else:
         answers, seconds = worked_answers(model, tokenizer, settings, args.seed)
-    tokens = sum(len(answer.nfe) for answer in answers)
-    nfe = sum(sum(answer.nfe) for answer in answers)
     how = settings.solver
     if settings.solver not in ADAPTIVE:
         how += f", steps {settings.steps}"
-    print(f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token), "
-          f"{tokens / seconds:.0f} tokens/s, {how}")
+    print(f"{spent(answers, seconds)}, {how}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ from model import LM
 from sample import Settings, answer_problems
 
 
+PROBED = 64               # rows that show which classes are asked again
+
+
 # --- one update -----------------------------------------------------------------------------------
 
 def update_once(model, optimizer, batches: list, objective, clip: float):
@@ -312,7 +315,7 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
         if args.objective != "paper":
             # which classes the objective asks again, the untrained path shows
             probe = L2D(lm, replace(shape, asked_again=list(range(len(classes) or 1))))
-            rows = collate([val[i] for i in range(min(args.val_rows, len(val)))])
+            rows = collate([val[i] for i in range(min(PROBED, len(val)))])
             shape.asked_again = find_asked_again(probe, rows.to(device), args.unroll)
         l2d = L2D(lm, shape)
         return l2d, l2d.base_sha256

@@ -162,6 +162,7 @@ class Answer:
     stop: Stop = field(default_factory=Stop, repr=False, compare=False)
     ids: list = field(default_factory=list)
     nfe: list = field(default_factory=list)
+    calls: int = field(default=0, compare=False)  # of the network, in which these were made
     stopped: bool = False                # it ended before max_new_tokens
     unfinished: int = 0                  # tokens whose ODE reached max_nfe before t = 1
     log_p: list = field(default_factory=list)     # of every token, under the frozen model
@@ -180,6 +181,22 @@ class Answer:
     @property
     def mark(self) -> str:
         return "right" if self.right else "wrong"
+
+    @property
+    def cost(self) -> str:
+        cost = f"NFE {sum(self.nfe)} for {len(self.nfe)} tokens"
+        # an ODE that was cut short may have given another token: say so
+        return cost + f", {self.unfinished} tokens stopped at max_nfe" * bool(self.unfinished)
+
+
+def spent(answers: list, seconds: float) -> str:
+    """Tokens, NFE and speed of all answers; calls, where several evaluations are made in one."""
+    tokens = sum(len(answer.nfe) for answer in answers)
+    nfe = sum(sum(answer.nfe) for answer in answers)
+    calls = sum(answer.calls for answer in answers)
+    in_calls = f" in {calls} calls" if calls < nfe else ""
+    return (f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token){in_calls}, "
+            f"{tokens / seconds:.0f} tokens/s")
 
 
 # --- watchers -------------------------------------------------------------------------------------
