@@ -82,7 +82,7 @@ class L2D(nn.Module):
         self.forget()
 
     def train(self, mode: bool = True):
-        """The path to training or evaluation; after a change of the weights nothing stays cached."""
+        """Path to training or evaluation; after a change of the weights nothing stays cached."""
         super().train(mode)
         self.lm.eval()
         self.forget()
@@ -113,7 +113,7 @@ class L2D(nn.Module):
         return L2D(self.lm, self.config).requires_grad_(False)
 
     def autocast(self):
-        """bfloat16 arithmetic where the frozen model is bfloat16; the path's weights stay float32."""
+        """bfloat16 arithmetic where the frozen model is bfloat16; weights of the path: float32."""
         weight = self.lm.embed.weight
         half = weight.dtype == torch.bfloat16
         return torch.autocast(weight.device.type, torch.bfloat16, enabled=half)
@@ -212,7 +212,7 @@ class L2D(nn.Module):
                 if before is None:
                     before = self.lm.logits(hidden)
                 p = before.float().softmax(-1).to(self.lm.embed.weight.dtype)
-                # by time and class it may take the place of the current token: a·(E·Σ_y p_y·e_y − e_c)
+                # by time and class in place of the current token: a·(E·Σ_y p_y·e_y − e_c)
                 predicted = self.from_prediction(p @ self.lm.embed.weight)
                 h = h + modulation.gate * (predicted - states.inputs)
             if self.frozen_start:

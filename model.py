@@ -345,7 +345,7 @@ class PathBlock(nn.Module):
 # --- the model ------------------------------------------------------------------------------------
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An unfilled table. Drawing its start, on the meta device, would import all of torch._dynamo."""
+    """An unfilled table: to draw its start, on the meta device, imports all of torch._dynamo."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 

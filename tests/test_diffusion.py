@@ -266,8 +266,8 @@ def test_network_equals_its_formulas_written_out(family, rank):
     frozen = l2d.lm.logits(states.hidden)
     for k in (0, 3, 6):
         expected = logits_by_hand(l2d, states, k, x_t[0, k], float(t[0, k]), 1)
-        # the path's part is a thousand times the tolerance
-        assert float((expected - frozen[0, k]).abs().max()) > 1
+        # the path's part is hundreds of times the tolerance
+        assert float((expected - frozen[0, k]).abs().max()) > 0.3
         torch.testing.assert_close(logits[0, k], expected, atol=1e-3, rtol=0)
 
 

@@ -85,7 +85,7 @@ def test_fixed_tokens_are_those_that_more_steps_made_right(monkeypatch, capsys):
         return torch.full((3,), 0.5), found
 
     monkeypatch.setattr(evaluation, "forced_tokens", forced)
-    broken, _ = evaluation.token_tables(None, None, None, [], "euler", [2, 4], "argmax", 1, 0)
+    broken, _ = evaluation.token_tables(None, None, None, [], "euler", [2, 4], {}, 1, 0)
     common = {"solver": "euler", "tokens": 3}
     assert broken == [
         {**common, "from": 0, "to": 2, "fixed": 2, "broken": 1},
@@ -223,8 +223,9 @@ def test_an_answer_must_end_by_itself_to_be_right(tiny):
 
 def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
     model, tokenizer = tiny
+    # sure of most tokens, so hot
     problems = some(12, topic="math", level=2)
-    settings = Settings(steps=2, temperature=1.0, estimate="sample")
+    settings = Settings(steps=2, temperature=3.0, estimate="sample")
     texts = [
         [a.text for a in answer_problems(model, tokenizer, TASK, problems, settings, seed)]
         for seed in (0, 0, 1)]
@@ -323,7 +324,7 @@ def test_forced_tokens_are_those_of_one_position_after_the_other(tiny):
     problems = some(2, topic="math", level=1)
     expected = []
     for number, problem in enumerate(problems):
-        ids, mask, _, label, _ = TASK.reference(problem, tokenizer)
+        ids, mask, _, label = TASK.reference(problem, tokenizer)
         places = [k for k in range(1, len(ids)) if mask[k]]
         noise = torch.randn(len(places), model.config.width, generator=generator(number))
         for k, x_0 in zip(places, model.config.sigma * noise):

@@ -67,7 +67,7 @@ def main(argv=None):
     lm = LM.from_pretrained("tiny", torch.float32, "cpu")
     tokenizer = load_tokenizer(resolve("tiny"), lm.config.vocab_size)
     task = TASKS["tiny"]
-    print("accuracy in %: the frozen model after so many calls, or until a rule stops it, and chance")
+    print("accuracy in %: the frozen model after so many calls, or stopped by a rule, and chance")
     print(f"{'':15}" + "".join(f"{call:7}" for call in CALLS) + "   rule chance")
     rows = []
     for topic, level in task.groups:
