@@ -326,6 +326,8 @@ class Turn:
             print(self.answer.text)
         nfe = self.answer.nfe
         line = f"{len(nfe)} tokens, NFE {sum(nfe) / len(nfe):.1f} (most {max(nfe)})"
+        if self.answer.calls < sum(nfe):
+            line += f" in {self.answer.calls} calls"
         if self.answer.unfinished:
             line += f", {self.answer.unfinished} stopped at max_nfe"
         if not self.answer.stopped:
