@@ -357,9 +357,9 @@ def forced_log_p(model, batch: Batch, settings: Settings, seeds: list, draws: in
     for _ in range(draws):
         noise = noises.normal(model.config.width).to(batch.ids.device)
         x_0 = model.config.sigma * noise[:, None]                       # (N, 1, Z)
-        logits, spent, _ = solve(velocity, x_0, settings)
+        logits, cost, _ = solve(velocity, x_0, settings)
         log_sum = torch.logaddexp(log_sum, logits[:, 0].log_softmax(-1))
-        nfe = nfe + spent
+        nfe = nfe + cost
     return log_sum - math.log(draws), nfe
 
 

@@ -13,6 +13,7 @@ First the loop, for one sequence and equal steps; then the rules for one step; t
 adds. `steps` counts intervals, `nfe` evaluations of f.
 """
 
+from functools import lru_cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -385,7 +386,8 @@ def integrate_adaptive(s: Sequences, rules, rtol: float, atol: float, max_nfe: i
 
 # --- many evaluations in one call -----------------------------------------------------------------
 
-def times_of(solver: str, steps: int, rtol: float, atol: float) -> list:
+@lru_cache(maxsize=16)      # the same for every token
+def times_of(solver: str, steps: int, rtol: float, atol: float) -> tuple:
     """The times at which a solver evaluates a velocity that does not change."""
     times = []
 
@@ -394,7 +396,7 @@ def times_of(solver: str, steps: int, rtol: float, atol: float) -> list:
         return torch.ones_like(x), None
 
     odeint(constant, torch.zeros(1, 1), solver, steps, rtol, atol)
-    return times
+    return tuple(times)
 
 
 class Ahead:
@@ -411,7 +413,7 @@ class Ahead:
     times  at which it may be evaluated, see `times_of`
     """
 
-    def __init__(self, f, times: list):
+    def __init__(self, f, times):
         self.f = f
         self.times = times
         self.known = {}         # time -> state, velocity, prediction, on the present line

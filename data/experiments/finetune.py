@@ -8,14 +8,13 @@ that a reader would type. The accuracy of the base at the task should be neither
 100 %: for a small instruction-tuned model that is sums (data/tasks/sums.py).
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 from data.experiments.headline import run, train_once
 from data.results.records import read_lines
 from data.system.command import command, flag_parser
-from data.system.disk import appearing, present, read_json, write_json
+from data.system.disk import appearing, present, read_json, sha256_of, write_json
 from data.tasks import TASKS
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
@@ -93,7 +92,7 @@ def main(argv=None):
     out_dir.mkdir(parents=True, exist_ok=True)
     init_from = Path(args.init_from).absolute()
     weights = init_from / "model.safetensors"
-    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    before = sha256_of(weights)
     # finished parts are not repeated, so they must be of the same questions and model
     note, made_of = out_dir / "made_of.json", {"task": args.task, "base": before}
     if present(note) and read_json(note) != made_of:
@@ -133,7 +132,7 @@ def main(argv=None):
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
             f"--out={out_dir / f'eval-{method}'}", *words, *precision)
     show_losses(out_dir, list(trainings))
-    after = hashlib.sha256(weights.read_bytes()).hexdigest()
+    after = sha256_of(weights)
     print("the base's file is the same before and after:", before == after, before)
 
 

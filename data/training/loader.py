@@ -28,7 +28,7 @@ class Loader:
     # None for a model without random numbers
     draw: Callable | None = None
     packed: bool = True     # documents of a row by their borders; else by the number of every token
-    ahead: int = 0          # updates that may be made early; 0: the data follows what was learned
+    ahead: int = 0          # number of the first update that is not made early
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     coming: dict = field(default_factory=dict)      # the next update -> its batches
 
