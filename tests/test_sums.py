@@ -1,6 +1,7 @@
-"""data/tasks/sums.py: its questions, the split, verdicts, eval.py."""
+"""data/tasks/sums.py and chains.py: questions, the split, verdicts, eval.py."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from test_benchmarks import build_models
 from test_formats import SMOLLM
 
 TASK, HARD = TASKS["sums"], TASKS["hard_sums"]
+FIRST = ("Kate tells Oscar. Nick tells Grace. Rose tells Kate. Lucy tells Jane. Jane tells Clara. "
+         "Oscar tells Tom. Grace tells Sarah. The news starts with Oscar", "Tom")
 PROBLEMS = TASK.load()
 ALL = PROBLEMS + HARD.load()
 
@@ -91,6 +94,45 @@ def test_the_first_questions_are_of_all_kinds(split):
     assert max(counts.values()) == MOST[split] and min(counts.values()) >= 20
     first = [parts(one)[0] for one in of_split(PROBLEMS, split)[:60]]
     assert set(first) == set(KINDS)
+
+
+# --- chains of names ------------------------------------------------------------------------------
+
+def walk(question: str, place: str) -> list:
+    """The names after a place, up to one that tells nobody."""
+    told = dict(re.findall(r"(\w+) tells (\w+)\.", question))
+    # two other chains end elsewhere
+    assert len(set(told.values()) - set(told)) == 3
+    names = []
+    while place in told:
+        place = told[place]
+        names.append(place)
+    return names
+
+
+def test_an_answer_lies_as_many_hops_away_as_its_level_says():
+    chains, hops = TASKS["chains"].load(), TASKS["hops"].load()
+    assert len(chains) == 700 + 8000 and len(hops) == 300 + 4800
+    assert TASKS["chains"].load() == chains
+    assert chains[0] == {"id": "chains/test/1/0", "question": FIRST[0], "answer": FIRST[1]}
+    for one in chains + hops:
+        task, _, level, _ = one["id"].split("/")
+        names = walk(one["question"], one["question"].split()[-1])
+        assert len(names) == int(level)
+        assert one["answer"].split() == (names[-1:] if task == "chains" else names[:3])
+    test, train = ({" ".join(sorted(one["question"].split(". "))) for one in of_split(chains, split)}
+                   for split in ("test", "train"))
+    assert not test & train
+    assert {one["id"].split("/")[2] for one in of_split(chains, "train")} == set("12345")
+
+
+@pytest.mark.parametrize("text, strict, flexible", [
+    (" Rose", True, True), ("Rose.", False, True), (" Rose tells Tom", False, True),
+    (" Tom", False, False), ("", False, False), (" Rosemary", False, False)])
+def test_which_names_are_right(text, strict, flexible):
+    task = TASKS["chains"]
+    assert task.grade({"answer": "Rose"}, text) == {"strict": strict, "flexible": flexible}
+    assert task.extract({}, text) == (text.split() or [None])[0]
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from data.results.records import read_lines
 from data.system.command import command, flag_parser
 from data.system.disk import appearing, present, read_json, sha256_of, write_json
 from data.tasks import TASKS
+from data.tasks.chains import Chains
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
 from solvers import FIXED, SOLVERS
@@ -43,9 +44,19 @@ def write_conversations(task, folder: Path, path: Path):
     """The training questions as one turn each, without worked examples."""
     with appearing(path) as part, open(part, "w", encoding="utf-8") as file:
         for problem in of_split(task.load(folder), "train"):
-            messages = task.prompt(problem, [], "chat")
-            messages.append({"role": "assistant", "content": problem["answer"]})
-            file.write(json.dumps({"messages": messages}) + "\n")
+            if style(task) == "chat":
+                messages = task.prompt(problem, [], "chat")
+                messages.append({"role": "assistant", "content": problem["answer"]})
+                row = {"messages": messages}
+            else:
+                row = {"prompt": task.prompt(problem, [], "plain"),
+                       "response": task.between + problem["answer"]}
+            file.write(json.dumps(row) + "\n")
+
+
+def style(task) -> str:
+    """Of the prompts; those of chains must end with a name."""
+    return "plain" if isinstance(task, Chains) else "chat"
 
 
 def show_losses(out_dir: Path, methods: list):
@@ -66,7 +77,7 @@ def main(argv=None):
     add("--init_from", required=True, help="directory of an instruction-tuned model")
     add("--data_dir", help="folder of the benchmark's files; sums has none")
     add("--task", default="sums",
-        choices=["sums", "hard_sums", "arc_easy", "arc_challenge", "gsm8k"])
+        choices=["sums", "hard_sums", "chains", "hops", "arc_easy", "arc_challenge", "gsm8k"])
     add("--methods", "--ways", nargs="+", default=["lora", "paper", "frozen", "refine"],
         choices=list(METHODS), help="training methods (default: lora paper frozen refine)")
     add("--sweep", nargs="+", default=[], metavar="RATE",
@@ -100,13 +111,14 @@ def main(argv=None):
                          "another --out_dir, or remove it")
     write_json(made_of, note)
     rows, data = out_dir / "train.jsonl", out_dir / "data"
+    task = TASKS[args.task]
     if not rows.exists():
-        task = TASKS[args.task]
         write_conversations(task, find_folder(task.folder, args.data_dir), rows)
     if not (data / "meta.json").exists():
         # a row holds several questions
         run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
-            "--block_size=256", "--val_fraction=0.1")
+            "--block_size=256", "--val_fraction=0.1",
+            *(["--style=raw"] if style(task) == "plain" else []))
     precision = [f"--dtype={args.dtype}"] if args.dtype else []
     trainings = {method: [] for method in args.methods}
     if args.sweep:
@@ -120,7 +132,8 @@ def main(argv=None):
                    "--accumulate=1", f"--warmup={args.warmup}", f"--eval_every={args.eval_every}",
                    "--val_rows=48")
     for method in args.methods if not args.sweep else []:
-        words = ["--temperatures", "0", "1", "--shots=0", "--style=chat", f"--limit={args.limit}"]
+        words = ["--temperatures", "0", "1", "--shots=0", f"--style={style(task)}",
+                 f"--limit={args.limit}"]
         if args.data_dir:
             words.append(f"--data_dir={Path(args.data_dir).absolute()}")
         # with a path the frozen model is measured too

@@ -3,7 +3,7 @@
     task        the parts of every benchmark
     tiny        the embedded topics
     text        held-out examples of one's own data
-    sums        sums and products as questions, generated
+    sums        sums and products as questions, generated; chains: of names, in words
     gsm8k       the shortest benchmark, read it first
     math500     MATH-500; its grader is in math/
     mmlu, arc   multiple choice; letters: the letter that an answer means
@@ -16,6 +16,7 @@ May import text, parts, checkpoints, results, system, tiny.
 """
 
 from data.tasks.arc import ARC
+from data.tasks.chains import Chains, Hops
 from data.tasks.code import HumanEval, MBPP
 from data.tasks.gsm8k import GSM8K
 from data.tasks.math500 import Math500
@@ -26,5 +27,6 @@ from data.tasks.tiny import Tiny
 
 BENCHMARKS = (GSM8K(), Math500(), MMLU(), MMLUPro(), MMLUProSteps(),
               ARC("arc_easy", "ARC-Easy"), ARC("arc_challenge", "ARC-Challenge"),
-              HumanEval(), MBPP(), Sums(), HardSums())
+              HumanEval(), MBPP(), Sums(), HardSums(),
+              Chains(), Hops())
 TASKS = {"tiny": Tiny(), "text": Text(), **{task.name: task for task in BENCHMARKS}}

@@ -35,6 +35,7 @@ SPECIAL_TOKENS = {
     "deepseek": DEEPSEEK_TOKENS,
     "deepseek-think": DEEPSEEK_TOKENS,
     "plain": (),
+    "raw": (),
 }
 # The official Llama template prints the day it is run; a fixed day makes runs repeatable.
 LLAMA3_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -160,6 +161,17 @@ def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> l
     return pieces
 
 
+def render_raw(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
+    """Prompts and answers exactly as they are written: " Rome" follows "The capital of Italy is"."""
+    pieces = [Piece("bos", special=True)]
+    for message in messages:
+        answer = message["role"] == "assistant"
+        pieces.append(Piece(message["content"], response=answer))
+        if answer:
+            pieces.append(Piece("eos", special=True, response=True))
+    return pieces
+
+
 def render_text(text) -> list[Piece]:
     """A document, not a conversation: all of it is to be predicted."""
     return [
@@ -176,6 +188,7 @@ RENDER = {
     "deepseek": render_deepseek,
     "deepseek-think": partial(render_deepseek, think=True),
     "plain": render_plain,
+    "raw": render_raw,
 }
 
 
