@@ -162,7 +162,7 @@ def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> l
 
 
 def render_raw(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
-    """Prompts and answers exactly as they are written: " Rome" follows "The capital of Italy is"."""
+    """Prompts and answers as they are written: " Rome" follows "The capital of Italy is"."""
     pieces = [Piece("bos", special=True)]
     for message in messages:
         answer = message["role"] == "assistant"
