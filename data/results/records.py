@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from data.system.disk import (
-    appearing, claimed_file, decode, naming, parse_json, read_bytes, whole_characters)
+    appearing, check_regular, claimed_file, decode, naming, parse_json, read_bytes,
+    whole_characters)
 
 ROOT = Path(__file__).resolve().parents[2]
 # the fields of every record, and those of multiple choice by probability
@@ -55,6 +56,7 @@ class Records:
         """Raises ValueError for records of another description, or for damaged lines."""
         self.path = path
         self.found = {}         # key_of -> record
+        check_regular(path)
         if overwrite:
             path.unlink(missing_ok=True)
         if not path.exists():
