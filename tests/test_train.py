@@ -877,7 +877,7 @@ def test_a_class_of_ones_own_says_which_answer_is_right(tmp_path, capsys):
         status, shown, _ = answered(f"--class={name}", "--guidance=2")
         assert status == 0
         # two copies of nine evaluations
-        assert f"   answer  {answer}\n   NFE 18 for 1 tokens\n" in shown
+        assert f"   answer  {answer}\n   1 tokens, 18 NFE (18.0 per token)\n" in shown
     status, _, error = answered("--class=third")
     assert status == 2
     assert "--class 'third' is not supported; allowed: 1, second, 0\n" in error

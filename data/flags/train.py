@@ -185,6 +185,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
             raise ValueError(f"--updates {args.updates} are fewer than the {meta['update']} that "
                              f"the run in {args.out_dir} has made; allowed: as many or more")
     args.resume = resume
+    # what the untrained path has shown; absent in states of earlier versions
+    args.asked_again = meta.get("asked_again") if resume else None
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
         # None: not chosen; 0 is a choice
