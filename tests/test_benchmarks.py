@@ -329,6 +329,7 @@ PRO = {"question_id": 1, "question": "q", "options": ["a", "b"], "category": "la
     ("mmlu", "test/a_test.csv", "q,1,2,3,4,0", "row 1 of .*a_test.csv has the answer '0'"),
     ("mmlu", "test/a_test.csv", "q,1,2,3,4,A\nq,1,2,3,4, B", "row 2 of .*allowed: A to D"),
     ("mmlu", "test/a_test.csv", "question,A,B,C,D,answer", "has the answer 'answer'"),
+    ("mmlu", "test/a_test.csv", "q" * 140_000 + ",1,2,3,4,A", "a_test.csv is damaged .field larger"),
     ("mmlu_pro", "test.jsonl", {**PRO, "answer": "C"}, "line 1 of .*allowed: A to B"),
     ("mmlu_pro", "test.jsonl", {**PRO, "answer": "A", "options": []}, "has 0 options"),
     ("arc_easy", "ARC-Easy/ARC-Easy-Test.jsonl",
@@ -824,7 +825,8 @@ def test_a_finetune_trains_and_measures_each_method_once(
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in commands] == ["eval.py", "eval.py"]
     # nor taken for one with other flags or questions
-    for change, words in (("--updates=4", "was trained with other flags"),
-                          ("--task=sums", "holds results of another task or model")):
-        assert exit_status(finetune.main, [*flags, change]) == 2
-        assert words in capsys.readouterr().err
+    assert exit_status(finetune.main, [*flags, "--updates=4"]) == 2
+    assert "was trained with other flags" in capsys.readouterr().err
+    monkeypatch.setattr(finetune, "conversations", lambda *_: "")
+    assert exit_status(finetune.main, flags) == 2
+    assert "holds results of another task or model, or of other questions" in capsys.readouterr().err

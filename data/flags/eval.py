@@ -164,6 +164,7 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
         (("max_new_tokens", "samples", "search", "temperatures"), generated,
          "generated answers, --choices generate"),
         (("samples", "search"), random, "--temperatures of more than 0, or --steps of 1 or more"),
+        (("seed",), tiny or random, "--temperatures of more than 0, or --steps of 1 or more"),
         (("samples",), args.samples >= max([1, *(parse_search(how)[1] for how in args.search)]),
          "as many answers as --search takes"),
         (("draws",), tiny or text or not generated, "--choices letters"),

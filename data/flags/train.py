@@ -244,6 +244,9 @@ def check(args, given: dict):
     rows = args.batch_size * args.accumulate
     check_range("--batch_size times --accumulate", rows, 1, LARGEST)
     check_range("--new_lr", args.new_lr, 0, 1)
+    if 0 < args.clip < 1e-6:
+        raise ValueError(f"--clip = {args.clip} would leave nothing of the gradient; "
+                         "allowed: 0 (any norm), or 1e-6 or more")
     if not args.ema < 1:
         raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")
     if args.cache_frozen and args.shard:
