@@ -153,7 +153,7 @@ def test_every_problem_is_answered_by_the_frozen_model_and_the_path(
     assert path["nfe_per_token"] == 5
     for line in lines:
         assert set(line) >= {"benchmark", "id", "output", "tokens", "nfe", "cut", "strict",
-                             "flexible", "prompt", "reference", "seconds"}
+                             "flexible", "prompt", "reference", "seconds", "digest"}
     shown = capsys.readouterr().out
     assert "plain prompts, 1 shots, at most 6 tokens" in shown and "midpoint 2" in shown
 
@@ -219,6 +219,7 @@ def test_records_of_something_else_are_refused(change, models, data_dir, tmp_pat
     ("dtype", "holds records of another dtype"),
     ("config", "holds records of another config"),
     ("stops", "holds records of another stops"),
+    ("record", "record 2 of .*records.jsonl was changed since it was written"),
 ])
 def test_records_of_other_data_or_settings_are_refused(
         change, words, data_dir, tmp_path, capsys):
@@ -228,7 +229,10 @@ def test_records_of_other_data_or_settings_are_refused(
     write_jsonl(tmp_path / "gsm8k" / "test.jsonl", rows)
     write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
     assert run_eval(base, tmp_path, tmp_path / "out", "gsm8k", *flags) == 0
-    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    path = tmp_path / "out" / "records.jsonl"
+    if change == "record":
+        path.write_text(path.read_text().replace('"flexible": false', '"flexible": true'))
+    before = path.read_bytes()
     if change in rows[0]:
         # beside the id, which is only the number of the row
         rows[0][change] = "the 9 in? #### 9"
@@ -238,12 +242,11 @@ def test_records_of_other_data_or_settings_are_refused(
     elif change == "config":
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "rope_theta": 300.0}))
-    else:
+    elif change == "stops":
         (base / "generation_config.json").write_text('{"eos_token_id": [265, 266]}')
     assert run_eval(base, tmp_path, tmp_path / "out", "gsm8k", *flags) == 2
-    err = capsys.readouterr().err
-    assert words in err and "--overwrite" in err
-    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+    assert re.search(words + ".*choose another --out", capsys.readouterr().err)
+    assert path.read_bytes() == before
 
 
 def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
@@ -316,6 +319,7 @@ def test_a_letter_that_is_not_one_token_is_refused():
     # thoughts
     ("<think>The answer is A.</think>\n\nB", "B"), ("It is A?</think>C", "C"),
     ("<think>the answer is A, or", None), ("B <think>the answer is A</think>", "B"),
+    ("<Thinking>the answer is A</Thinking>D", "D"), ("I thought so: A</thought> C", "C"),
 ])
 def test_the_letter_that_an_answer_means(text, letter):
     assert find_letter(text, 4) == letter
@@ -375,6 +379,7 @@ def test_a_fair_reading_is_right_where_the_strict_one_is(text):
     ("#### 18.0", False, False), ("so 18", False, True), ("$18.", False, True),
     ("#### 17\n#### 18", False, True), ("#### 18 of 20", True, False), ("", False, False),
     ("#### 18\nQuestion: 3", True, True), ("eighteen", False, False), ("####18", False, True),
+    ("so <think>it is 18</think>", False, False), ("18 <think>or 17", False, True),
 ])
 def test_both_rules_of_gsm8k(text, strict, flexible):
     problem = {"answer": "9 * 2 = 18\n#### 18"}

@@ -50,6 +50,7 @@ REPO = r"\w[\w.-]*/\w[\w.-]*"        # owner/name
 OPTIONAL = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "chat_template.jinja")
+FETCHED = (".safetensors", ".safetensors.index.json", ".part")      # ends of further names
 MARKER = "complete.json"             # written last: a directory without it is incomplete
 TIMEOUT = 30            # seconds without a byte
 RETRIES = 5             # failures in a row, each without a new byte
@@ -265,10 +266,12 @@ def stated_file(url: str, headers) -> RemoteFile | None:
 
 def download_all(files, folder):
     """Download the missing files, then mark the directory as complete."""
-    # files of another commit; and config.json, without which no loader accepts the directory
+    # files of another commit, but none of the user's own; and config.json, without which no loader
+    # accepts the directory
     wanted = {name for file in files for name in (file.name, file.part)} - {"config.json"}
     for path in folder.iterdir():
-        if path.name not in wanted:
+        fetched = path.name in (*OPTIONAL, "config.json", MARKER) or path.name.endswith(FETCHED)
+        if fetched and path.name not in wanted:
             path.unlink()
     missing = [file for file in files
                if not matches(folder / file.name, file.size, file.etag)]

@@ -102,6 +102,10 @@ def fill_defaults(args):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    # what was asked for twice is measured once
+    for name in ("steps", "solvers", "temperatures", "guidance", "topics", "search"):
+        value = getattr(args, name)
+        setattr(args, name, value and list(dict.fromkeys(value)))
 
 
 def check_regrade(args, given: dict):

@@ -115,10 +115,13 @@ def cut(text: str, stops) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """A text without its <think>...</think>; behind a thought that does not end is no answer."""
-    text = re.sub(r"(?s)<think>.*?(?:</think>|$)", "", text)
+    """A text without its <think>...</think>; behind a thought that does not end is no answer.
+
+    Some models write <thinking> or <thought>.
+    """
+    text = re.sub(r"(?is)<(think|thinking|thought)>.*?(?:</\1>|$)", "", text)
     # the format may have opened the thought in the prompt
-    return text.rpartition("</think>")[2]
+    return re.split(r"(?i)</(?:think|thinking|thought)>", text)[-1]
 
 
 @dataclass
