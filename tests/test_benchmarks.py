@@ -4,10 +4,13 @@ With NANOL2D_SHARED set to a folder that holds benchmarks/ and data/datasets/, p
 and rendered prompts are compared too.
 """
 
+import itertools
 import json
 import re
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,6 +292,18 @@ def test_letters_of_a_path_are_a_mean_over_draws(models, data_dir, tmp_path):
     assert rows[1]["first_draw"] <= 1 and 0 < rows[1]["agreement"] <= 1
 
 
+def test_an_answer_has_its_share_of_a_batch_and_stands_behind_half_of_itself(
+        models, data_dir, tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(0.0).__next__, time=time.time)
+    monkeypatch.setattr(evaluation, "time", clock)
+    monkeypatch.setattr(evaluation, "flops_per_token", lambda model, nfe, length, settings: length)
+    lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE, "--limit=2",
+                      "--batch_size=2")
+    assert {line["seconds"] for line in lines} == {0.5}
+    for row in rows:
+        assert row["flops_per_token"] == round(row["prompt_tokens"] + row["tokens"] / 2)
+
+
 def test_a_letter_that_is_not_one_token_is_refused():
     class Spelling:
         def encode(self, text):
@@ -312,6 +327,7 @@ def test_a_letter_that_is_not_one_token_is_refused():
     (r"$\boxed{\text{b}}$", "B"),
     # a label before a first line
     ("A. Not so fast.\nAnswer: B", "B"), ("Answer: 'c'", "C"), ("A.\nthe answer: (b)", "B"),
+    ("Answer: A\nNo. Answer: B", "B"),
     # the options once more
     ("A. 3\nB. 4\nC. 5\nD. 6\n\nD. 6", "D"), ("A) 3\nB) 4\nC) 5\nD) 6\nAnswer: **B**", "B"),
     ("Choices:\n(a) 3\n(b) 4\n(c) 5\n\nI take (B).", "B"), ("A. 3\nB. 4\nC. 5\nD. 6", None),
@@ -384,6 +400,11 @@ def test_a_fair_reading_is_right_where_the_strict_one_is(text):
 def test_both_rules_of_gsm8k(text, strict, flexible):
     problem = {"answer": "9 * 2 = 18\n#### 18"}
     assert GSM8K().grade(problem, text) == {"strict": strict, "flexible": flexible}
+
+
+def test_a_vote_takes_the_number_behind_the_sign_but_not_that_of_a_thought():
+    assert GSM8K().extract({}, "#### 1,800 of 20") == "1800"
+    assert GSM8K().extract({}, "<think>#### 3</think>so 7") == "7"
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500", "mmlu", "mmlu_pro", "mmlu_pro_cot",
@@ -524,6 +545,7 @@ def test_letters_are_chosen_by_the_mean_of_p_and_not_of_its_logarithm():
     found = scores.read_letters(["A", "B"], p)
     assert found["output"] == "A" and found["p"] == pytest.approx([0.455, 0.15])
     assert found["agreement"] == 0.5 and found["first_letter"] == "A"
+    assert found["mass"] == pytest.approx(0.605)
 
 
 def test_the_score_is_the_mean_log_p_under_the_frozen_model(models, data_dir, tmp_path):
