@@ -449,7 +449,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
         for text, answer, before in zip(texts[some], new, frozen):
             if not live:
                 print(f"{text!r}\n   answer  {answer.text}")
-            print(f"   {answer.cost}")
+            print(f"   {spent([answer])}")
             if before:
                 print(f"   frozen  {before.text}")
             if answer.traces:

@@ -233,10 +233,11 @@ def save_state(run: Run):
     """All that the next update depends on, so that what follows is the same to the bit."""
     # these belong to this command, not to the run
     args = {name: value for name, value in vars(run.args).items()
-            if name not in ("resume", "out_dir", "overwrite")}
+            if name not in ("resume", "out_dir", "overwrite", "asked_again")}
     run.kept = updates_to_list(run.args.out_dir, run.kept, run.history, run.args.keep)
     meta = {"args": args, "update": run.update, "position": run.update * run.loader.rows,
-            "frozen": run.frozen, "facts": run.facts, "history": run.history, "kept": run.kept}
+            "frozen": run.frozen, "facts": run.facts, "history": run.history, "kept": run.kept,
+            "asked_again": getattr(run.model.config, "asked_again", None)}
     write_state(run.args.out_dir, run.trainable, run.optimizer, meta, run.ema.tensors)
     processes.saved.append(f"update {run.update} is saved; {go_on(run.args.out_dir)}")
 
@@ -308,11 +309,11 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
     if args.method == "l2d":
         rank = None if args.full_copies else args.rank
         shape = L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
-                          class_names=list(classes) or None,
-                          time_distribution=args.time_distribution,
-                          self_conditioning=args.self_conditioning,
-                          own_kv=args.own_kv, start=args.start, without=args.without)
-        if args.objective != "paper":
+                          class_names=list(classes) or None, own_kv=args.own_kv,
+                          time_distribution=args.time_distribution, start=args.start,
+                          self_conditioning=args.self_conditioning, without=args.without,
+                          asked_again=args.asked_again)
+        if args.objective != "paper" and args.asked_again is None:
             # which classes the objective asks again, the untrained path shows
             probe = L2D(lm, replace(shape, asked_again=list(range(len(classes) or 1))))
             rows = collate([val[i] for i in range(min(PROBED, len(val)))])
@@ -340,8 +341,7 @@ def set_up(args) -> Run:
     if args.data != "tiny":
         longest = max(data.longest, val.longest)
         check_length(config, longest, "prepare the data with a smaller --block_size")
-    processes.check_shares(
-        args.batch_size, args.accumulate, args.val_rows, len(val), args.shard)
+    processes.check_shares(args.batch_size, args.accumulate, args.val_rows, len(val), args.shard)
     model, frozen = build_model(args, config, data.classes, val)
     is_path = isinstance(model, L2D)
     if args.cache_frozen:

@@ -51,6 +51,7 @@ import sample
 import train
 from data.results import figures
 from data.results.records import read_lines
+from data.system.disk import sha256_of
 from data.text import chat
 from data.text.tokenizer import load_tokenizer
 
@@ -131,8 +132,10 @@ def build(root: Path):
     write_rows(tokenizer.with_name("tokenizer_config.json"), {**NAMES, "chat_template": SMOLLM})
     # what a download leaves
     shutil.copytree(root / "json" / "base", root / "hub" / HUB)
-    sizes = {path.name: path.stat().st_size for path in (root / "hub" / HUB).iterdir()}
-    write_rows(root / "hub" / HUB / "complete.json", {"commit": "c", "sizes": sizes})
+    files = list((root / "hub" / HUB).iterdir())
+    write_rows(root / "hub" / HUB / "complete.json", {
+        "commit": "c", "sizes": {path.name: path.stat().st_size for path in files},
+        "etags": {path.name: sha256_of(path) for path in files}})
     # texts, prompts, a benchmark with the records of a run, a table of eval.py
     write_rows(root / "texts" / "rows.jsonl",
                *[{"question": f"the {i} in", "answer": f"{i} the {i * i}"} for i in range(40)],

@@ -4,10 +4,13 @@ With NANOL2D_SHARED set to a folder that holds benchmarks/ and data/datasets/, p
 and rendered prompts are compared too.
 """
 
+import itertools
 import json
 import re
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,7 +156,7 @@ def test_every_problem_is_answered_by_the_frozen_model_and_the_path(
     assert path["nfe_per_token"] == 5
     for line in lines:
         assert set(line) >= {"benchmark", "id", "output", "tokens", "nfe", "cut", "strict",
-                             "flexible", "prompt", "reference", "seconds"}
+                             "flexible", "prompt", "reference", "seconds", "digest"}
     shown = capsys.readouterr().out
     assert "plain prompts, 1 shots, at most 6 tokens" in shown and "midpoint 2" in shown
 
@@ -219,6 +222,7 @@ def test_records_of_something_else_are_refused(change, models, data_dir, tmp_pat
     ("dtype", "holds records of another dtype"),
     ("config", "holds records of another config"),
     ("stops", "holds records of another stops"),
+    ("record", "record 2 of .*records.jsonl was changed since it was written"),
 ])
 def test_records_of_other_data_or_settings_are_refused(
         change, words, data_dir, tmp_path, capsys):
@@ -228,7 +232,10 @@ def test_records_of_other_data_or_settings_are_refused(
     write_jsonl(tmp_path / "gsm8k" / "test.jsonl", rows)
     write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
     assert run_eval(base, tmp_path, tmp_path / "out", "gsm8k", *flags) == 0
-    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    path = tmp_path / "out" / "records.jsonl"
+    if change == "record":
+        path.write_text(path.read_text().replace('"flexible": false', '"flexible": true'))
+    before = path.read_bytes()
     if change in rows[0]:
         # beside the id, which is only the number of the row
         rows[0][change] = "the 9 in? #### 9"
@@ -238,12 +245,11 @@ def test_records_of_other_data_or_settings_are_refused(
     elif change == "config":
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "rope_theta": 300.0}))
-    else:
+    elif change == "stops":
         (base / "generation_config.json").write_text('{"eos_token_id": [265, 266]}')
     assert run_eval(base, tmp_path, tmp_path / "out", "gsm8k", *flags) == 2
-    err = capsys.readouterr().err
-    assert words in err and "--overwrite" in err
-    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+    assert re.search(words + ".*choose another --out", capsys.readouterr().err)
+    assert path.read_bytes() == before
 
 
 def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
@@ -286,6 +292,18 @@ def test_letters_of_a_path_are_a_mean_over_draws(models, data_dir, tmp_path):
     assert rows[1]["first_draw"] <= 1 and 0 < rows[1]["agreement"] <= 1
 
 
+def test_an_answer_has_its_share_of_a_batch_and_stands_behind_half_of_itself(
+        models, data_dir, tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(0.0).__next__, time=time.time)
+    monkeypatch.setattr(evaluation, "time", clock)
+    monkeypatch.setattr(evaluation, "flops_per_token", lambda model, nfe, length, settings: length)
+    lines, rows = run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE, "--limit=2",
+                      "--batch_size=2")
+    assert {line["seconds"] for line in lines} == {0.5}
+    for row in rows:
+        assert row["flops_per_token"] == round(row["prompt_tokens"] + row["tokens"] / 2)
+
+
 def test_a_letter_that_is_not_one_token_is_refused():
     class Spelling:
         def encode(self, text):
@@ -309,6 +327,7 @@ def test_a_letter_that_is_not_one_token_is_refused():
     (r"$\boxed{\text{b}}$", "B"),
     # a label before a first line
     ("A. Not so fast.\nAnswer: B", "B"), ("Answer: 'c'", "C"), ("A.\nthe answer: (b)", "B"),
+    ("Answer: A\nNo. Answer: B", "B"),
     # the options once more
     ("A. 3\nB. 4\nC. 5\nD. 6\n\nD. 6", "D"), ("A) 3\nB) 4\nC) 5\nD) 6\nAnswer: **B**", "B"),
     ("Choices:\n(a) 3\n(b) 4\n(c) 5\n\nI take (B).", "B"), ("A. 3\nB. 4\nC. 5\nD. 6", None),
@@ -316,6 +335,7 @@ def test_a_letter_that_is_not_one_token_is_refused():
     # thoughts
     ("<think>The answer is A.</think>\n\nB", "B"), ("It is A?</think>C", "C"),
     ("<think>the answer is A, or", None), ("B <think>the answer is A</think>", "B"),
+    ("<Thinking>the answer is A</Thinking>D", "D"), ("I thought so: A</thought> C", "C"),
 ])
 def test_the_letter_that_an_answer_means(text, letter):
     assert find_letter(text, 4) == letter
@@ -329,6 +349,7 @@ PRO = {"question_id": 1, "question": "q", "options": ["a", "b"], "category": "la
     ("mmlu", "test/a_test.csv", "q,1,2,3,4,0", "row 1 of .*a_test.csv has the answer '0'"),
     ("mmlu", "test/a_test.csv", "q,1,2,3,4,A\nq,1,2,3,4, B", "row 2 of .*allowed: A to D"),
     ("mmlu", "test/a_test.csv", "question,A,B,C,D,answer", "has the answer 'answer'"),
+    ("mmlu", "test/a_test.csv", "q" * 140_000 + ",1,2,3,4,A", "a_test.csv is damaged .field larger"),
     ("mmlu_pro", "test.jsonl", {**PRO, "answer": "C"}, "line 1 of .*allowed: A to B"),
     ("mmlu_pro", "test.jsonl", {**PRO, "answer": "A", "options": []}, "has 0 options"),
     ("arc_easy", "ARC-Easy/ARC-Easy-Test.jsonl",
@@ -374,10 +395,16 @@ def test_a_fair_reading_is_right_where_the_strict_one_is(text):
     ("#### 18.0", False, False), ("so 18", False, True), ("$18.", False, True),
     ("#### 17\n#### 18", False, True), ("#### 18 of 20", True, False), ("", False, False),
     ("#### 18\nQuestion: 3", True, True), ("eighteen", False, False), ("####18", False, True),
+    ("so <think>it is 18</think>", False, False), ("18 <think>or 17", False, True),
 ])
 def test_both_rules_of_gsm8k(text, strict, flexible):
     problem = {"answer": "9 * 2 = 18\n#### 18"}
     assert GSM8K().grade(problem, text) == {"strict": strict, "flexible": flexible}
+
+
+def test_a_vote_takes_the_number_behind_the_sign_but_not_that_of_a_thought():
+    assert GSM8K().extract({}, "#### 1,800 of 20") == "1800"
+    assert GSM8K().extract({}, "<think>#### 3</think>so 7") == "7"
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500", "mmlu", "mmlu_pro", "mmlu_pro_cot",
@@ -518,6 +545,7 @@ def test_letters_are_chosen_by_the_mean_of_p_and_not_of_its_logarithm():
     found = scores.read_letters(["A", "B"], p)
     assert found["output"] == "A" and found["p"] == pytest.approx([0.455, 0.15])
     assert found["agreement"] == 0.5 and found["first_letter"] == "A"
+    assert found["mass"] == pytest.approx(0.605)
 
 
 def test_the_score_is_the_mean_log_p_under_the_frozen_model(models, data_dir, tmp_path):
@@ -824,7 +852,8 @@ def test_a_finetune_trains_and_measures_each_method_once(
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in commands] == ["eval.py", "eval.py"]
     # nor taken for one with other flags or questions
-    for change, words in (("--updates=4", "was trained with other flags"),
-                          ("--task=sums", "holds results of another task or model")):
-        assert exit_status(finetune.main, [*flags, change]) == 2
-        assert words in capsys.readouterr().err
+    assert exit_status(finetune.main, [*flags, "--updates=4"]) == 2
+    assert "was trained with other flags" in capsys.readouterr().err
+    monkeypatch.setattr(finetune, "conversations", lambda *_: "")
+    assert exit_status(finetune.main, flags) == 2
+    assert "holds results of another task or model, or of other questions" in capsys.readouterr().err

@@ -50,14 +50,14 @@ def test_prompts_are_answered(run):
     status, alone, error = run("--prompt", "ab")
     assert (status, error) == (0, "")
     assert alone.startswith("'ab'\n   answer  ")
-    assert "\n   NFE 12 for 4 tokens\n   frozen  " in alone
+    assert "\n   4 tokens, 12 NFE (3.0 per token)\n   frozen  " in alone
     assert re.search(r"^4 tokens, 12 NFE \(3\.0 per token\), \d+ tokens/s, euler, steps 2$",
                      alone, re.M)
     status, both, _ = run("--prompt", "ab", "--prompt", "7*8=", "--batch_size", "1", "--no-frozen")
     assert status == 0
     assert "frozen" not in both
     assert answers_in(both)[0] == answers_in(alone)[0]
-    assert both.count("NFE 12 for 4 tokens") == 2
+    assert both.count("   4 tokens, 12 NFE (3.0 per token)\n") == 2
     assert "8 tokens, 24 NFE (3.0 per token)" in both
 
 

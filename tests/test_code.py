@@ -86,6 +86,11 @@ def test_a_packed_file_is_read_too(tmp_path):
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write(json.dumps(AREA) + "\n")
     assert ids(HumanEval().load(tmp_path)) == ["HumanEval/7"]
+    content = (tmp_path / "HumanEval.jsonl.gz").read_bytes()
+    for place in (0, 40, len(content) - 1):
+        (tmp_path / "HumanEval.jsonl.gz").write_bytes(content[:place] + b"?" + content[place + 1:])
+        with pytest.raises(ValueError, match="HumanEval.jsonl.gz is damaged .*; get it again"):
+            HumanEval().load(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

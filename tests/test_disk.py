@@ -9,7 +9,7 @@ import torch
 
 from conftest import exit_status
 from data.checkpoints import hub, state
-from data.results.records import read_lines
+from data.results.records import Records, read_lines
 from data.system import disk
 from data.tasks.files import read_file
 from data.text import chat
@@ -133,14 +133,17 @@ def test_a_link_to_nothing_is_not_taken_for_no_file(tmp_path):
 
 
 @POSIX
-def test_a_pipe_is_refused_before_it_is_read(tmp_path):
-    """Reading one would wait for ever."""
+def test_a_pipe_is_refused_before_it_is_read_or_written(tmp_path):
+    """Reading one would wait for ever, and so would writing."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     readers = (disk.present, disk.read_bytes, disk.read_json, disk.open_safetensors, read_lines,
                disk.sha256_of, map_array, lambda path: read_prompts([], str(path)),
                lambda path: list(chat.read_lines([path], [])), lambda path: read_file(path))
-    for read in readers:
+    writers = (disk.check_writable, lambda path: disk.check_absent(path, True),
+               lambda path: disk.write_json({}, path), lambda path: Records(path, {}, True),
+               lambda path: disk.claimed_file(path, True).__enter__())
+    for read in readers + writers:
         with pytest.raises(ValueError, match="pipe is a pipe or a device; allowed: a file"):
             read(pipe)
     with pytest.raises(ValueError, match="is a pipe or a device"):

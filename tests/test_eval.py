@@ -309,8 +309,10 @@ def test_text_refuses_what_would_do_nothing(text_dir, words, message, tmp_path, 
 def test_the_mean_of_several_noises_is_that_of_each_alone(tiny):
     model, tokenizer = tiny
     batch = collate([TASK.reference(problem, tokenizer) for problem in some(2, topic="math")])
-    one, two = (forced_log_p(model, batch, Settings(steps=2), [0, 1], draws)[0].exp()
-                for draws in (1, 2))
+    (one, nfe), (two, twice) = (forced_log_p(model, batch, Settings(steps=2), [0, 1], draws)
+                                for draws in (1, 2))
+    assert torch.equal(twice, 2 * nfe)
+    one, two = one.exp(), two.exp()
     assert torch.allclose(two.sum(-1), torch.ones(len(two)), atol=1e-5)
     assert not torch.equal(one, two)
     # the second noise alone
@@ -356,6 +358,12 @@ def test_a_path_with_other_classes_gets_none_of_the_topics(names, tiny):
     with torch.no_grad():
         other.class_embedding.weight[:-1] += 1
     assert found() == before
+
+
+def test_weights_of_guidance_are_compared_where_the_class_matters(tiny):
+    problems = {(topic, 1): some(1, topic=topic, level=1) for topic in ("math", "strings")}
+    rows = evaluation.guidance_table(*tiny, TASK, problems, [0.5], {}, 0)
+    assert [row["group"] for row in rows] == [TASK.title(("strings", 1))]
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import train
 from data.checkpoints.hub import resolve
-from data.experiments import untrained
+from conftest import exit_status
+from data.experiments import finetune, harness, headline, untrained
+from data.results import figures
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import Problem
@@ -48,3 +51,41 @@ def test_the_command_prints_a_row_for_every_level(capsys):
     lines = capsys.readouterr().out.splitlines()
     for name in ("chains 1 ", "chains 12", "strings 2", "chains 1-8", "chains 9-12"):
         assert sum(line.startswith(name) for line in lines) == 1
+
+
+@pytest.mark.parametrize("main, flags, words", [
+    (untrained.main, ["--problems=0"], "--problems = 0 is out of range"),
+    (headline.main, ["--print", "--seeds=1"], "--print shows all results"),
+    (headline.main, ["--print"], "holds no results"),
+    (headline.main, ["--lr=-1"], "--lr = -1.0 is out of range"),
+    (finetune.main, ["--init_from=none", "--sweep", "1", "--limit=3"], "--limit would do nothing"),
+    (finetune.main, ["--init_from=none", "--methods=lora", "--steps=2"], "--steps would do nothing"),
+    (finetune.main, ["--init_from=none", "--data_dir=x"], "--data_dir would do nothing"),
+    (finetune.main, ["--init_from=none", "--warmup=-1"], "--warmup = -1 is out of range"),
+    (harness.main, ["--init_from=tiny", "--tasks=x", "--draws=4"], "--draws would do nothing"),
+    (harness.main, ["--init_from=tiny", "--tasks=x", "--limit=0"], "--limit = 0 is out of range"),
+    (figures.main, ["log", "log.jsonl", "--topic=chains"], "--topic would do nothing"),
+])
+def test_what_would_do_nothing_is_refused_before_anything_is_written(
+        main, flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(main, flags) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_training_goes_on_with_its_own_flags_alone(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="3"):
+        headline.run("-c", "raise SystemExit(3)")
+    out = tmp_path / "lora-1"
+    more = ["--rank=2", "--updates=1", "--batch_size=2", "--val_rows=2", "--device=cpu"]
+    words = [*headline.METHODS["lora"], "--seed=1", "--report=0", *more]
+    train.main([*words, f"--out_dir={out}"])
+    commands = []
+    monkeypatch.setattr(headline, "run", lambda *words: commands.append(words[:2]))
+    with pytest.raises(ValueError, match="was begun with another --lr"):
+        headline.train_once(out, *words, "--lr=0.5")
+    # of a training before this one
+    (tmp_path / "lora-1.json").write_text("{}")
+    headline.train_and_measure("lora", 1, tmp_path, more)
+    assert commands == [("train.py", "--init_from=resume"), ("eval.py", f"--init_from={out}")]

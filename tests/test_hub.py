@@ -595,12 +595,18 @@ def test_a_marker_of_another_form_says_nothing(content, fake, tmp_path):
     assert len(fake.log) > asked
 
 
-def test_verify_hashes_what_is_in_the_cache(fake, tmp_path, capsys):
+def test_the_cache_is_known_by_the_hubs_checksums(fake, tmp_path, capsys):
     flags = [REPO, f"--cache_dir={tmp_path}", "--verify"]
     assert exit_status(hub.main, flags) == 0
     assert hashlib.sha256(WEIGHTS).hexdigest() in capsys.readouterr().out
     weights = next(tmp_path.rglob("model.safetensors"))
     # of the same length, so that only its hash tells
-    weights.write_bytes(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
+    other = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
+    weights.write_bytes(other)
+    succeeds(tmp_path)
+    # and of the same time, which only --verify tells
+    before = weights.stat().st_mtime_ns
+    weights.write_bytes(other)
+    os.utime(weights, ns=(before, before))
     assert exit_status(hub.main, flags) == 2
     assert "does not have the hub's checksum" in capsys.readouterr().err

@@ -5,6 +5,7 @@ sampling. Most other tests are of the paper's path, without them.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from data.checkpoints.hub import resolve
 from data.parts.draws import RowDraws, draw_schedule
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import Problems
-from data.training.batches import IGNORE
+from data.training.batches import IGNORE, Batch, Targets
 from data.training.evaluations import find_asked_again, unroll_of
 from data.training.optimizer import EMA
 from diffusion import AGAIN_WEIGHT, L2D, L2DConfig, VelocityField, paper_losses, refined_losses
@@ -215,6 +216,18 @@ def test_only_where_asking_again_helps_a_class_is_asked_again():
     batch = make_batch(ids, y, torch.tensor([0, 1, 1]))
     assert find_asked_again(l2d, batch, 3) == [1]
     assert find_asked_again(l2d, batch, 0) == []
+
+
+def test_a_class_is_asked_again_if_most_of_its_first_mistakes_are_right_at_some_call():
+    # of four tokens, all 0: at first, and after each of two calls
+    answers = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 1]])
+    logits = iter(F.one_hot(answers, 2).float())
+    states = SimpleNamespace(hidden=torch.zeros(4, 2), at=lambda index: states)
+    l2d = SimpleNamespace(
+        config=SimpleNamespace(width=3), lm=SimpleNamespace(logits=lambda hidden: next(logits)),
+        read=lambda *_: states, modulation=lambda t: None, last_hidden=lambda *_: None)
+    targets = Targets(None, torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 1, 1]))
+    assert find_asked_again(l2d, Batch(None, None, targets), 2) == [0]
 
 
 @torch.no_grad()

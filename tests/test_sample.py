@@ -14,7 +14,7 @@ from data.text.answer import Stop, TraceFirst
 from data.text.tokenizer import load_tokenizer
 from diffusion import L2D
 from model import LM
-from sample import Settings, generate, next_p
+from sample import Settings, choose, generate, next_p
 from solvers import odeint
 
 # predictions of random models change often; a loose tolerance keeps the tests short
@@ -380,6 +380,10 @@ def test_the_narrowest_sampling_is_greedy(steps, count):
     for options in (dict(top_k=1), dict(top_p=1e-6), dict(top_k=1, top_p=0.5)):
         assert ids(temperature=1.0, **options) == ids()
     assert ids(temperature=1.0) != ids()
+    # of two equal tokens the first reaches top_p alone
+    settings = Settings(temperature=1.0, top_p=0.5)
+    tokens = choose(torch.zeros(20, 2), settings, [generator(seed) for seed in range(20)])
+    assert not tokens.any()
 
 
 @pytest.mark.parametrize("options", [

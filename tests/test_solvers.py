@@ -448,6 +448,16 @@ def test_a_rejected_step_leaves_no_prediction():
     assert len(received) == accepted + int(solution.rejected)
 
 
+def test_evaluations_of_a_rejected_step_count_neither_as_changed_nor_as_unchanged():
+    def jump(t, x, before):
+        late = (torch.as_tensor(t) > 0.4).float().view(1, 1, 1)
+        return (1 - 31 * late[..., 0]) * torch.ones_like(x), torch.cat((1 - late, late), -1)
+
+    solution = odeint(jump, torch.zeros(1, 2), "dopri5", stop_unchanged=10)
+    # six of the step before them and six of the one behind them
+    assert int(solution.rejected) == 2 and int(solution.unchanged) == 12
+
+
 class Walker:
     """Predicts token 0, 1, 2, ... at every evaluation, up to a last token for each sequence."""
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from conftest import exit_status
+from data.checkpoints import state
 from data.checkpoints.state import read_state
 from data.text import chat
 from test_train import flags, log, refused, run
@@ -149,6 +150,20 @@ def test_a_run_stopped_before_its_first_update_goes_on(base, tmp_path):
     whole, parts = read_state(tmp_path / "whole")[0], read_state(out)[0]
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_what_a_state_says_is_neither_found_nor_written_once_more(base, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(base, out, updates=2, preset="tiny", unroll=2)
+    meta = read_state(out)[1]
+    assert meta["asked_again"] is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "find_asked_again", None)
+        patch.setattr(state, "write_safetensors", None)
+        train.main(["--init_from=resume", f"--out_dir={out}"])
+    # a flag that has changed is written
+    train.main(["--init_from=resume", f"--out_dir={out}", "--keep=1"])
+    assert read_state(out)[1]["kept"] == [2] and (out / "best-2" / "path.json").exists()
 
 
 def test_a_path_that_was_never_trained_is_not_sampled(base, tmp_path, capsys):

@@ -76,6 +76,7 @@ def test_an_answer_is_the_same_with_what_was_kept_as_without(kind, monkeypatch):
              "four", "five"]
     if kind == "guidance":
         lines[1:1] = ["/class 1", "/guidance 2.5"]
+        lines += ["/guidance 1", "/class none", "/again"]
     for line in lines:
         lengths.clear()
         one.act(line)
@@ -84,7 +85,7 @@ def test_an_answer_is_the_same_with_what_was_kept_as_without(kind, monkeypatch):
             assert one.turns.turns[-1][1].ids == fresh(one)
             # but for the first of a conversation, or of a reader, a turn reads what is new
             assert line in ("one", "three") or read[0] < 50
-    assert len(one.turns.turns) == 2
+    assert len(one.turns.turns) == 2 and one.args.label is None
 
 
 def test_the_oldest_turns_go_where_there_is_no_room(capsys):
@@ -174,8 +175,8 @@ def test_lines_from_a_pipe_are_continued(script, tmp_path):
         f"/save {conversation}", f"/save {conversation}", "/help")
     lines = out.splitlines()
     assert status == 0 and "> " not in out and "\033" not in out
-    assert "NFE 9.0 (most 9)" in lines[1] and lines[2:4] == ["steps 8", "steps 2"]
-    assert "NFE 3.0 (most 3)" in lines[5] and "NFE 0.0 (most 0)" in lines[7]
+    assert "NFE (9.0 per token)" in lines[1] and lines[2:4] == ["steps 8", "steps 2"]
+    assert "NFE (3.0 per token)" in lines[5] and " 0 NFE (0.0 per token)" in lines[7]
     assert "is there already" in err and len(err.splitlines()) == 1
     # of the question asked again, the last answer
     rows = [json.loads(line) for line in conversation.read_text().splitlines()]

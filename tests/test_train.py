@@ -443,32 +443,34 @@ def test_padding_and_neighbours_change_no_loss():
 
 # --- reports --------------------------------------------------------------------------------------
 
-def validated(model, data, count=100):
+def validated(model, data, count=100, ema=None):
     """train.validate of a model without any training."""
     args = Namespace(val_rows=count, backprop=0)
     return train.validate(SimpleNamespace(
         args=args, model=model, val=data, loader=loader([], model), unroll_at=lambda update: 0,
-        ema=EMA({}, 0.0), update=0, history=[]))
+        ema=ema or EMA({}, 0.0), update=0, history=[]))
 
 
 def test_validation_reports_the_mean_loss_of_every_tenth_of_t(monkeypatch):
     """Losses made of t itself: 10·t in the first batch, and 1 more in the second.
 
-    t = 1 belongs to the last tenth.
+    t = 1 belongs to the last tenth; the losses are those of the last evaluations, by the average.
     """
     times, calls = (torch.arange(20) + 0.5) / 20, []
     times[-1] = 1.0
 
     def losses(model, batch, backprop):
-        calls.append((len(batch.ids), model.training))
-        values = 10 * times + len(calls) - 1
-        return Losses(values, values, times)
+        calls.append((len(batch.ids), model.training, model.weight.item()))
+        last = 10 * times + len(calls) - 1
+        return Losses(last + 5, last, times)
 
     monkeypatch.setattr(train, "token_losses", losses)
     model = nn.Linear(1, 1)
-    result = validated(model, rows(9, 8), 7)
-    assert calls == [(4, False), (3, False)]
-    assert model.training
+    ema = EMA(dict(model.named_parameters()), 0.5)
+    ema.tensors["weight"].fill_(7.0)
+    result = validated(model, rows(9, 8), 7, ema)
+    assert calls == [(4, False, 7.0), (3, False, 7.0)]
+    assert model.training and model.weight.item() != 7.0
     assert result["by_tenth"] == pytest.approx([i + 1 for i in range(9)] + [10.125], abs=1e-3)
     assert result["val_loss"] == pytest.approx(float(10 * times.mean()) + 0.5, abs=1e-3)
 
@@ -484,6 +486,9 @@ def test_validation_is_the_plain_loss_of_a_language_model_and_repeats():
     first = validated(l2d, data)
     assert first == validated(l2d, data)
     assert first["val_loss"] == expected
+    # the noise is the same for every seed of the training
+    noises = [loader([], l2d, seed=seed).validation(data, 4)[0].targets.noise for seed in (1, 2)]
+    assert torch.equal(*noises)
 
 
 def test_the_log_has_flags_losses_and_rates_and_the_terminal_every_validation(
@@ -877,7 +882,7 @@ def test_a_class_of_ones_own_says_which_answer_is_right(tmp_path, capsys):
         status, shown, _ = answered(f"--class={name}", "--guidance=2")
         assert status == 0
         # two copies of nine evaluations
-        assert f"   answer  {answer}\n   NFE 18 for 1 tokens\n" in shown
+        assert f"   answer  {answer}\n   1 tokens, 18 NFE (18.0 per token)\n" in shown
     status, _, error = answered("--class=third")
     assert status == 2
     assert "--class 'third' is not supported; allowed: 1, second, 0\n" in error

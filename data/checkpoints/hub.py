@@ -50,6 +50,7 @@ REPO = r"\w[\w.-]*/\w[\w.-]*"        # owner/name
 OPTIONAL = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "chat_template.jinja")
+FETCHED = (".safetensors", ".safetensors.index.json", ".part")      # ends of further names
 MARKER = "complete.json"             # written last: a directory without it is incomplete
 TIMEOUT = 30            # seconds without a byte
 RETRIES = 5             # failures in a row, each without a new byte
@@ -158,10 +159,17 @@ def fetch_files(files: list, folder: Path):
 
 
 def is_complete(folder: Path) -> bool:
+    """Has every file the checksum that the hub has stated?"""
     try:
-        sizes = read_json(folder / MARKER)["sizes"]
-        # hashing them would take minutes
-        return all(size_of(folder / name) == size for name, size in sizes.items())
+        marker = read_json(folder / MARKER)
+        times = marker.get("times", {})
+        for name, size in marker["sizes"].items():
+            path = folder / name
+            # hashing takes minutes: a file that nobody has written to since is the same
+            same = size_of(path) == size and path.stat().st_mtime_ns == times.get(name)
+            if not same and not matches(path, size, marker["etags"][name]):
+                return False
+        return True
     # a marker of another form: every file is checked again
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
@@ -258,10 +266,12 @@ def stated_file(url: str, headers) -> RemoteFile | None:
 
 def download_all(files, folder):
     """Download the missing files, then mark the directory as complete."""
-    # files of another commit; and config.json, without which no loader accepts the directory
+    # files of another commit, but none of the user's own; and config.json, without which no loader
+    # accepts the directory
     wanted = {name for file in files for name in (file.name, file.part)} - {"config.json"}
     for path in folder.iterdir():
-        if path.name not in wanted:
+        fetched = path.name in (*OPTIONAL, "config.json", MARKER) or path.name.endswith(FETCHED)
+        if fetched and path.name not in wanted:
             path.unlink()
     missing = [file for file in files
                if not matches(folder / file.name, file.size, file.etag)]
@@ -278,6 +288,7 @@ def download_all(files, folder):
         "commit": files[0].commit,
         "sizes": {file.name: file.size for file in files},
         "etags": {file.name: file.etag for file in files},
+        "times": {file.name: (folder / file.name).stat().st_mtime_ns for file in files},
     }, folder / MARKER)
 
 

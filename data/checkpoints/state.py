@@ -136,8 +136,11 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
         tensors[name] = value.cpu().contiguous()
     if processes.number() == 0:
         path = Path(out_dir) / "state.safetensors"
-        content = {**meta, "digest": digest_of(tensors, meta)}
-        write_safetensors(tensors, path, {"state": json.dumps(content)})
+        digest = digest_of(tensors, meta)
+        # nothing is new before the first update of a resumed run, unless a flag is
+        if present(path) and read_state_meta(out_dir).get("digest") == digest:
+            return
+        write_safetensors(tensors, path, {"state": json.dumps({**meta, "digest": digest})})
 
 
 def read_state_meta(out_dir) -> dict:

@@ -8,12 +8,14 @@ that a reader would type. The accuracy of the base at the task should be neither
 100 %: for a small instruction-tuned model that is sums (data/tasks/sums.py).
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 from data.experiments.headline import run, train_once
+from data.flags.train import parse
 from data.results.records import read_lines
-from data.system.command import command, flag_parser
+from data.system.command import check_range, command, flag_parser, given_flags, refuse_idle
 from data.system.disk import appearing, present, read_json, sha256_of, write_json
 from data.tasks import TASKS
 from data.tasks.chains import Chains
@@ -40,23 +42,22 @@ METHODS = {
 }
 
 
-def write_conversations(task, folder: Path, path: Path):
-    """The training questions as one turn each, without worked examples."""
-    with appearing(path) as part, open(part, "w", encoding="utf-8") as file:
-        for problem in of_split(task.load(folder), "train"):
-            if style(task) == "chat":
-                messages = task.prompt(problem, [], "chat")
-                messages.append({"role": "assistant", "content": problem["answer"]})
-                row = {"messages": messages}
-            else:
-                row = {"prompt": task.prompt(problem, [], "plain"),
-                       "response": task.between + problem["answer"]}
-            file.write(json.dumps(row) + "\n")
-
-
 def style(task) -> str:
     """Of the prompts; those of chains must end with a name."""
     return "plain" if isinstance(task, Chains) else "chat"
+
+
+def conversations(task, folder: Path) -> str:
+    """The training questions and answers, without worked examples: lines of JSON."""
+    lines = []
+    for problem in of_split(task.load(folder), "train"):
+        prompt = task.prompt(problem, [], style(task))
+        if style(task) == "plain":
+            row = {"prompt": prompt, "response": task.between + problem["answer"]}
+        else:
+            row = {"messages": [*prompt, {"role": "assistant", "content": problem["answer"]}]}
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
 
 
 def show_losses(out_dir: Path, methods: list):
@@ -68,6 +69,20 @@ def show_losses(out_dir: Path, methods: list):
         seconds = [entry["seconds"] for entry in entries if "seconds" in entry]
         print(f"{method:14} held-out loss {first['val_loss']:.3f} -> {last['val_loss']:.3f}, "
               f"{seconds[-1]:.0f} s; by tenth of t {last.get('by_tenth', '-')}")
+
+
+def check(args, given: dict, task):
+    """Refuse numbers out of range, and flags that would do nothing. Raises ValueError."""
+    check_range("--limit", args.limit, 1)
+    check_range("--steps", min(args.steps), 1)
+    path = any("--method=l2d" in METHODS[method] for method in args.methods)
+    refuse_idle(given, [
+        (("data_dir",), task.folder, "a task that is read from files"),
+        (("limit", "steps", "solvers"), not args.sweep, "answers, which --sweep leaves out"),
+        (("steps", "solvers"), path, "a method that trains a path"),
+        (("steps",), set(args.solvers) & set(FIXED), "a fixed solver"),
+        (("dtype",), args.methods != ["full"], "another method than full"),
+    ])
 
 
 @command("data.experiments.finetune")
@@ -98,39 +113,46 @@ def main(argv=None):
     add("--out_dir", default="out-finetune",
         help="folder of all results (default: out-finetune)")
     args = parser.parse_args(argv)
+    task = TASKS[args.task]
+    check(args, given_flags(parser, argv), task)
 
     out_dir = Path(args.out_dir).absolute()
-    out_dir.mkdir(parents=True, exist_ok=True)
+    rows, data = out_dir / "train.jsonl", out_dir / "data"
     init_from = Path(args.init_from).absolute()
+    precision = [f"--dtype={args.dtype}"] if args.dtype else []
+    trainings = {}
+    for method in args.methods:
+        for rate in args.sweep or [None]:
+            words = METHODS[method] + ([] if method == "full" else precision)
+            words += [f"--lr={rate}"] if rate else []
+            trainings[f"{method}-{rate}" if rate else method] = [
+                *words, f"--init_from={init_from}", f"--data={data}", f"--seed={args.seed}",
+                f"--updates={args.updates}", "--batch_size=4", "--accumulate=1",
+                f"--warmup={args.warmup}", f"--eval_every={args.eval_every}", "--val_rows=48"]
+    # before anything is written
+    for words in trainings.values():
+        parse(words)
     weights = init_from / "model.safetensors"
     before = sha256_of(weights)
+    text = conversations(task, find_folder(task.folder, args.data_dir))
     # finished parts are not repeated, so they must be of the same questions and model
-    note, made_of = out_dir / "made_of.json", {"task": args.task, "base": before}
+    made_of = {"task": args.task, "base": before,
+               "questions": hashlib.sha256(text.encode()).hexdigest()}
+    note = out_dir / "made_of.json"
     if present(note) and read_json(note) != made_of:
-        raise ValueError(f"{out_dir} holds results of another task or model (see {note}); choose "
-                         "another --out_dir, or remove it")
+        raise ValueError(f"{out_dir} holds results of another task or model, or of other questions "
+                         f"(see {note}); choose another --out_dir, or remove it")
+    out_dir.mkdir(parents=True, exist_ok=True)
     write_json(made_of, note)
-    rows, data = out_dir / "train.jsonl", out_dir / "data"
-    task = TASKS[args.task]
-    if not rows.exists():
-        write_conversations(task, find_folder(task.folder, args.data_dir), rows)
+    with appearing(rows) as part:
+        part.write_text(text, encoding="utf-8")
     if not (data / "meta.json").exists():
         # a row holds several questions
         run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
             "--block_size=256", "--val_fraction=0.1",
             *(["--style=raw"] if style(task) == "plain" else []))
-    precision = [f"--dtype={args.dtype}"] if args.dtype else []
-    trainings = {method: [] for method in args.methods}
-    if args.sweep:
-        trainings = {f"{method}-{rate}": [f"--lr={rate}"]
-                     for method in args.methods for rate in args.sweep}
-    for name, more in trainings.items():
-        method = name.partition("-")[0]
-        words = METHODS[method] + ([] if method == "full" else precision) + more
-        train_once(out_dir / name, *words, f"--init_from={init_from}", f"--data={data}",
-                   f"--seed={args.seed}", f"--updates={args.updates}", "--batch_size=4",
-                   "--accumulate=1", f"--warmup={args.warmup}", f"--eval_every={args.eval_every}",
-                   "--val_rows=48")
+    for name, words in trainings.items():
+        train_once(out_dir / name, *words)
     for method in args.methods if not args.sweep else []:
         words = ["--temperatures", "0", "1", "--shots=0", f"--style={style(task)}",
                  f"--limit={args.limit}"]

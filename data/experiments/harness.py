@@ -12,7 +12,7 @@ import json
 import zlib
 from dataclasses import replace
 
-from data.system.command import command, flag_parser
+from data.system.command import check_range, command, flag_parser, given_flags, refuse_idle
 
 import torch
 from tqdm import tqdm
@@ -184,6 +184,10 @@ def main(argv=None):
         help="file of the results (default: out-harness.json)")
     add("--overwrite", action="store_true", help="replacement of an earlier --out")
     args = parser.parse_args(argv)
+    for name in ("draws", "batch_size", "limit"):
+        check_range(f"--{name}", 1 if getattr(args, name) is None else getattr(args, name), 1)
+    refuse_idle(given_flags(parser, argv), [
+        (("solver", "draws"), args.steps > 0, "a diffusion path, --steps of 1 or more")])
     if simple_evaluate is None:
         raise ValueError("the harness is not installed; get it with: pip install lm_eval")
     settings = Settings(steps=args.steps, solver=args.solver)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.flags.train import PRESETS
+from data.checkpoints.state import read_state_meta
+from data.flags.train import PRESETS, parse
 from data.results.statistics import mean, unique
 from data.system.command import command, flag_parser
 from data.system.disk import read_json
@@ -34,13 +35,21 @@ MEASURE = ["--problems=100", "--steps", "1", "2", "4", "8", "16", "32", "64"]
 
 
 def run(*words):
-    """Print a command and run it. Raises CalledProcessError if it fails."""
+    """Print a command and run it; one that fails has said why, and its exit status is ours."""
     print(">", *words, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT) as child:
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            # the child has it too: it saves its work first
+            status = child.wait()
+    if status:
+        raise SystemExit(status)
 
 
 def train_once(out_dir: Path, *words):
     """Train, resume a run that was stopped, or do nothing after a finished one."""
+    args = vars(parse(list(map(str, words))))
     # path.json is written at every validation, so it does not mark the end
     done = out_dir / "done"
     flags = "\n".join(map(str, words))
@@ -51,6 +60,10 @@ def train_once(out_dir: Path, *words):
                              "choose another --out_dir, or remove it")
         return
     if (out_dir / "state.safetensors").exists():
+        for name, value in read_state_meta(out_dir)["args"].items():
+            if args.get(name) != value:
+                raise ValueError(f"{out_dir} was begun with another --{name} ({value}, not "
+                                 f"{args.get(name)}); choose another --out_dir, or remove it")
         words = ["--init_from=resume"]
     run("train.py", *words, f"--out_dir={out_dir}")
     done.write_text(flags, encoding="utf-8")
@@ -67,6 +80,9 @@ def train_and_measure(method: str, seed: int, out_dir: Path, more: list):
         # for any base but the embedded one train.py has other defaults
         for name, value in PRESETS["tiny"].items():
             words.append(f"--{name}" if value is True else f"--{name}={value}")
+    if not (trained / "done").exists():
+        # of an earlier training
+        result.unlink(missing_ok=True)
     train_once(trained, *words)
     if not result.exists():
         run("eval.py", f"--init_from={trained}", *MEASURE, f"--out={result}")
@@ -83,6 +99,8 @@ def accuracies(records: list) -> dict:
 
 def show(out_dir: Path):
     """Mean over seeds [lowest, highest] of every method, in %."""
+    if not any(out_dir.glob("*-*.json")):
+        raise ValueError(f"{out_dir} holds no results; make them without --print")
     for method in METHODS:
         files = sorted(out_dir.glob(f"{method}-*.json"))
         if not files:
@@ -102,18 +120,18 @@ def show(out_dir: Path):
 def main(argv=None):
     parser = flag_parser("python -m data.experiments.headline", __doc__)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[42, 43, 44],
-        help="seeds of the training (default: 42 43 44)")
-    add("--methods", "--ways", nargs="+", default=list(METHODS), choices=list(METHODS),
+    add("--seeds", type=int, nargs="+", help="seeds of the training (default: 42 43 44)")
+    add("--methods", "--ways", nargs="+", choices=list(METHODS),
         help="training methods (default: all)")
     add("--out_dir", default="headline", help="folder of all results (default: headline)")
     add("--print", action="store_true", help="the table of the results so far, nothing else")
     args, more = parser.parse_known_args(argv)
     out_dir = Path(args.out_dir).absolute()
+    if args.print and (args.seeds or args.methods or more):
+        raise ValueError("--print shows all results of --out_dir; allowed beside it: no other flag")
     if not args.print:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for seed in args.seeds:
-            for method in args.methods:
+        for seed in args.seeds or (42, 43, 44):
+            for method in args.methods or METHODS:
                 train_and_measure(method, seed, out_dir, more)
     show(out_dir)
 

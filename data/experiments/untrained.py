@@ -12,7 +12,7 @@ import torch
 
 from data.checkpoints.hub import resolve
 from data.results.statistics import mean
-from data.system.command import flag_parser
+from data.system.command import check_range, command, flag_parser
 from data.tasks import TASKS
 from data.text.answer import Stop
 from data.text.tokenizer import load_tokenizer
@@ -58,11 +58,13 @@ def show(name: str, shares):
     print(f"{name:15}" + "".join(f"{100 * share:7.1f}" for share in shares))
 
 
+@command("data.experiments.untrained")
 def main(argv=None):
     parser = flag_parser("python -m data.experiments.untrained", __doc__)
     parser.add_argument("--problems", type=int, default=200,
                         help="problems of each level (default: 200)")
     args = parser.parse_args(argv)
+    check_range("--problems", args.problems, 1, 10**6)
     torch.set_num_threads(1)        # small matrices: a second thread only waits
     lm = LM.from_pretrained("tiny", torch.float32, "cpu")
     tokenizer = load_tokenizer(resolve("tiny"), lm.config.vocab_size)

@@ -102,6 +102,10 @@ def fill_defaults(args):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    # what was asked for twice is measured once
+    for name in ("steps", "solvers", "temperatures", "guidance", "topics", "search"):
+        value = getattr(args, name)
+        setattr(args, name, value and list(dict.fromkeys(value)))
 
 
 def check_regrade(args, given: dict):
@@ -164,6 +168,7 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
         (("max_new_tokens", "samples", "search", "temperatures"), generated,
          "generated answers, --choices generate"),
         (("samples", "search"), random, "--temperatures of more than 0, or --steps of 1 or more"),
+        (("seed",), tiny or random, "--temperatures of more than 0, or --steps of 1 or more"),
         (("samples",), args.samples >= max([1, *(parse_search(how)[1] for how in args.search)]),
          "as many answers as --search takes"),
         (("draws",), tiny or text or not generated, "--choices letters"),

@@ -67,6 +67,7 @@ def check_flags(args, given: dict, adaptive):
     """Refuse what would otherwise be ignored or fail later. Raises ValueError with one line."""
     check_range("--num_samples", args.num_samples, 1, 10**5)
     check_range("--batch_size", args.batch_size, 1)
+    check_range("--trace_token", args.trace_token, 0)
     check_seed(args.seed)
     if args.prompt and args.prompt_file:
         raise ValueError("--prompt and --prompt_file were both given; allowed: one of them")
@@ -90,6 +91,7 @@ def check_flags(args, given: dict, adaptive):
         (("estimate_temperature",), args.estimate != "argmax", "--estimate sample or average"),
         (("top_k", "top_p"), args.temperature > 0, "--temperature of more than 0"),
         (("num_samples",), random or args.num_samples == 1, "--temperature of more than 0"),
+        (("seed",), random or not prompted, "--temperature of more than 0"),
         (("trace_token", "html"), args.trace, "--trace"),
         (("overwrite",), args.html is not None or args.talk, "--html or --talk"),
         (("guidance",), args.label is not None or args.guidance == 1, "a topic, --class"),

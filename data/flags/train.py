@@ -185,6 +185,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
             raise ValueError(f"--updates {args.updates} are fewer than the {meta['update']} that "
                              f"the run in {args.out_dir} has made; allowed: as many or more")
     args.resume = resume
+    # what the untrained path has shown; absent in states of earlier versions
+    args.asked_again = meta.get("asked_again") if resume else None
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
         # None: not chosen; 0 is a choice
@@ -242,6 +244,9 @@ def check(args, given: dict):
     rows = args.batch_size * args.accumulate
     check_range("--batch_size times --accumulate", rows, 1, LARGEST)
     check_range("--new_lr", args.new_lr, 0, 1)
+    if 0 < args.clip < 1e-6:
+        raise ValueError(f"--clip = {args.clip} would leave nothing of the gradient; "
+                         "allowed: 0 (any norm), or 1e-6 or more")
     if not args.ema < 1:
         raise ValueError(f"--ema = {args.ema} is out of range; allowed: 0 to 1, without 1")
     if args.cache_frozen and args.shard:

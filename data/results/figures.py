@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data.results.records import read_lines
 from data.results.statistics import mean, only, unique
-from data.system.command import choices, command, has_colours
+from data.system.command import choices, command, given_flags, has_colours, refuse_idle
 from data.system.disk import (
     appearing, check_absent, check_writable, decode, parse_json, read_bytes, read_json)
 
@@ -319,6 +319,7 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
     args = parser.parse_args(argv)
     name, draw = PICTURES[choices(args.kind, PICTURES, "picture")]
+    refuse_idle(given_flags(parser, argv), [(("topic",), name == "eval.json", "levels or nfe")])
     if len(args.files) != (1 if name else 0):
         wanted = f"one file, {name} (from {MAKERS[name]})" if name else "no file"
         raise ValueError(f"{args.kind} takes {wanted}, not {len(args.files)}")

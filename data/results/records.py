@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from data.system.disk import (
-    appearing, claimed_file, decode, naming, parse_json, read_bytes, whole_characters)
+    appearing, check_regular, claimed_file, decode, naming, parse_json, read_bytes,
+    whole_characters)
 
 ROOT = Path(__file__).resolve().parents[2]
 # the fields of every record, and those of multiple choice by probability
@@ -43,6 +44,18 @@ def check_record(record: dict, where: str):
                              "write; remove the line, or choose another --out")
 
 
+    # absent in records of earlier versions
+    if record.get("digest") not in (None, digest_of(record)):
+        raise ValueError(f"{where} was changed since it was written; remove the line, or choose "
+                         "another --out")
+
+
+def digest_of(record: dict) -> str:
+    """Of all that a record says, in few characters."""
+    content = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def key_of(record: dict) -> tuple:
     """The identity of an answer within a run."""
     return tuple(record.get(name) for name in ("column", "temperature", "id", "sample"))
@@ -55,6 +68,7 @@ class Records:
         """Raises ValueError for records of another description, or for damaged lines."""
         self.path = path
         self.found = {}         # key_of -> record
+        check_regular(path)
         if overwrite:
             path.unlink(missing_ok=True)
         if not path.exists():
@@ -94,6 +108,7 @@ class Records:
             os.fsync(file.fileno())
 
     def add(self, record: dict):
+        record = {**record, "digest": digest_of(record)}
         self.found[key_of(record)] = record
         self.write(record)
 
@@ -148,6 +163,9 @@ def regrade(source: Path, out: Path, grade, overwrite: bool):
                              "benchmark, id and output")
         # the first line of eval.py is a description
         graded = [line if "about" in line else {**line, **grade(line)} for line in lines]
+        for line in graded:
+            if "digest" in line:
+                line["digest"] = digest_of(line)
         with appearing(out) as part:
             part.write_text("".join(map(line_of, graded)), encoding="utf-8")
 

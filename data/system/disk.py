@@ -40,10 +40,7 @@ def appearing(path: str | Path):
     """Yield a path to write to; without an error, the file there becomes `path` at the end."""
     # a link stays one: the file behind it is replaced
     path = Path(os.path.realpath(path))
-    # a device or a pipe
-    if path.exists() and not path.is_file() and not path.is_dir():
-        yield path
-        return
+    check_regular(path)
     # a folder, so that a library's own temporary files are removed with it
     folder = Path(f"{path}{PART}")
     sweep(folder)
@@ -122,8 +119,9 @@ def write_safetensors(tensors: dict, path: str | Path, metadata: dict | None = N
 
 
 def check_writable(path: str | Path):
-    """Raise OSError, before the work, if a file cannot be written there."""
+    """Raise OSError or ValueError, before the work, if a file cannot be written there."""
     path = Path(os.path.realpath(path))
+    check_regular(path)
     if path.is_dir():
         raise OSError(f"{path} is a directory; allowed: the name of a file")
     if not path.parent.is_dir():
@@ -139,7 +137,8 @@ def check_writable(path: str | Path):
 
 
 def check_absent(path: str | Path, overwrite: bool):
-    """Raise ValueError for a file of an earlier run, unless it may be overwritten."""
+    """Raise ValueError for a file of an earlier run, unless it may be overwritten; for a pipe."""
+    check_regular(path)
     if Path(path).is_file() and not overwrite:
         raise ValueError(f"{path} is there already, from an earlier run; "
                          "allowed: another name, or --overwrite")
@@ -154,10 +153,6 @@ def claimed_file(path: str | Path, overwrite: bool):
     """
     check_writable(path)
     real = Path(os.path.realpath(path))
-    if real.exists() and not real.is_file():
-        # a device, such as /dev/null
-        yield
-        return
     lock = real.with_name(f".{real.name}.lock")
     with locked(lock, path, "--out") as handle:
         # its last holder may have removed it since
@@ -192,7 +187,7 @@ def present(path: Path) -> bool:
 
 
 def check_regular(path: str | Path):
-    """Raise ValueError for a pipe or a device, from which reading might never end."""
+    """Raise ValueError for a pipe or a device, at which reading or writing might never end."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is a pipe or a device; allowed: a file")

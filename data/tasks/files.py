@@ -10,6 +10,7 @@ makes problems of the rows; read data/tasks/gsm8k.py next.
 import csv
 import gzip
 import io
+import zlib
 from pathlib import Path
 
 from data.checkpoints.hub import RemoteFile, fetch_files
@@ -87,7 +88,7 @@ def read_file(path: Path) -> str:
     if present(packed):
         try:
             return decode(gzip.decompress(packed.read_bytes()), packed)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{packed} is damaged ({error}); get it again") from None
     raise FileNotFoundError(f"{path} does not exist, packed (.gz) or not; {path.parent} must hold "
                             "the files as published")
@@ -123,7 +124,10 @@ def read_jsonl(path: Path, needed: dict, check=None) -> list:
 
 def read_csv(path: Path, columns: int, check=None) -> list:
     """The rows of a file of comma-separated values without a header; check as of read_jsonl."""
-    rows = list(csv.reader(io.StringIO(read_file(path), newline="")))
+    try:
+        rows = list(csv.reader(io.StringIO(read_file(path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged ({error}); use the file as published") from None
     for number, row in enumerate(rows, 1):
         if len(row) != columns:
             raise ValueError(f"row {number} of {path} has {len(row)} columns, not {columns}; "

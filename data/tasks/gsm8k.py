@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.tasks.files import read_jsonl
 from data.tasks.task import Task
-from data.text.answer import cut
+from data.text.answer import cut, without_thoughts
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -54,7 +54,7 @@ class GSM8K(Task):
 
     def extract(self, problem: dict, text: str) -> str | None:
         """The number that a vote compares: behind `####`, else the last one; None without any."""
-        number = strict_number(text) or last_number(text)
+        number = strict_number(without_thoughts(text)) or last_number(text)
         return IGNORED.sub("", number) if number else None
 
 
@@ -70,7 +70,7 @@ def strict_number(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    found = FLEXIBLE.findall(cut(text, GSM8K.stops["plain"]))
+    found = FLEXIBLE.findall(cut(without_thoughts(text), GSM8K.stops["plain"]))
     return (found[-1][0] or found[-1][1]).strip() if found else None
 
 

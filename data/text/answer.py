@@ -115,10 +115,13 @@ def cut(text: str, stops) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """A text without its <think>...</think>; behind a thought that does not end is no answer."""
-    text = re.sub(r"(?s)<think>.*?(?:</think>|$)", "", text)
+    """A text without its <think>...</think>; behind a thought that does not end is no answer.
+
+    Some models write <thinking> or <thought>.
+    """
+    text = re.sub(r"(?is)<(think|thinking|thought)>.*?(?:</\1>|$)", "", text)
     # the format may have opened the thought in the prompt
-    return text.rpartition("</think>")[2]
+    return re.split(r"(?i)</(?:think|thinking|thought)>", text)[-1]
 
 
 @dataclass
@@ -182,21 +185,20 @@ class Answer:
     def mark(self) -> str:
         return "right" if self.right else "wrong"
 
-    @property
-    def cost(self) -> str:
-        cost = f"NFE {sum(self.nfe)} for {len(self.nfe)} tokens"
-        # an ODE that was cut short may have given another token: say so
-        return cost + f", {self.unfinished} tokens stopped at max_nfe" * bool(self.unfinished)
 
-
-def spent(answers: list, seconds: float) -> str:
-    """Tokens, NFE and speed of all answers; calls, where several evaluations are made in one."""
+def spent(answers: list, seconds: float | None = None) -> str:
+    """Tokens, NFE and speed of answers; calls, where several evaluations are made in one."""
     tokens = sum(len(answer.nfe) for answer in answers)
     nfe = sum(sum(answer.nfe) for answer in answers)
     calls = sum(answer.calls for answer in answers)
-    in_calls = f" in {calls} calls" if calls < nfe else ""
-    return (f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token){in_calls}, "
-            f"{tokens / seconds:.0f} tokens/s")
+    unfinished = sum(answer.unfinished for answer in answers)
+    line = f"{tokens} tokens, {nfe} NFE ({nfe / tokens:.1f} per token)"
+    if calls < nfe:
+        line += f" in {calls} calls"
+    # an ODE that was cut short may have given another token: say so
+    if unfinished:
+        line += f", {unfinished} stopped at max_nfe"
+    return line if seconds is None else f"{line}, {tokens / seconds:.0f} tokens/s"
 
 
 # --- watchers -------------------------------------------------------------------------------------
@@ -324,12 +326,7 @@ class Turn:
             self.live.end()
         else:
             print(self.answer.text)
-        nfe = self.answer.nfe
-        line = f"{len(nfe)} tokens, NFE {sum(nfe) / len(nfe):.1f} (most {max(nfe)})"
-        if self.answer.calls < sum(nfe):
-            line += f" in {self.answer.calls} calls"
-        if self.answer.unfinished:
-            line += f", {self.answer.unfinished} stopped at max_nfe"
+        line = spent([self.answer])
         if not self.answer.stopped:
             line += ", not ended"
         print(quiet(f"{line}, {time.time() - self.start:.1f} s"))

@@ -61,12 +61,15 @@ def parse_row(line):
         row = {}
     # null: a column of another source, in a table made of several
     row = {name: value for name, value in row.items() if value is not None}
-    category, label = row.get("category"), row.get("class")
-    # by type: to Python True is an integer
-    if type(label) is int:
-        label = str(label)
-    if label is not None and not (isinstance(label, str) and label.strip()):
-        raise ValueError(f"has class {repr(label)[:60]}; allowed: a name, or an integer")
+    names = []
+    for column in ("category", "class"):
+        name = row.get(column)
+        # by type: to Python True is an integer
+        if type(name) is int:
+            name = str(name)
+        if name is not None and not (isinstance(name, str) and name.strip()):
+            raise ValueError(f"has {column} {repr(name)[:60]}; allowed: a name, or an integer")
+        names.append(name)
     conversation, read = find_conversation(row)
     words = conversation
     if not isinstance(conversation, str):
@@ -74,7 +77,7 @@ def parse_row(line):
             if row.get(name) not in EMPTY:
                 conversation = begin(conversation, row[name], name)
         words = "\n".join(message["content"] for message in conversation)
-    return conversation, category, label, check_columns(row, read, words)
+    return conversation, *names, check_columns(row, read, words)
 
 
 def find_conversation(row: dict) -> tuple:

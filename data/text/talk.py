@@ -2,6 +2,7 @@
 
     /steps 16, /solver dopri5, /temperature 0.7, /guidance 2, /class sort, /seed 1,
     /max_new_tokens 99        how the next answers are made; without a value: how they are made now
+    /class none               without a class again
     /again, /frozen           the last question once more; to the frozen model, and not kept
     /trace FILE, /save FILE   the last answer as a page; the conversation for data.text.chat
     /reset, /help             a new conversation; this text
@@ -71,6 +72,8 @@ class Talk:
             with suppress(SystemExit):
                 new = vars(self.parser.parse_args([f"--{name}={value}"] if value else [])).items()
                 args = Namespace(**vars(self.args) | {key: v for key, v in new if v is not None})
+                if (name, value) == ("class", "none"):
+                    args.label = None
                 self.check(args)
                 self.args = args
             print(quiet(f"{name} {vars(self.args)['label' if name == 'class' else name]}"))
