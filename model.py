@@ -366,6 +366,7 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = Norm(config)
         self.head = nn.Linear(c, config.vocab_size, bias=False)
+        self.head_copy = None          # its matrix laid out for sampling, see data/parts/layout.py
         self.tie()
 
     @property
@@ -425,7 +426,8 @@ class LM(nn.Module):
         return x + self.embed_positions(positions)
 
     def logits(self, hidden):
-        return self.head(self.ln_f(hidden))                             # (..., C) -> (..., V)
+        head = self.head.weight if self.head_copy is None else self.head_copy
+        return F.linear(self.ln_f(hidden), head)                        # (..., C) -> (..., V)
 
     def log_p(self, hidden, y):
         """log p (N,) float32 of tokens y (N,) after hidden (N, C), by the same logits."""
