@@ -307,10 +307,12 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
     lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
     if args.method == "l2d":
         rank = None if args.full_copies else args.rank
+        words = args.prediction_words if args.self_conditioning else None
         shape = L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
                           class_names=list(classes) or None,
                           time_distribution=args.time_distribution,
                           self_conditioning=args.self_conditioning,
+                          prediction_words=words or None,
                           own_kv=args.own_kv, start=args.start, without=args.without)
         if args.objective != "paper":
             # which classes the objective asks again, the untrained path shows
