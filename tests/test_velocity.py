@@ -187,14 +187,16 @@ def test_modulation_is_made_once_for_each_time(monkeypatch):
     original = l2d.modulation
 
     def modulation(t, class_ids):
-        made.append(float(t[0]))
+        made.append(t.unique().tolist())
         return original(t, class_ids)
 
     monkeypatch.setattr(l2d, "modulation", modulation)
     for _ in range(2):
         l2d.time_table.at(0.5, None)
         l2d.time_table.at(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([0, 1, 2]))
-    assert made == [0.5, 0.25]
+        # all that are missing in one call
+        l2d.time_table.at(torch.tensor([0.1, 0.5, 0.3, 0.1]), None)
+    assert made == [[0.5], [0.25], [0.10000000149011612, 0.30000001192092896]]
 
 
 @torch.no_grad()
@@ -205,6 +207,10 @@ def test_the_table_of_times_is_bounded():
         l2d.time_table.at(t, None)
     # without the oldest
     assert list(l2d.time_table.cached) == times[10:]
+    # more at once than it holds
+    many = torch.rand(MOST + 3)
+    same_modulation(l2d.time_table.at(many, None), l2d.modulation(many[:, None]))
+    assert len(l2d.time_table.cached) == MOST
 
 
 @torch.no_grad()
