@@ -432,8 +432,9 @@ class LM(nn.Module):
     def log_p(self, hidden, y):
         """log p (N,) float32 of tokens y (N,) after hidden (N, C), by the same logits."""
         n, head = self.ln_f(hidden), self.head.weight
-        learning = torch.is_grad_enabled() and (n.requires_grad or head.requires_grad)
-        return log_p(n, head, y, learning)[0]
+        head_learns = torch.is_grad_enabled() and head.requires_grad
+        learning = head_learns or (torch.is_grad_enabled() and n.requires_grad)
+        return log_p(n, head, y, learning, head_learns)[0]
 
     def forward(self, ids, documents=None):
         """Logits (B, T, V) of the next token at every position of ids (B, T)."""

@@ -69,5 +69,5 @@ def predict_after(lm, hidden, words: int | None, y=None) -> tuple:
     words = min(words, len(head))
     if y is None:
         return Prediction(*likeliest(n, head, words)), None
-    found, _, logits, ids = log_p(n, head, y, torch.is_grad_enabled(), words)
+    found, *_, logits, ids = log_p(n, head, y, torch.is_grad_enabled(), words=words)
     return Prediction(logits, ids), -found
