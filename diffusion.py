@@ -31,6 +31,7 @@ from data.parts.draws import draw_tokens
 from data.parts.kv_cache import KVCache
 from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
+from data.parts.prediction import Prediction, predict_after
 from data.results.figures import draw_points
 from data.system.sharding import most_evaluations
 from data.tiny.oracle import LINE, Oracle
@@ -194,8 +195,8 @@ class L2D(nn.Module):
     def last_hidden(self, x_t, t, modulation, states, before=None):
         """Hidden state (..., C) from which final norm and head make the logits f(x_t, t, c).
 
-        x_t (..., Z), t (...), modulation and, with self-conditioning, the logits of the prediction
-        before (..., V), for every token of the states, or for those at their index.
+        x_t (..., Z), t (...), modulation and, with self-conditioning, the Prediction before, for
+        every token of the states, or for those at their index.
         """
         hidden = states.hidden
         variance = (1 - t) ** 2 * self.config.sigma ** 2 + t ** 2
@@ -210,10 +211,9 @@ class L2D(nn.Module):
             if self.config.self_conditioning:
                 # before the first evaluation it is the frozen model's prediction
                 if before is None:
-                    before = self.lm.logits(hidden)
-                p = before.float().softmax(-1).to(self.lm.embed.weight.dtype)
+                    before = Prediction.of(self.lm.logits(hidden), self.config.prediction_words)
                 # by time and class in place of the current token: a·(E·Σ_y p_y·e_y − e_c)
-                predicted = self.from_prediction(p @ self.lm.embed.weight)
+                predicted = self.from_prediction(before.mean(self.lm.embed.weight))
                 h = h + modulation.gate * (predicted - states.inputs)
             if self.frozen_start:
                 h = h + states.inputs
@@ -234,6 +234,8 @@ class L2D(nn.Module):
             return self.lm.logits(states.hidden).float()
         modulation = self.time_table.at(t, class_ids)
         time = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
+        if before is not None:
+            before = Prediction.of(before, self.config.prediction_words)
         hidden = self.last_hidden(x_t, time, modulation, states, before)
         return self.lm.logits(hidden).float()
 
@@ -285,7 +287,8 @@ def paper_losses(l2d: L2D, batch: Batch) -> Losses:
         with torch.no_grad():
             first = l2d.last_hidden(x_t, t, modulation, states)
         coin = targets.noise[:, :1] > 0
-        before = l2d.lm.logits(torch.where(coin, first, states.hidden))
+        before, _ = predict_after(
+            l2d.lm, torch.where(coin, first, states.hidden), l2d.config.prediction_words)
     hidden = l2d.last_hidden(x_t, t, modulation, states, before)
     # L = −log f(x_t, t, c)_y                                           (paper Eq. 3)
     losses = -l2d.lm.log_p(hidden, targets.y)
@@ -302,7 +305,6 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
     # 1. The frozen model reads the text. All positions end together, so those with the most
     #    evaluations begin, and the others join them.
     frozen = l2d.lm.read(batch.ids, batch.documents, cached=batch.cached)
-    # not read once more
     cached = CachedStates(frozen.hidden, frozen.keys, frozen.values)
     states = l2d.read(batch.ids, batch.documents, cached=cached)
     count = (batch.targets.t > 0).sum(1)                                # (N,)
@@ -310,43 +312,44 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
     targets, count = batch.targets.at(order), count[order]
     # 2. At t = 0: noise, and the frozen model's prediction.
     x = l2d.config.sigma * targets.noise                                # (N, Z)
+    words = l2d.config.prediction_words
     with torch.no_grad():
-        logits = l2d.lm.logits(states.hidden[targets.index]).float()    # (N, V)
-    t = total = scored = last = torch.zeros_like(x[:, 0])               # (N,)
-    V = l2d.vocabulary()
+        prediction, _ = predict_after(l2d.lm, states.hidden[targets.index], words)
+    t = total = last = torch.zeros_like(x[:, 0])                        # (N,)
+    V = l2d.vocabulary() if words is None else None
     evaluations = most_evaluations(int(targets.t.any(0).sum()), l2d.blocks[0])
     for left in reversed(range(evaluations)):
-        before = logits
         new_t = targets.t[:, -1 - left]
         # the first n have begun
         n = int((new_t > 0).sum())
         some, new_t = targets.at(slice(n)), new_t[:n]
+        before, waiting = prediction.at(slice(n)), prediction.at(slice(n, None))
         with torch.set_grad_enabled(torch.is_grad_enabled() and left < backprop):
             # 3. A soft Euler step towards the prediction: x̂ = Σ_y p_y·V_y
-            x_hat = before[:n].softmax(-1) @ V                          # (n, Z)
+            x_hat = before.mean(V) if words is None else before.mean_of(l2d.vectors)    # (n, Z)
             # x ← x + (x̂ − x)·Δt/(1 − t)
             part = (new_t - t[:n]) / (1 - t[:n]).clamp_min(1e-6)
             new_x = x[:n] + (x_hat - x[:n]) * part[:, None]
             # 4. The next prediction, which reads the one before.
             modulation = l2d.modulation(new_t, some.class_ids)
-            hidden = l2d.last_hidden(
-                new_x, new_t, modulation, states.at(some.index), before[:n])
-            logits = torch.cat((l2d.lm.logits(hidden).float(), before[n:]))
+            hidden = l2d.last_hidden(new_x, new_t, modulation, states.at(some.index), before)
+            # 5. Every evaluation with a gradient has a loss.
+            y = some.y if left < backprop else None
+            new, loss = predict_after(l2d.lm, hidden, words, y)         # loss (n,)
+        prediction = new.join(waiting)
         x = torch.cat((new_x, x[n:]))
         t = torch.cat((new_t, t[n:]))
         if left >= backprop:
             continue
-        # 5. Every evaluation with a gradient has a loss.
-        begun = count > left
-        last = loss = F.cross_entropy(logits, targets.y, reduction="none")      # (N,)
+        last = loss
         if l2d.config.asked_again:
-            one = (begun & targets.again).nonzero()[:, 0]
-            asked = targets.at(one)
-            loss = loss.index_put((one,), held(l2d, frozen.at(asked.index), asked, x[one], t[one],
-                                               before[one], logits[one]))
-        total = total + begun * loss
-        scored = scored + begun
-    return Losses(total / scored.clamp_min(1), last, targets.t[:, -1])
+            one = some.again.nonzero()[:, 0]
+            asked = some.at(one)
+            logits = new.logits[one] if words is None else l2d.lm.logits(hidden[one]).float()
+            loss = loss.index_put((one,), held(
+                l2d, frozen.at(asked.index), asked, x[one], t[one], before.at(one), logits))
+        total = total + F.pad(loss, (0, len(x) - n))
+    return Losses(total / count.clamp(1, backprop), last, targets.t[:, -1])
 
 
 def held(l2d: L2D, frozen, targets, x, t, before, logits):
@@ -356,8 +359,8 @@ def held(l2d: L2D, frozen, targets, x, t, before, logits):
     right is to stay, and elsewhere the path is to say what the frozen model says when asked again.
 
     frozen   the frozen model's states of the n positions
-    x (n, Z), t (n,), before (n, V)  what the evaluation has read
-    logits   (n, V) its prediction
+    x (n, Z), t (n,), before         what the evaluation has read
+    logits   (n, V) its prediction, of all words
     """
     untrained = l2d.untrained
     with torch.no_grad():
@@ -365,8 +368,7 @@ def held(l2d: L2D, frozen, targets, x, t, before, logits):
         hidden = untrained.last_hidden(x, t, untrained.modulation(t), frozen, before)
         q = l2d.lm.logits(hidden).float().softmax(-1)                   # (n, V)
         # the probability of the right token, before or now
-        p = torch.maximum(before.softmax(-1), logits.softmax(-1))
-        p = p.gather(1, targets.y[:, None])                             # (n, 1)
+        p = torch.maximum(before.p_of(targets.y), Prediction(logits).p_of(targets.y))   # (n, 1)
         # p·[y] + (1 − p)·q
         target = (1 - p) * q + p * F.one_hot(targets.y, q.shape[1])
     return AGAIN_WEIGHT * F.cross_entropy(logits, target, reduction="none")
@@ -467,9 +469,7 @@ class VelocityField:
         V = self.l2d.vocabulary()
         if self.estimate == "argmax":
             return V[logits.argmax(-1)]
-        temperature = self.temperature
-        if temperature == "1-t":
-            temperature = remaining
+        temperature = remaining if self.temperature == "1-t" else self.temperature
         p = (logits / temperature).softmax(-1)                          # (n, T, V)
         if self.estimate == "average":
             # x̂ = Σ_y p_y·V_y

@@ -366,6 +366,7 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = Norm(config)
         self.head = nn.Linear(c, config.vocab_size, bias=False)
+        self.head_copy = None          # its matrix laid out for sampling, see data/parts/layout.py
         self.tie()
 
     @property
@@ -425,13 +426,15 @@ class LM(nn.Module):
         return x + self.embed_positions(positions)
 
     def logits(self, hidden):
-        return self.head(self.ln_f(hidden))                             # (..., C) -> (..., V)
+        head = self.head.weight if self.head_copy is None else self.head_copy
+        return F.linear(self.ln_f(hidden), head)                        # (..., C) -> (..., V)
 
     def log_p(self, hidden, y):
         """log p (N,) float32 of tokens y (N,) after hidden (N, C), by the same logits."""
         n, head = self.ln_f(hidden), self.head.weight
-        learning = torch.is_grad_enabled() and (n.requires_grad or head.requires_grad)
-        return log_p(n, head, y, learning)[0]
+        head_learns = torch.is_grad_enabled() and head.requires_grad
+        learning = head_learns or (torch.is_grad_enabled() and n.requires_grad)
+        return log_p(n, head, y, learning, head_learns)[0]
 
     def forward(self, ids, documents=None):
         """Logits (B, T, V) of the next token at every position of ids (B, T)."""

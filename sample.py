@@ -25,6 +25,7 @@ from data.checkpoints.path import check_tokenizer, check_trained, class_number, 
 from data.flags.sample import check_flags, sample_flags
 from data.parts.draws import RowDraws, check_classes, draw_tokens, row_generator
 from data.parts.kv_cache import KVCache
+from data.parts.layout import lay_out
 from data.parts.positions import check_length
 from data.results.figures import trace_text
 from data.results.page import write_page
@@ -368,7 +369,7 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
     """(L2D or LM, tokenizer) from a name or directory, with its diffusion path where it holds one.
 
     base   directory of the path's frozen model, if path.json names another
-    merge  add the LoRA into copies of the path's matrices
+    merge  add the LoRA into copies of the path's matrices, and lay out the frozen model's
     """
     directory = resolve(init_from, cache_dir)
     dtype = dtype and getattr(torch, dtype)
@@ -377,14 +378,15 @@ def load_model(init_from: str, dtype: str | None = None, device: str | None = No
         meta = read_path(directory)
         check_trained(meta, directory)
         base = base or meta["base"]
-        model = L2D.load(directory, LM.from_pretrained(base, dtype, device, cache_dir))
+        lm = LM.from_pretrained(base, dtype, device, cache_dir)
+        model = L2D.load(directory, lay_out(lm) if merge else lm)
         model.merge_lora(merge)
         tokenizer = load_tokenizer(resolve(base, cache_dir), model.lm.config.vocab_size)
         check_tokenizer(meta, tokenizer, directory)
         return model, tokenizer
     if base:
         raise ValueError(f"--base would do nothing: {directory} holds no diffusion path")
-    model = LM.from_pretrained(init_from, dtype, device, cache_dir)
+    model = lay_out(LM.from_pretrained(init_from, dtype, device, cache_dir))
     return model, load_tokenizer(directory, model.config.vocab_size)
 
 
@@ -428,8 +430,7 @@ def prompted_answers(model, tokenizer, settings: Settings, args, given: dict) ->
         for watcher in watchers:
             watcher(*event)
 
-    answers = []
-    seconds = 0.0
+    answers, seconds = [], 0.0
     for at in range(0, len(prompts), args.batch_size):
         some = slice(at, at + args.batch_size)
         # samples of one prompt have the seeds seed, seed + 1, ..., so each can be drawn again
@@ -490,10 +491,8 @@ def main(argv=None):
         answers, seconds = prompted_answers(model, tokenizer, settings, args, given)
     else:
         answers, seconds = worked_answers(model, tokenizer, settings, args.seed)
-    how = settings.solver
-    if settings.solver not in ADAPTIVE:
-        how += f", steps {settings.steps}"
-    print(f"{spent(answers, seconds)}, {how}")
+    steps = "" if settings.solver in ADAPTIVE else f", steps {settings.steps}"
+    print(f"{spent(answers, seconds)}, {settings.solver}{steps}")
 
 
 if __name__ == "__main__":

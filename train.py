@@ -308,11 +308,12 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
     lm = LM.from_pretrained(args.init_from, dtype, device, args.cache_dir)
     if args.method == "l2d":
         rank = None if args.full_copies else args.rank
+        words = args.prediction_words if args.self_conditioning else None
         shape = L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
                           class_names=list(classes) or None, own_kv=args.own_kv,
                           time_distribution=args.time_distribution, start=args.start,
                           self_conditioning=args.self_conditioning, without=args.without,
-                          asked_again=args.asked_again)
+                          prediction_words=words or None, asked_again=args.asked_again)
         if args.objective != "paper" and args.asked_again is None:
             # which classes the objective asks again, the untrained path shows
             probe = L2D(lm, replace(shape, asked_again=list(range(len(classes) or 1))))

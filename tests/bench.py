@@ -2,6 +2,9 @@
 
     python tests/bench.py
     python tests/bench.py --init_from=out --batch_size 16 --context 128 512 --repeats 30
+    python tests/bench.py --parts llama --words 128256
+
+The part `llama` stands beside the transformers package where that is installed.
 """
 
 import argparse
@@ -16,19 +19,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import sample  # noqa: E402
+from data.checkpoints.families import ModelConfig  # noqa: E402
 from data.parts.draws import RowDraws  # noqa: E402
 from data.parts.kv_cache import KVCache  # noqa: E402
+from data.parts.layout import lay_out  # noqa: E402
 from data.parts.positions import Packed  # noqa: E402
 from data.tasks import TASKS  # noqa: E402
 from data.training.batches import IGNORE, Batch, CachedStates, find_targets  # noqa: E402
 from data.training.evaluations import draw  # noqa: E402
 from data.training.memory import recompute, saved_bytes  # noqa: E402
-from diffusion import L2D, VelocityField, paper_losses, refined_losses  # noqa: E402
+from diffusion import L2D, L2DConfig, VelocityField, paper_losses, refined_losses  # noqa: E402
+from model import LM  # noqa: E402
 from sample import Settings, generate, load_model  # noqa: E402
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
 
 
 def median_ms(work, repeats: int, device) -> float:
@@ -41,6 +53,18 @@ def median_ms(work, repeats: int, device) -> float:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[2:])
+
+
+def paired_ms(works: dict, repeats: int) -> dict:
+    """Median CPU time of every work in milliseconds, all by turns: what slows one slows all."""
+    times = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            times[name].append(1000 * (time.process_time() - start))
+    # the first round does not count
+    return {name: statistics.median(some[1:]) for name, some in times.items()}
 
 
 def print_time(name: str, ms: float, first: float, more: str = ""):
@@ -72,8 +96,8 @@ class Newest:
         self.cache.length = self.ids.shape[1] - 1
         return reader.read(self.ids[:, -1:], cache=self.cache)
 
-    def evaluate(self, **options):
-        VelocityField(self.model, self.states, **options)(0.5, self.x, self.prediction)
+    def evaluate(self, t=0.5, **options):
+        VelocityField(self.model, self.states, **options)(t, self.x, self.prediction)
 
 
 def evaluation_table(model, batch: int, context: int, timed):
@@ -128,12 +152,14 @@ def mean_loss(model, ids, targets):
 
 
 PAPER = {"start": "paper", "self_conditioning": False, "own_kv": False, "asked_again": None}
+BOTH = {"start": "frozen", "self_conditioning": True, "own_kv": True}
 OPTIONS = {
     "the paper's path": PAPER,
     "frozen start": {**PAPER, "start": "frozen"},
     "self-conditioning": {**PAPER, "start": "frozen", "self_conditioning": True},
     "own keys and values": {**PAPER, "start": "frozen", "own_kv": True},
-    "both": {**PAPER, "start": "frozen", "self_conditioning": True, "own_kv": True},
+    "both": {**PAPER, **BOTH},
+    "both, 32 words": {**PAPER, **BOTH, "prediction_words": 32},
 }
 
 
@@ -348,7 +374,115 @@ def ahead_table(device, timed):
         sample.Ahead = ahead
 
 
-PARTS = ("evaluations", "options", "updates", "savings", "texts", "ahead")
+LLAMA = {
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def random_llama(words: int) -> LM:
+    lm = LM(ModelConfig.from_hf({**LLAMA, "vocab_size": words}))
+    for p in lm.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.04)
+    return lm.eval()
+
+
+def transformers_llama(words: int):
+    """The same model of the transformers package with other weights; None where it is missing."""
+    if transformers is None:
+        return None
+    shape = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    config = transformers.LlamaConfig(vocab_size=words, **shape)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def llama_table(words: int, batch: int, context: int, repeats: int):
+    """Sampling from a random Llama: each saving, against a decode step by another package."""
+    stored = random_llama(words)
+    lm = lay_out(copy.deepcopy(stored))
+
+    def newest(lm, **options):
+        model = L2D(lm, L2DConfig(**options)).eval()
+        model.merge_lora()
+        return Newest(model, batch, context)
+
+    first = newest(stored)
+    for adapter in first.model.blocks.modules():
+        if getattr(adapter, "merged", None) is not None:
+            adapter.merged = adapter.merged.contiguous()
+    paper, everything = newest(lm), newest(lm, **BOTH)
+    few = newest(lm, **BOTH, prediction_words=32)
+    works = {
+        "a decode step, as stored": lambda: first.model.lm.logits(
+            first.read(first.model.lm).hidden),
+        "a decode step": lambda: lm.logits(paper.read(lm).hidden),
+        "an evaluation, paper, as stored": first.evaluate,
+        "an evaluation, paper": paper.evaluate,
+        "the same at times of its own": lambda: paper.evaluate(torch.rand(batch)),
+        "an evaluation, reads all words": everything.evaluate,
+        "an evaluation, reads 32 words": few.evaluate,
+    }
+    theirs = transformers_llama(words)
+    if theirs:
+        ids = first.ids
+        cache = transformers.DynamicCache()
+        theirs(ids[:, :-1], past_key_values=cache, use_cache=True)
+
+        def step():
+            cache.crop(context)
+            theirs(ids[:, -1:], past_key_values=cache, use_cache=True)
+
+        works = {"a decode step of transformers": step, **works}
+    print(f"random Llama, {words} words, batch {batch}, context {context}: "
+          "CPU ms, ratio to the first")
+    print_paired(works, repeats)
+
+
+def print_paired(works: dict, repeats: int):
+    found = paired_ms(works, repeats)
+    for name, ms in found.items():
+        print_time(name, ms, next(iter(found.values())))
+
+
+@torch.enable_grad()
+def llama_updates(words: int, repeats: int):
+    """Updates of a path beside it, and of all its weights: time, and memory for backward."""
+    lm = random_llama(words)
+    ids, targets = torch.randint(words, (2, 4, 256), generator=torch.Generator().manual_seed(0))
+    targets[:, :128] = IGNORE
+    works, sizes = {}, {}
+    for name, options, objective, unroll in (
+            ("update, paper", {}, paper_losses, 0),
+            ("update, refined, all words", BOTH, refined_losses, 8),
+            ("update, refined, 32 words", {**BOTH, "prediction_words": 32}, refined_losses, 8)):
+        model = L2D(lm, L2DConfig(**options)).train()
+
+        def forward(model=model, objective=objective, unroll=unroll):
+            return objective(model, drawn(model, ids, targets, unroll)).values.mean()
+
+        works[name] = lambda forward=forward: forward().backward()
+        sizes[name], _ = saved_bytes(forward)
+    print(f"random Llama, {words} words, 4 rows of 256 tokens, half counted: CPU ms, ratio; "
+          + ", ".join(f"{size / 1e6:.0f}" for size in sizes.values()) + " MB for backward")
+    print_paired(works, repeats)
+    works = {"all weights": full_update(lm, ids[:, :64], ids[:, 1:65])}
+    theirs = transformers_llama(words)
+    if theirs:
+        def update():
+            logits = theirs(ids[:, :64]).logits.float().flatten(0, 1)
+            F.cross_entropy(logits, ids[:, 1:65].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-9, fused=True)
+        works = {"all weights, transformers": update, **works}
+    print_paired(works, repeats)
+
+
+PARTS = ("evaluations", "llama", "options", "updates", "savings", "texts", "ahead")
 
 
 @torch.no_grad()
@@ -362,6 +496,7 @@ def main(argv=None):
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--train", type=int, nargs=2, default=[32, 64],
                         help="rows and tokens of an update (default: 32 64)")
+    parser.add_argument("--words", type=int, default=32_000, help="of the random Llama")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
@@ -377,10 +512,15 @@ def main(argv=None):
         for batch in args.batch_size:
             for context in args.context:
                 evaluation_table(model, batch, context, timed)
+    if "llama" in args.parts:
+        for batch in (1, 8):
+            llama_table(args.words, batch, 128, args.repeats)
+        llama_updates(args.words, min(args.repeats, 5))
     if "options" in args.parts:
         options_table(lm, model.config, 8, 64, timed)
     # these two are of the paper's objective, without a prediction to read
-    config = dataclasses.replace(model.config, self_conditioning=False, asked_again=None)
+    config = dataclasses.replace(model.config, self_conditioning=False, asked_again=None,
+                                 prediction_words=None)
     without = L2D(lm, config).eval()
     if "updates" in args.parts:
         training_table(without, *args.train, timed)

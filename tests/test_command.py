@@ -177,6 +177,7 @@ def test_sample_refuses_flags_that_would_do_nothing(words, idle, capsys):
     (["--method=full", "--rank=8"], "rank"),
     (["--full_copies", "--rank=8"], "rank"),
     (["--objective=paper", "--unroll=2"], "unroll"),
+    (["--objective=paper", "--prediction_words=8"], "prediction_words"),
     (["--objective=refine", "--time_distribution=cosmap"], "time_distribution"),
     (["--method=pretrain", "--report=5"], "report"),
     (["--init_from=resume", "--overwrite"], "overwrite"),

@@ -499,7 +499,10 @@ def test_checkpointing_changes_no_gradient(family, options):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"own_kv": True, "self_conditioning": True}])
+@pytest.mark.parametrize("options", [
+    {}, {"own_kv": True, "self_conditioning": True},
+    {"self_conditioning": True, "prediction_words": 4},
+])
 def test_the_objective_is_one_graph_whatever_the_shapes(options):
     """torch.compile neither breaks the graph nor compiles it again."""
     torch._dynamo.reset()

@@ -101,7 +101,8 @@ FULL_HEADS = {**LLAMA, "num_key_value_heads": 4}
 MATRICES = [(4, False), (4, True), (None, False)]
 
 
-@pytest.mark.parametrize("refined", [False, True])
+@pytest.mark.parametrize("refined", [
+    {}, {"self_conditioning": True}, {"self_conditioning": True, "prediction_words": 3}])
 @pytest.mark.parametrize("rank, merged", MATRICES)
 @pytest.mark.parametrize("estimate", ["argmax", "average"])
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
@@ -111,7 +112,7 @@ def test_arithmetic_is_the_count_of_torch(rank, merged, estimate, solver, refine
 
     dopri5 costs the same: the modulation is looked up by its time, and V is made once.
     """
-    l2d = make_l2d(FULL_HEADS, rank=rank, self_conditioning=refined)
+    l2d = make_l2d(FULL_HEADS, rank=rank, **refined)
     l2d.merge_lora(merged)
     length = 12
     field = VelocityField(l2d, l2d.lm.read(make_ids(1, length)).last(), estimate)

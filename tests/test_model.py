@@ -14,6 +14,7 @@ from conftest import GPT2, LLAMA, LLAMA_SCALED, QWEN, SCALING, generator, make_i
 from data.checkpoints.families import ModelConfig
 from data.parts import kv_cache
 from data.parts.kv_cache import KVCache
+from data.parts.log_p import head_gradient
 from data.parts.positions import rope_inv_freq
 from data.training.optimizer import init_weights
 from model import LM, positions_and_mask
@@ -294,6 +295,25 @@ def test_no_piece_holds_more_logits_than_allowed(monkeypatch):
     monkeypatch.setattr(F, "linear", counted)
     make_lm().log_p(torch.randn(24, 32), torch.arange(24))
     assert sizes == [5, 5, 5, 5, 4]
+
+
+def test_of_one_piece_the_logits_are_made_once_and_the_gradient_is_the_same(monkeypatch):
+    made = []
+    plain = F.linear
+
+    def counted(x, *rest):
+        made.append(len(x))
+        return plain(x, *rest)
+
+    monkeypatch.setattr(F, "linear", counted)
+    lm = make_lm()
+    hidden, targets = torch.randn(24, 32), torch.arange(24)
+    weights = torch.rand(24, generator=generator(2))
+    (weights * lm.log_p(hidden, targets)).sum().backward()
+    assert made == [24]
+    again = head_gradient(weights[:, None], lm.ln_f(hidden), lm.head.weight, targets)
+    assert made == [24, 24]
+    assert torch.equal(lm.head.weight.grad, again)
 
 
 # --- frequencies and fresh weights ----------------------------------------------------------------

@@ -247,6 +247,8 @@ def test_a_path_that_is_not_finite_is_refused(value, tmp_path):
     (dict(sigma=0.0), "sigma = 0.0 is out of range; allowed: 1e-06 to"),
     (dict(own_kv=1), "own_kv = 1 is out of range; allowed: False to True"),
     (dict(own_kv=True), "own_kv with start = 'paper' is not supported; allowed: start = 'frozen'"),
+    (dict(prediction_words=3), "prediction_words = 3 without self_conditioning is not supported"),
+    (dict(prediction_words=0), "prediction_words = 0 is out of range; allowed: 1 to 65536"),
     (dict(asked_again=[1]), r"asked_again \[1\] is not supported; allowed: ids below 1"),
     (dict(asked_again=0), "asked_again 0 is not supported"),
     (dict(classes=2, class_names=["a"]), "class names .* allowed: a list of 2 different names"),

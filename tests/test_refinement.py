@@ -13,13 +13,15 @@ import torch.nn.functional as F
 
 import train
 from conftest import (
-    PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
+    LLAMA, PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
 from data.checkpoints.hub import resolve
 from data.parts.draws import RowDraws, draw_schedule
+from data.parts.prediction import Prediction
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import Problems
 from data.training.batches import IGNORE, Batch, Targets
 from data.training.evaluations import find_asked_again, unroll_of
+from data.training.memory import saved_bytes
 from data.training.optimizer import EMA
 from diffusion import AGAIN_WEIGHT, L2D, L2DConfig, VelocityField, paper_losses, refined_losses
 from sample import Settings, generate
@@ -28,6 +30,7 @@ from solvers import odeint
 PREDICTION = {"self_conditioning": True}
 OWN = {"own_kv": True}
 BOTH = {**PREDICTION, **OWN}
+FEW = {"prediction_words": 3}
 ASKED_AGAIN = {"start": "frozen", **BOTH, "classes": 3, "asked_again": [1]}
 
 # --- the start ------------------------------------------------------------------------------------
@@ -48,7 +51,7 @@ def test_the_gate_puts_the_prediction_in_place_of_the_current_token(family):
     states = l2d.read(ids)
     t = torch.full(ids.shape, 0.4)
     x_t = torch.randn(*ids.shape, 16)
-    sure = 1000 * F.one_hot(predicted, 258).float()
+    sure = Prediction(1000 * F.one_hot(predicted, 258).float())
     closed = l2d.modulation(t)
     assert not closed.gate.any()
     opened = closed._replace(gate=torch.ones_like(closed.gate))
@@ -90,6 +93,14 @@ def test_own_kv_leaves_the_frozen_hidden_states_alone(family):
 
 # --- the objective --------------------------------------------------------------------------------
 
+def handed_on(logits, words):
+    """p of all words, or of the likeliest, renormalised."""
+    if words is not None:
+        least = logits.topk(words).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits.softmax(-1)
+
+
 def by_hand(l2d, batch, backprop):
     """Loss and last loss of every position that counts, each with a loop of its own."""
     targets, found = batch.targets, {}
@@ -107,7 +118,7 @@ def by_hand(l2d, batch, backprop):
         t = 0.0
         losses = []
         for new_t in [t for t in times.tolist() if t]:
-            x_hat = prediction.softmax(-1) @ V
+            x_hat = handed_on(prediction, l2d.config.prediction_words) @ V
             x = x + (x_hat - x) * (new_t - t) / (1 - t)
             t = new_t
             before = prediction
@@ -115,7 +126,8 @@ def by_hand(l2d, batch, backprop):
             log_p = prediction[0, 0].log_softmax(-1)
             last = loss = -float(log_p[y])
             if again[n]:
-                p = max(float(before[0, 0].softmax(-1)[y]), float(log_p[y].exp()))
+                p = handed_on(before, l2d.config.prediction_words)[0, 0, y]
+                p = max(float(p), float(log_p[y].exp()))
                 asked = untrained.predict(x, torch.tensor([t]), None, frozen, before)
                 q = asked[0, 0].softmax(-1)
                 loss = AGAIN_WEIGHT * (p * loss - (1 - p) * float((q * log_p).sum()))
@@ -125,13 +137,14 @@ def by_hand(l2d, batch, backprop):
     return found
 
 
-@pytest.mark.parametrize("options", [PREDICTION, BOTH, {}, ASKED_AGAIN])
+@pytest.mark.parametrize("options", [PREDICTION, BOTH, {}, ASKED_AGAIN, {**BOTH, **FEW},
+                                     {**ASKED_AGAIN, **FEW}])
 @torch.no_grad()
 def test_refined_losses_are_those_of_a_plain_loop(family, options):
     l2d = make_l2d(family, **options)
     ids = make_ids()
     targets = make_ids(seed=1).masked_fill(torch.rand(ids.shape) < 0.5, IGNORE)
-    classes = torch.tensor([0, 1, 2]) if options is ASKED_AGAIN else None
+    classes = torch.tensor([0, 1, 2]) if "asked_again" in options else None
     batch = drawn(l2d, make_batch(ids, targets, classes), generators(3, 7), unroll=5)
     found = refined_losses(l2d, batch, backprop=2)
     expected = by_hand(l2d, batch, 2)
@@ -154,7 +167,7 @@ def test_the_papers_objective_lets_half_of_the_positions_read_their_own_predicti
            + (1 - t[:, None]) * l2d.config.sigma * targets.noise)
     modulation = l2d.modulation(t)
     once = l2d.last_hidden(x_t, t, modulation, states)
-    twice = l2d.last_hidden(x_t, t, modulation, states, l2d.lm.logits(once))
+    twice = l2d.last_hidden(x_t, t, modulation, states, Prediction(l2d.lm.logits(once)))
     own = targets.noise[:, 0] > 0
     assert 5 < int(own.sum()) < 25
     for some, hidden in ((own, twice), (~own, once)):
@@ -170,7 +183,7 @@ def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypat
 
     def last_hidden(self, x, t, modulation, states, before):
         hidden = original(self, x, t, modulation, states, before)
-        recorded.append((before.requires_grad, hidden.requires_grad))
+        recorded.append((before.logits.requires_grad, hidden.requires_grad))
         return hidden
 
     monkeypatch.setattr(L2D, "last_hidden", last_hidden)
@@ -210,7 +223,7 @@ def test_only_where_asking_again_helps_a_class_is_asked_again():
         states = l2d.read(ids)
         t = torch.full(ids.shape, 0.5)
         answers.append(l2d.lm.logits(l2d.last_hidden(
-            torch.zeros(*ids.shape, 16), t, l2d.modulation(t), states, answers[-1])))
+            torch.zeros(*ids.shape, 16), t, l2d.modulation(t), states, Prediction(answers[-1]))))
     y = answers[3].argmax(-1)
     y[0] = (torch.stack(answers).argmax(-1)[:, 0].amax(0) + 1) % 258
     batch = make_batch(ids, y, torch.tensor([0, 1, 1]))
@@ -235,7 +248,7 @@ def test_an_untrained_path_that_is_asked_again_reads_its_prediction_as_a_token(f
     l2d = make_l2d(family, perturb=0, **ASKED_AGAIN)
     ids, predicted = make_ids(), make_ids(seed=1)
     frozen = l2d.lm.read(ids)
-    sure = 1000 * F.one_hot(predicted, 258).float()
+    sure = Prediction(1000 * F.one_hot(predicted, 258).float())
     t = torch.full(ids.shape, 0.4)
     found = l2d.last_hidden(torch.randn(*ids.shape, 16), t, l2d.modulation(t), frozen, sure)
     closed = L2D(l2d.lm, replace(l2d.config, asked_again=None))
@@ -244,12 +257,59 @@ def test_an_untrained_path_that_is_asked_again_reads_its_prediction_as_a_token(f
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("objective, unroll", [(paper_losses, 0), (refined_losses, 6)])
+@pytest.mark.parametrize("options", [BOTH, ASKED_AGAIN])
+def test_as_many_likeliest_words_as_there_are_teach_what_all_words_teach(
+        family, options, objective, unroll):
+    found = []
+    for words in (None, 1000, 2):
+        l2d = make_l2d(family, **{**options, "prediction_words": words}).train()
+        classes = torch.tensor([0, 1, 2]) if "asked_again" in options else None
+        batch = make_batch(make_ids(), make_ids(seed=1), classes)
+        losses = objective(l2d, drawn(l2d, batch, generators(3), unroll))
+        losses.values.mean().backward()
+        found.append((losses.values, *(p.grad for p in l2d.path_parameters().values())))
+    everything, all_words, two = found
+    for one, other in zip(everything, all_words):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(everything[0], two[0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_sampling_reads_the_likeliest_words_of_every_prediction():
+    few, everything = make_l2d(**BOTH, **FEW), make_l2d(**BOTH)
+    states = few.read(make_ids()).last()
+    x = torch.randn(3, 1, 16)
+    for before in (None, 3 * torch.randn(3, 1, 258)):
+        logits = few.lm.logits(states.hidden) if before is None else before
+        # log p of the likeliest, and of no other
+        read = handed_on(logits, 3).log()
+        torch.testing.assert_close(few.predict(x, 0.5, None, states, before),
+                                   everything.predict(x, 0.5, None, states, read))
+        assert not torch.allclose(few.predict(x, 0.5, None, states, before),
+                                  everything.predict(x, 0.5, None, states, before), atol=1e-2)
+
+
+def test_few_words_keep_little_for_the_backward_pass(monkeypatch):
+    """No logits of all words: of the evaluations with a gradient, and of those without."""
+    monkeypatch.setattr("data.parts.log_p.LOGITS", 1 << 12)
+    sizes = []
+    for words in (None, 3):
+        l2d = make_l2d({**LLAMA, "vocab_size": 4096}, **BOTH, prediction_words=words).train()
+        batch = drawn(l2d, make_batch(make_ids(), make_ids(seed=1)), generators(3), unroll=6)
+        size, _ = saved_bytes(lambda: refined_losses(l2d, batch))
+        sizes.append(size)
+    logits = 4 * 30 * 4096
+    assert sizes[1] < sizes[0] - 3 * 3 * logits
+
+
 def test_without_targets_there_are_no_refined_losses():
-    l2d = make_l2d(**BOTH)
-    ids = make_ids()
-    batch = make_batch(ids, torch.full_like(ids, IGNORE))
-    losses = refined_losses(l2d, drawn(l2d, batch, generators(3), unroll=4))
-    assert [len(values) for values in losses[:3]] == [0, 0, 0]
+    for words in (None, 3):
+        l2d = make_l2d(**BOTH, prediction_words=words)
+        ids = make_ids()
+        batch = make_batch(ids, torch.full_like(ids, IGNORE))
+        losses = refined_losses(l2d, drawn(l2d, batch, generators(3), unroll=4))
+        assert [len(values) for values in losses[:3]] == [0, 0, 0]
 
 
 # --- the number of evaluations, and the EMA ---------------------------------------------------------
@@ -318,3 +378,15 @@ def test_of_the_embedded_topics_chains_alone_are_asked_again():
     model, _ = train.build_model(args, None, data.classes, data)
     names = [model.config.class_names[one] for one in model.config.asked_again]
     assert names == ["chains"]
+
+
+def test_a_path_of_a_real_model_reads_few_words_where_it_reads_any(base):
+    """The preset says how many; the embedded model's path reads them all."""
+    for words, few in ((["--objective=refine"], 32), ([], None),
+                       (["--objective=both", "--prediction_words=5"], 5),
+                       (["--objective=both", "--prediction_words=0"], None)):
+        args = train.parse(["--init_from", str(base), *words])
+        tokenizer = load_tokenizer(base, 258)
+        model, _ = train.build_model(args, None, (), Problems(tokenizer, "val"))
+        assert model.config.prediction_words == few
+    assert train.parse([]).prediction_words == 0

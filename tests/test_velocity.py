@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import assert_same, make_ids, make_l2d, path_logits
+from data.parts.layout import lay_out
 from data.parts.lora import LoRA
 from data.parts.modulation import MOST
 from diffusion import VelocityField
@@ -186,14 +187,16 @@ def test_modulation_is_made_once_for_each_time(monkeypatch):
     original = l2d.modulation
 
     def modulation(t, class_ids):
-        made.append(float(t[0]))
+        made.append(t.unique().tolist())
         return original(t, class_ids)
 
     monkeypatch.setattr(l2d, "modulation", modulation)
     for _ in range(2):
         l2d.time_table.at(0.5, None)
         l2d.time_table.at(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([0, 1, 2]))
-    assert made == [0.5, 0.25]
+        # all that are missing in one call
+        l2d.time_table.at(torch.tensor([0.1, 0.5, 0.3, 0.1]), None)
+    assert made == [[0.5], [0.25], [0.10000000149011612, 0.30000001192092896]]
 
 
 @torch.no_grad()
@@ -204,6 +207,10 @@ def test_the_table_of_times_is_bounded():
         l2d.time_table.at(t, None)
     # without the oldest
     assert list(l2d.time_table.cached) == times[10:]
+    # more at once than it holds
+    many = torch.rand(MOST + 3)
+    same_modulation(l2d.time_table.at(many, None), l2d.modulation(many[:, None]))
+    assert len(l2d.time_table.cached) == MOST
 
 
 @torch.no_grad()
@@ -237,6 +244,30 @@ def test_merged_lora_gives_the_same_logits_and_the_frozen_matrices_stay(family):
     # at t = 0 still the frozen model's bits
     assert torch.equal(field(0.0, x)[1], l2d.lm.logits(states.hidden))
     assert_same(dict(l2d.lm.named_parameters()), frozen)
+
+
+@torch.no_grad()
+def test_what_is_laid_out_for_sampling_computes_the_same(family):
+    l2d = make_l2d(family)
+    ids, x = make_ids(), torch.randn(3, 1, 16)
+    frozen = {name: p.clone() for name, p in l2d.lm.named_parameters()}
+    before = VelocityField(l2d, l2d.read(ids).last()).final_logits(x)
+    lay_out(l2d.lm)
+    l2d.merge_lora()
+    states = l2d.read(ids).last()
+    field = VelocityField(l2d, states)
+    close(field.final_logits(x), before)
+    assert torch.equal(field(0.0, x)[1], l2d.lm.logits(states.hidden))
+    # input by input in memory, all but what is looked up
+    inner = [p for name, p in l2d.lm.blocks.named_parameters() if p.dim() == 2]
+    for matrix in [*inner, l2d.lm.head_copy, *(adapter.merged for adapter in adapters(l2d))]:
+        assert matrix.T.is_contiguous()
+    assert l2d.lm.embed.weight.is_contiguous()
+    # a head that is not looked up is there once
+    tied = l2d.lm.config.tied
+    assert tied != (l2d.lm.head_copy.data_ptr() == l2d.lm.head.weight.data_ptr())
+    assert_same(dict(l2d.lm.named_parameters()), frozen)
+    assert l2d.lm.fingerprint() == make_l2d(family).lm.fingerprint()
 
 
 @torch.no_grad()

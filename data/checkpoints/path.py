@@ -26,7 +26,7 @@ OLD_TENSORS = {"merge": "time_gate", "from_guess": "from_prediction"}
 LARGEST = 1 << 16          # a larger width is a mistake and would take all memory
 # (low, high, kind) of check_range
 RANGES = {
-    **dict.fromkeys(("width", "cond_dim", "rank"), (1, LARGEST, int)),
+    **dict.fromkeys(("width", "cond_dim", "rank", "prediction_words"), (1, LARGEST, int)),
     "classes": (0, LARGEST, int),
     "sigma": (1e-6, 1e6),
     "alpha": (0, 1e6),
@@ -48,6 +48,7 @@ class L2DConfig:
     class_dropout: float = 0.2            # probability that training hides the class
     time_distribution: str = "uniform"    # of the training times, see data/parts/draws.py
     self_conditioning: bool = False       # the path reads its own previous prediction
+    prediction_words: int | None = None   # the likeliest, of which it reads; None: of all
     own_kv: bool = False                  # the path has keys and values of its own
     start: str = "paper"                  # one of STARTS
     without: str | None = None            # one of PARTS, for an ablation
@@ -60,12 +61,15 @@ class L2DConfig:
             choices(self.without, PARTS if self.start == "frozen" else (), "without")
         for name, limits in RANGES.items():
             value = getattr(self, name)
-            if value is not None or name not in ("sigma", "rank"):
+            if value is not None or name not in ("sigma", "rank", "prediction_words"):
                 check_range(name, value, *limits)
         for name in ("self_conditioning", "own_kv"):
             if getattr(self, name) and self.start != "frozen":
                 raise ValueError(f"{name} with start = {self.start!r} is not supported; "
                                  "allowed: start = 'frozen'")
+        if self.prediction_words and not self.self_conditioning:
+            raise ValueError(f"prediction_words = {self.prediction_words} without "
+                             "self_conditioning is not supported; allowed: None")
         if self.class_names is not None:
             check_class_names(self.class_names, self.classes)
         allowed = range(self.classes or 1)

@@ -16,7 +16,7 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 # --- presets: a flag always wins over them --------------------------------------------------------
 
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
-REFINEMENT = {"unroll": 12, "backprop": 3}
+REFINEMENT = {"unroll": 12, "backprop": 3, "prediction_words": 32}
 # the path of the paper, and the one from which a real model learns
 PAPER = {"start": "paper", "new_lr": 1.0, "objective": "paper", "own_kv": False, "ema": 0.0,
          **REFINEMENT}
@@ -42,7 +42,7 @@ PRESETS = {
     # the embedded model on the embedded topics, by our own objective
     "tiny": {
         **EMBEDDED, "updates": 2800, "eval_every": 700,
-        **FROZEN, "objective": "refine", "ema": 0.98,
+        **FROZEN, "objective": "refine", "ema": 0.98, "prediction_words": 0,
     },
     # the same by the paper's
     "tiny_paper": {**EMBEDDED, "updates": 2700, "eval_every": 450, **PAPER},
@@ -79,7 +79,8 @@ def fitting_preset(args) -> str:
 
 # flags that a resumed run cannot change
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
-            "own_kv", "self_conditioning", "start", "without", "new_lr", "objective", "seed")
+            "own_kv", "self_conditioning", "prediction_words", "start", "without", "new_lr",
+            "objective", "seed")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -111,6 +112,9 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
     add("--self_conditioning", action=switch,
         help="the path reads its own previous prediction (default: with our own objective)")
+    add("--prediction_words", type=int,
+        help="likeliest words of its prediction that the path reads; 0: all (default: 32, of the "
+             "embedded model all)")
     add("--start", choices=STARTS,
         help="what the path computes at first: nothing (paper), or what the frozen model does")
     add("--without", choices=PARTS, help="part of --start=frozen to leave out, for an ablation")
@@ -227,7 +231,7 @@ def check(args, given: dict):
         1: ("width", "cond_dim", "rank", "batch_size", "accumulate", "eval_every", "val_rows",
             "unroll", "backprop"),
         0: ("updates", "lr", "min_lr", "warmup", "weight_decay", "report", "clip", "ema",
-            "patience", "keep"),
+            "patience", "keep", "prediction_words"),
     }
     for least, names in at_least.items():
         for name in names:
@@ -235,7 +239,7 @@ def check(args, given: dict):
     # more is a mistake, which would take all memory or never end
     at_most = {
         1000: ("unroll", "backprop"),
-        LARGEST: ("width", "cond_dim", "rank", "report"),
+        LARGEST: ("width", "cond_dim", "rank", "report", "prediction_words"),
         10**9: ("updates", "warmup", "eval_every", "val_rows", "patience", "keep"),
     }
     for most, names in at_most.items():
@@ -262,8 +266,9 @@ def check(args, given: dict):
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
         (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "self_conditioning",
-          "start", "without", "new_lr", "objective", "unroll", "backprop", "keep"), l2d,
-         "--method=l2d"),
+          "prediction_words", "start", "without", "new_lr", "objective", "unroll", "backprop",
+          "keep"), l2d, "--method=l2d"),
+        (("prediction_words",), args.self_conditioning, "--self_conditioning"),
         (("self_conditioning",), args.objective == "paper" or args.self_conditioning,
          "--objective=paper: our own has it always"),
         (("dtype",), args.method in ("l2d", "lora"), "--method=l2d or lora"),

@@ -2,8 +2,10 @@
 
     positions    rotary angles, positions and masks of padded and packed rows
     kv_cache     keys and values of all tokens so far
+    layout       the order of matrices in memory, for products with few rows
     lora         low-rank corrections of frozen matrices
     log_p        log p under a large vocabulary in little memory
+    prediction   what one evaluation hands on to the next: all words or the likeliest
     modulation   what a path does at a time, computed once
     draws        random times, noise, schedules and tokens, a generator a row; class ids
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.parts.layout import by_inputs
+
 
 class LoRA(nn.Module):
     """A frozen Linear plus a trainable low-rank correction (Hu et al. 2021).
@@ -46,7 +48,7 @@ def merge_lora(module: nn.Module, on: bool):
     """
     for inside in module.modules():
         if isinstance(inside, LoRA):
-            inside.merged = inside.sum() if on else None
+            inside.merged = by_inputs(inside.sum()) if on else None
 
 
 def adapt(frozen: nn.Linear | None, rank: int | None, alpha: float):

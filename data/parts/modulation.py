@@ -32,22 +32,26 @@ class TimeTable:
             # every sequence is at a time of its own
             times = t.tolist()
             classes = class_ids.expand(len(times)).tolist()
-            rows = [[part[c] for part in self.row(time)] for time, c in zip(times, classes)]
+            rows = [[part[c] for part in row] for row, c in zip(self.rows(times), classes)]
             parts = [torch.stack(values) for values in zip(*rows)]
         else:
-            parts = [part[class_ids] for part in self.row(t)]
+            parts = [part[class_ids] for part in self.rows([t])[0]]
         blocks, *others = [part[:, None] for part in parts]             # (n, 1, L, 6·C), (n, 1, C)
         return Modulation(blocks.unbind(2), *others)
 
-    def row(self, time: float):
-        """At one time, for each of K classes and for none: (K + 1, L, 6·C), (K + 1, C) each."""
-        if time not in self.cached:
+    def rows(self, times: list) -> list:
+        """At each time, for each of K classes and for none: (K + 1, L, 6·C), (K + 1, C) each."""
+        missing = [time for time in dict.fromkeys(times) if time not in self.cached]
+        if missing:
+            # in one call, which reads the large layers once
             classes = torch.arange(self.l2d.config.classes + 1, device=self.l2d.to_z.weight.device)
-            times = torch.full_like(classes, time, dtype=torch.float32)
-            made = self.l2d.modulation(times, classes)
-            if len(self.cached) >= MOST:
-                # the oldest
-                del self.cached[next(iter(self.cached))]
-            parts = torch.stack(made.blocks, dim=1), made.w_d, made.gate
-            self.cached[time] = [part for part in parts if part is not None]
-        return self.cached[time]
+            t = torch.tensor(missing, device=classes.device).repeat_interleave(len(classes))
+            made = self.l2d.modulation(t, classes.repeat(len(missing)))
+            parts = [torch.stack(made.blocks, dim=1), made.w_d, made.gate]
+            parts = [part.split(len(classes)) for part in parts if part is not None]
+            self.cached.update(zip(missing, zip(*parts)))
+        found = [self.cached[time] for time in times]
+        # the oldest
+        for time in list(self.cached)[:-MOST]:
+            del self.cached[time]
+        return found

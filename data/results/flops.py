@@ -41,8 +41,10 @@ def evaluation_flops(model, length: int, settings) -> int:
         # keys and values are cached: the path multiplies by neither K nor V
         total += path_flops(block.q, block.o, block.mlp)
     if model.config.self_conditioning:
-        # p @ E of the previous prediction
-        total += 2 * config.vocab_size * config.hidden_size + matrix_flops(model.from_prediction)
+        total += matrix_flops(model.from_prediction)
+        # p @ E of the previous prediction; of a few words it is a look-up
+        if model.config.prediction_words is None:
+            total += 2 * config.vocab_size * config.hidden_size
     # p @ V; argmax looks up one row instead
     if settings.estimate == "average":
         total += 2 * config.vocab_size * model.config.width

@@ -164,7 +164,8 @@ def add_model_flags(add):
     """The flags of loading a model; add: the add_argument of a parser."""
     add("--base", help="directory of the path's frozen model, if it has moved since training")
     add("--merge_lora", "--fold_lora", action=argparse.BooleanOptionalAction, default=True,
-        help="the path's LoRA added into copies of its matrices: faster, more memory")
+        help="copies of matrices for sampling, of the head and with the LoRA added: faster, more "
+             "memory")
     add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--dtype", choices=("float32", "bfloat16"), help="type of the frozen weights")
     add("--cache_dir", help="directory of downloaded models")

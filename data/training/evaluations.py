@@ -11,6 +11,7 @@ import torch
 
 from data.checkpoints.path import L2DConfig
 from data.parts.draws import RowDraws, check_classes, draw_schedule, draw_times, drop_classes
+from data.parts.prediction import Prediction
 from data.training.batches import Batch
 
 
@@ -77,7 +78,8 @@ def find_asked_again(l2d, batch: Batch, calls: int) -> list:
     wrong = logits.argmax(-1) != targets.y
     found = torch.zeros_like(wrong)
     for _ in range(calls):
-        logits = l2d.lm.logits(l2d.last_hidden(x, t, modulation, states, logits))
+        before = Prediction.of(logits, l2d.config.prediction_words)
+        logits = l2d.lm.logits(l2d.last_hidden(x, t, modulation, states, before))
         found |= logits.argmax(-1) == targets.y
     ids = torch.zeros_like(targets.y) if targets.class_ids is None else targets.class_ids
     return [one for one in ids.unique().tolist()
