@@ -453,11 +453,11 @@ def test_data_without_classes_leave_none_of_earlier_data(tmp_path, run):
     assert files.classes == () and len(files[0]) == 3
 
 
-@pytest.mark.parametrize("column", ["class", "category"])
-@pytest.mark.parametrize("value, shown", [
-    (True, "True"), (1.5, "1.5"), (" ", "' '"), ([], "[]"), ({"a": 1}, "{'a': 1}")])
+@pytest.mark.parametrize("column, value, shown", [
+    ("class", True, "True"), ("class", 1.5, "1.5"), ("class", " ", "' '"), ("class", [], "[]"),
+    ("class", {"a": 1}, "{'a': 1}"), ("category", ["planning"], "['planning']")])
 def test_a_class_of_another_kind_is_malformed(tmp_path, run, capsys, value, shown, column):
-    rows = [{"text": "fine"}] * 10 + [{"text": "fine", column: value}]
+    rows = [{"text": "fine", "category": ""}] * 10 + [{"text": "fine", column: value}]
     assert run(rows, tmp_path / "out", "--val_fraction=0") == 0
     expected = f"line 11: has {column} {shown}; allowed: a name, or an integer"
     assert expected in capsys.readouterr().out

@@ -67,7 +67,9 @@ def parse_row(line):
         # by type: to Python True is an integer
         if type(name) is int:
             name = str(name)
-        if name is not None and not (isinstance(name, str) and name.strip()):
+        # an empty category is none; an empty class would be a mistake
+        known = isinstance(name, str) and (name.strip() or column == "category")
+        if name is not None and not known:
             raise ValueError(f"has {column} {repr(name)[:60]}; allowed: a name, or an integer")
         names.append(name)
     conversation, read = find_conversation(row)
