@@ -234,8 +234,7 @@ def test_kinds_of_rows(tmp_path, run):
 def test_raw_rows_are_exactly_as_they_are_written(tmp_path, run):
     rows = [{"prompt": "The capital of Italy is", "response": " Rome"}]
     run(rows, tmp_path / "out", "--val_fraction=0", "--style=raw")
-    text = "<s>The capital of Italy is Rome<|eot_id|>"
-    assert examples_of(tmp_path / "out", "train") == [(text, " Rome<|eot_id|>")]
+    assert examples_of(tmp_path / "out", "train") == [("<s>The capital of Italy is Rome", " Rome")]
 
 
 def test_a_system_prompt_in_a_column_begins_the_conversation(tmp_path, run):

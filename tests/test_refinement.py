@@ -237,8 +237,9 @@ def test_a_class_is_asked_again_if_most_of_its_first_mistakes_are_right_at_some_
     logits = iter(F.one_hot(answers, 2).float())
     states = SimpleNamespace(hidden=torch.zeros(4, 2), at=lambda index: states)
     l2d = SimpleNamespace(
-        config=SimpleNamespace(width=3), lm=SimpleNamespace(logits=lambda hidden: next(logits)),
-        read=lambda *_: states, modulation=lambda t: None, last_hidden=lambda *_: None)
+        config=SimpleNamespace(width=3, prediction_words=None),
+        lm=SimpleNamespace(logits=lambda hidden: next(logits)), read=lambda *_: states,
+        modulation=lambda t: None, last_hidden=lambda *_: None)
     targets = Targets(None, torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, 1, 1]))
     assert find_asked_again(l2d, Batch(None, None, targets), 2) == [0]
 

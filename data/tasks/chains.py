@@ -32,7 +32,7 @@ class Chains(Sums):
     name = "chains"
     levels = {"test": LEVELS + UNSEEN, "train": LEVELS}
     shots = {"chat": 0, "plain": 0}
-    max_new_tokens = 4
+    max_new_tokens = 1      # a name
 
     def load(self, folder: Path | None = None) -> list:
         """Test problems, then training problems, always the same; the folder is not read."""
@@ -83,7 +83,7 @@ class Hops(Chains):
     """The next three names of a chain, which may end with them or go on."""
     name = "hops"
     levels = {"test": (3, 4, 5), "train": (3, 4, 5)}
-    max_new_tokens = 8
+    max_new_tokens = 3
 
     def answer(self, following: list) -> str:
         return " ".join(following[:3])

@@ -162,14 +162,11 @@ def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> l
 
 
 def render_raw(messages: list[dict], add_generation_prompt: bool = False) -> list[Piece]:
-    """Prompts and answers as they are written: " Rome" follows "The capital of Italy is"."""
-    pieces = [Piece("bos", special=True)]
-    for message in messages:
-        answer = message["role"] == "assistant"
-        pieces.append(Piece(message["content"], response=answer))
-        if answer:
-            pieces.append(Piece("eos", special=True, response=True))
-    return pieces
+    """Prompts and answers as they are written, and no end: " Rome" after "The capital of Italy is".
+    """
+    return [Piece("bos", special=True),
+            *[Piece(message["content"], response=message["role"] == "assistant")
+              for message in messages]]
 
 
 def render_text(text) -> list[Piece]:
