@@ -6,7 +6,7 @@ import torch
 import train
 from data.checkpoints.hub import resolve
 from conftest import exit_status
-from data.experiments import finetune, harness, headline, untrained
+from data.experiments import finetune, forms, harness, headline, untrained
 from data.results import figures
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
@@ -53,8 +53,32 @@ def test_the_command_prints_a_row_for_every_level(capsys):
         assert sum(line.startswith(name) for line in lines) == 1
 
 
+@pytest.mark.parametrize("places, chains", forms.SHAPES)
+def test_a_map_of_another_size_has_its_places_and_chains(places, chains):
+    for level in (1, 8):
+        text, start = forms.problem_of(level, 3, places, chains)[0].split(";")
+        following = dict(text.split())
+        # a chain of one place has no pair
+        ends = set(following.values()) - set(following)
+        assert len(ends) <= chains and len(following) == places - chains
+        for _ in range(level):
+            start = following[start]
+        assert start == forms.problem_of(level, 3, places, chains)[1] in ends
+
+
+def test_every_form_has_a_row(capsys, monkeypatch):
+    monkeypatch.setattr(forms, "STEPS", (0, 8))
+    monkeypatch.setattr(forms, "SHAPES", ((12, 4),))
+    forms.main(["--problems=1"])
+    first, trained, *others = capsys.readouterr().out.splitlines()
+    assert first.split() == ["steps", "0", "8"] and len(others) == len(forms.TEXTS)
+    # the path brings what it brings elsewhere
+    assert float(trained.split()[-1]) >= 75 > 30 > float(trained.split()[-2])
+
+
 @pytest.mark.parametrize("main, flags, words", [
     (untrained.main, ["--problems=0"], "--problems = 0 is out of range"),
+    (forms.main, ["--problems=0"], "--problems = 0 is out of range"),
     (headline.main, ["--print", "--seeds=1"], "--print shows all results"),
     (headline.main, ["--print"], "holds no results"),
     (headline.main, ["--lr=-1"], "--lr = -1.0 is out of range"),
