@@ -283,7 +283,9 @@ def test_log_p_of_a_bfloat16_model_is_float32():
     assert hidden.grad.dtype == torch.bfloat16
 
 
-def test_no_piece_holds_more_logits_than_allowed(monkeypatch):
+@pytest.fixture
+def sizes(monkeypatch):
+    """The number of rows of every product with the head, in their order."""
     sizes = []
     plain = F.linear
 
@@ -291,28 +293,24 @@ def test_no_piece_holds_more_logits_than_allowed(monkeypatch):
         sizes.append(len(x))
         return plain(x, *rest)
 
-    monkeypatch.setattr("data.parts.log_p.LOGITS", 5 * 258)
     monkeypatch.setattr(F, "linear", counted)
+    return sizes
+
+
+def test_no_piece_holds_more_logits_than_allowed(monkeypatch, sizes):
+    monkeypatch.setattr("data.parts.log_p.LOGITS", 5 * 258)
     make_lm().log_p(torch.randn(24, 32), torch.arange(24))
     assert sizes == [5, 5, 5, 5, 4]
 
 
-def test_of_one_piece_the_logits_are_made_once_and_the_gradient_is_the_same(monkeypatch):
-    made = []
-    plain = F.linear
-
-    def counted(x, *rest):
-        made.append(len(x))
-        return plain(x, *rest)
-
-    monkeypatch.setattr(F, "linear", counted)
+def test_of_one_piece_the_logits_are_made_once_and_the_gradient_is_the_same(sizes):
     lm = make_lm()
     hidden, targets = torch.randn(24, 32), torch.arange(24)
     weights = torch.rand(24, generator=generator(2))
     (weights * lm.log_p(hidden, targets)).sum().backward()
-    assert made == [24]
+    assert sizes == [24]
     again = head_gradient(weights[:, None], lm.ln_f(hidden), lm.head.weight, targets)
-    assert made == [24, 24]
+    assert sizes == [24, 24]
     assert torch.equal(lm.head.weight.grad, again)
 
 

@@ -18,7 +18,6 @@ from data.results.records import read_lines
 from data.system.command import check_range, command, flag_parser, given_flags, refuse_idle
 from data.system.disk import appearing, present, read_json, sha256_of, write_json
 from data.tasks import TASKS
-from data.tasks.chains import Chains
 from data.tasks.files import find_folder
 from data.tasks.task import of_split
 from solvers import FIXED, SOLVERS
@@ -42,17 +41,12 @@ METHODS = {
 }
 
 
-def style(task) -> str:
-    """Of the prompts; those of chains must end with a name."""
-    return "plain" if isinstance(task, Chains) else "chat"
-
-
 def conversations(task, folder: Path) -> str:
     """The training questions and answers, without worked examples: lines of JSON."""
     lines = []
     for problem in of_split(task.load(folder), "train"):
-        prompt = task.prompt(problem, [], style(task))
-        if style(task) == "plain":
+        prompt = task.prompt(problem, [], task.trained_style)
+        if task.trained_style == "plain":
             row = {"prompt": prompt, "response": task.between + problem["answer"]}
         else:
             row = {"messages": [*prompt, {"role": "assistant", "content": problem["answer"]}]}
@@ -150,11 +144,11 @@ def main(argv=None):
         # a row holds several questions
         run("-m", "data.text.chat", rows, f"--tokenizer={init_from}", f"--out_dir={data}",
             "--block_size=256", "--val_fraction=0.1",
-            *(["--style=raw"] if style(task) == "plain" else []))
+            *(["--style=raw"] if task.trained_style == "plain" else []))
     for name, words in trainings.items():
         train_once(out_dir / name, *words)
     for method in args.methods if not args.sweep else []:
-        words = ["--temperatures", "0", "1", "--shots=0", f"--style={style(task)}",
+        words = ["--temperatures", "0", "1", "--shots=0", f"--style={task.trained_style}",
                  f"--limit={args.limit}"]
         if args.data_dir:
             words.append(f"--data_dir={Path(args.data_dir).absolute()}")

@@ -14,7 +14,7 @@ import torch
 from data.results.statistics import mean
 from data.system.command import check_range, command, flag_parser
 from data.text.answer import Stop
-from data.tiny.topics import CLASSES, LETTERS, LEVELS, cut_chains, draw_map, make_problem
+from data.tiny.topics import CLASSES, LETTERS, LEVELS, chains_problem, make_problem
 from sample import Settings, generate, load_model
 
 STEPS = (0, 2, 8, 16)
@@ -32,10 +32,8 @@ SHAPES = ((12, 4), (20, 4), (16, 2), (16, 6))
 def problem_of(level: int, index: int, places: int, chains: int) -> tuple:
     """(prompt, answer) on a map of another size."""
     rng = random.Random(f"forms/{level}/{index}/{places}/{chains}")
-    first = rng.randint(level + 1, places - (chains - 1))
-    cuts = sorted(rng.sample(range(first + 1, places), chains - 2))
-    drawn = cut_chains(rng.sample(LETTERS[:places], places), [first, *cuts])
-    return f"{draw_map(rng, drawn, ends=False)};{drawn[0][-1 - level]}", drawn[0][-1]
+    *_, prompt, answer = chains_problem(rng, level, LETTERS[:places], chains)
+    return prompt, answer
 
 
 def measure(model, tokenizer, problems: list):

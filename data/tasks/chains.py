@@ -32,6 +32,7 @@ class Chains(Sums):
     name = "chains"
     levels = {"test": LEVELS + UNSEEN, "train": LEVELS}
     shots = {"chat": 0, "plain": 0}
+    trained_style = "plain"     # nothing may stand behind the name
     max_new_tokens = 1      # a name
 
     def load(self, folder: Path | None = None) -> list:

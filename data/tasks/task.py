@@ -3,6 +3,7 @@
     name, folder       its name, and the folder of its files, "" if it has none
     kind               "text", "letters" (multiple choice) or "code"
     shots              style -> worked examples in a prompt
+    trained_style      style of a finetuning's prompts
     max_new_tokens     longest answer, unless --max_new_tokens is given
     stops              style -> texts that end an answer
     load               the rows of its files as problems, each with an id
@@ -20,6 +21,7 @@ def of_split(problems: list, split: str) -> list:
 
 class Task:
     """The common part of the benchmarks."""
+    trained_style = "chat"
     solution = "answer"     # key of a problem's reference solution
     between = " "           # the text between a question and its answer in a plain prompt
 

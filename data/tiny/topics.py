@@ -62,12 +62,12 @@ PLACES = "abcdefghijklmnop"      # the letters of a map
 CHAINS = 4                       # in a map
 
 
-def make_map(rng, longest: int) -> list:
-    """Chains of places that cover all of PLACES; the first has at least `longest` of them."""
-    first = rng.randint(longest, len(PLACES) - (CHAINS - 1))
+def make_map(rng, longest: int, places: str = PLACES, count: int = CHAINS) -> list:
+    """Chains, `count` of them, that cover all places; the first has at least `longest`."""
+    first = rng.randint(longest, len(places) - (count - 1))
     # the others: where the remaining places are cut
-    cuts = sorted(rng.sample(range(first + 1, len(PLACES)), CHAINS - 2))
-    return cut_chains(rng.sample(PLACES, len(PLACES)), [first, *cuts])
+    cuts = sorted(rng.sample(range(first + 1, len(places)), count - 2))
+    return cut_chains(rng.sample(places, len(places)), [first, *cuts])
 
 
 def cut_chains(places: list, cuts: list) -> list:
@@ -93,13 +93,13 @@ def draw_map(rng, chains: list, ends: bool) -> str:
 # Each maker returns (what identifies the question, label, prompt, response). The first decides the
 # split, so it leaves out what may differ between two askings of one question.
 
-def chains_problem(rng, level: int):
+def chains_problem(rng, level: int, places: str = PLACES, count: int = CHAINS):
     """The end of the chain that a place is on, `level` hops away.
 
     Nothing marks the end: no pair begins with it. The base goes one hop, and does not know where
     to stop.
     """
-    chains = make_map(rng, level + 1)
+    chains = make_map(rng, level + 1, places, count)
     place = chains[0][-1 - level]
     text = draw_map(rng, chains, ends=False)
     # the same map in another order is the same question
