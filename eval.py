@@ -6,12 +6,10 @@
     python eval.py --task text --init_from=DIR --data=DATA --steps 1 4
     python eval.py --regrade out-gsm8k/records.jsonl --out again.jsonl
 
-For every kind of problem of the embedded task: accuracy with its 95 % Wilson interval for the
-frozen model, for each number of steps of the fixed solvers and for the adaptive one, greedy and at
-temperature 1; NFE, seconds and arithmetic per token; the evaluations that adaptive solvers spend on
-each level; tokens that extra steps fixed and broke, and calibration; guidance. For a benchmark:
-every answer on a line as it comes, and their table. For held-out text: nats per token that counts.
-First the two loops, then what they call. The tasks are in data/tasks/. Read train.py first.
+The embedded topics: accuracy with its 95 % Wilson interval, NFE, seconds and arithmetic a token of
+the frozen model, fixed and adaptive solvers; tokens that more steps fixed and broke; calibration;
+guidance. A benchmark: every answer on a line as it comes, and their table. Held-out text: nats per
+token that counts. First the two loops, then what they call. The tasks are in data/tasks/.
 """
 
 import argparse
@@ -287,19 +285,20 @@ def measure_topics(model, tokenizer, task, args, columns: list):
 # --- held-out text --------------------------------------------------------------------------------
 
 def text_nats(model, rows: list, settings: Settings, draws: int, batch_size: int, seed: int):
-    """(nats, number of counted tokens, NFE) of every row, three tensors (rows,)."""
-    found = torch.zeros(3, len(rows), dtype=torch.float64)
+    """(nats, entropy, NFE, number of counted tokens) of every row, four tensors (rows,)."""
+    found = torch.zeros(4, len(rows), dtype=torch.float64)
     # short ones first: a batch is as long as its longest row
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
     for at in tqdm(range(0, len(rows), batch_size), disable=None, desc="text"):
         numbers = order[at:at + batch_size]
         batch = collate([rows[number] for number in numbers]).to(next(model.parameters()).device)
-        y = batch.targets.y
         # from the row's number: neither its batch nor its neighbours change its noise
         seeds = [seed + number for number in numbers]
         log_p, nfe = forced_log_p(model, batch, settings, seeds, draws)
-        nats = -log_p.gather(1, y[:, None])[:, 0]
-        of_tokens = torch.stack((nats, torch.ones_like(nats), nfe)).double().cpu()
+        log_p = (log_p / settings.temperature).log_softmax(-1)          # (N, V)
+        nats = -log_p.gather(1, batch.targets.y[:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        of_tokens = torch.stack((nats, entropy, nfe, torch.ones_like(nats))).double().cpu()
         found.index_add_(1, torch.tensor(numbers)[batch.targets.index[0].cpu()], of_tokens)
     return found
 
@@ -310,16 +309,17 @@ def measure_text(model, tokenizer, task, args, columns: list):
     rows = task.rows(args.data, tokenizer, args.limit)
     if not knows_classes(model, task):
         rows = [row[:3] for row in rows]
-    table = []
+    table, frozen = [], {}
     for column in columns:
         begun = time.perf_counter()
-        nats, counts, nfe = text_nats(
+        nats, entropy, nfe, counts = text_nats(
             model, rows, column.settings, args.draws, args.batch_size, args.seed)
-        if column.kind == "frozen":
-            frozen = nats
+        # of every temperature the frozen model is the first
+        gain = frozen.setdefault(column.settings.temperature, nats) - nats
         table.append({"column": column.name, "settings": asdict(column.settings),
                       "examples": len(rows), "tokens": int(counts.sum()),
-                      "nats": ratio(nats, counts), "gain": ratio(frozen - nats, counts),
+                      "nats": ratio(nats, counts), "gain": ratio(gain, counts),
+                      "entropy": float(entropy.sum() / counts.sum()),
                       "nfe_per_token": float(nfe.sum() / counts.sum()),
                       "seconds": time.perf_counter() - begun})
     print_text(table)

@@ -818,8 +818,9 @@ def test_the_lora_of_the_finetune_has_as_many_parameters_as_its_paths():
         assert trained(finetune.METHODS[name]) == pytest.approx(lora, rel=0.05), name
 
 
-def test_a_finetune_trains_and_measures_each_method_once(
-        models, data_dir, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def commands(monkeypatch) -> list:
+    """The commands that a finetune would run; a training leaves a log."""
     commands = []
 
     def note(*words):
@@ -834,8 +835,28 @@ def test_a_finetune_trains_and_measures_each_method_once(
             (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
     monkeypatch.setattr(finetune, "run", note)
     monkeypatch.setattr(headline, "run", note)
+    return commands
+
+
+def test_a_finetune_on_arc_is_of_the_options_texts_and_names_the_harness(
+        models, data_dir, tmp_path, commands, capsys):
     flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
-             "--updates=3", "--task=arc_easy", "--methods", "frozen", "lora"]
+             "--task=arc_easy", "--methods", "lora"]
+    assert exit_status(finetune.main, [*flags, "--limit=3"]) == 2
+    assert "--limit would do nothing" in capsys.readouterr().err
+    assert exit_status(finetune.main, flags) == 0
+    assert [words[0] for words in commands] == ["-m", "train.py"]
+    assert "--style=raw" in commands[0]
+    rows = [json.loads(line) for line in (tmp_path / "o" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert rows[0] == {"prompt": "Question: the 0?\nAnswer:", "response": " b"}
+    assert "data.experiments.harness --tasks arc_easy" in capsys.readouterr().out
+
+
+def test_a_finetune_trains_and_measures_each_method_once(
+        models, data_dir, tmp_path, commands, monkeypatch, capsys):
+    flags = [f"--init_from={models[0]}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'o'}",
+             "--updates=3", "--task=gsm8k", "--methods", "frozen", "lora"]
     assert exit_status(finetune.main, flags) == 0
     assert [words[0] for words in commands] == ["-m", "train.py", "train.py", "eval.py", "eval.py"]
     assert "--method=l2d" in commands[1] and "--method=lora" in commands[2]
@@ -843,9 +864,9 @@ def test_a_finetune_trains_and_measures_each_method_once(
     assert "the same before and after: True" in text
     assert "lora           held-out loss 2.000 -> 1.500, 3 s" in text
     rows = [json.loads(line) for line in (tmp_path / "o" / "train.jsonl").read_text().splitlines()]
-    assert len(rows) == 4
+    assert len(rows) == 6
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
-    assert rows[0]["messages"][1]["content"] == "B"
+    assert rows[0]["messages"][1]["content"] == "0 and 1\n#### 1"
     # a finished method is not trained again
     commands.clear()
     (tmp_path / "o" / "data" / "meta.json").write_text("{}")

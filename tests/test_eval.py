@@ -296,7 +296,8 @@ def test_nats_of_held_out_text_are_those_of_each_token_alone(tiny, text_dir, tmp
 @pytest.mark.parametrize("words, message", [
     ([], "--task text needs --data=DIR"),
     (["--data=DIR", "--shots=2"], "--shots"),
-    (["--data=DIR", "--temperatures", "1"], "--temperatures"),
+    (["--data=DIR", "--temperatures", "0"], "--temperatures = 0.0 is out of range; allowed: 0.01"),
+    (["--data=DIR", "--steps=0", "--seed=1"], "--seed"),
     (["--data=DIR", "--problems=4"], "--problems"),
 ])
 def test_text_refuses_what_would_do_nothing(text_dir, words, message, tmp_path, capsys):
@@ -304,6 +305,28 @@ def test_text_refuses_what_would_do_nothing(text_dir, words, message, tmp_path, 
     words += ["--task=text", f"--out={tmp_path / 'x.json'}"]
     assert exit_status(evaluation.main, words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_text_at_a_lower_temperature_is_of_the_sharpened_probabilities(tiny, text_dir, tmp_path):
+    out = tmp_path / "a.json"
+    measured(text_dir, out, "--steps", "1", "--draws=1", "--temperatures", "1", "0.5")
+    table = json.loads(out.read_text())["text"]
+    assert [(row["column"], row["settings"]["temperature"]) for row in table] == [
+        ("frozen", 1), ("euler 1", 1), ("frozen", 0.5), ("euler 1", 0.5)]
+    model, tokenizer = tiny
+    nats = entropy = tokens = 0
+    with torch.no_grad():
+        for ids, mask, *_ in TASKS["text"].rows(str(text_dir), tokenizer, None):
+            p = model.lm(torch.tensor(ids[None])).softmax(-1)[0] ** 2
+            p /= p.sum(-1, keepdim=True)
+            for k in (k for k in range(1, len(ids)) if mask[k]):
+                nats -= float(p[k - 1, ids[k]].log())
+                entropy -= float(torch.xlogy(p[k - 1], p[k - 1]).sum())
+                tokens += 1
+    assert table[2]["nats"][0] == pytest.approx(nats / tokens, rel=1e-3)
+    assert table[2]["entropy"] == pytest.approx(entropy / tokens, rel=1e-3)
+    assert table[2]["gain"] == [0, 0, 0]
+    assert table[2]["entropy"] < table[0]["entropy"]
 
 
 @torch.no_grad()

@@ -42,16 +42,9 @@ METHODS = {
 
 
 def conversations(task, folder: Path) -> str:
-    """The training questions and answers, without worked examples: lines of JSON."""
-    lines = []
-    for problem in of_split(task.load(folder), "train"):
-        prompt = task.prompt(problem, [], task.trained_style)
-        if task.trained_style == "plain":
-            row = {"prompt": prompt, "response": task.between + problem["answer"]}
-        else:
-            row = {"messages": [*prompt, {"role": "assistant", "content": problem["answer"]}]}
-        lines.append(json.dumps(row) + "\n")
-    return "".join(lines)
+    """The training questions and their answers: lines of JSON."""
+    return "".join(json.dumps(task.conversation(problem)) + "\n"
+                   for problem in of_split(task.load(folder), "train"))
 
 
 def show_losses(out_dir: Path, methods: list):
@@ -70,9 +63,10 @@ def check(args, given: dict, task):
     check_range("--limit", args.limit, 1)
     check_range("--steps", min(args.steps), 1)
     path = any("--method=l2d" in METHODS[method] for method in args.methods)
+    answers = not args.sweep and task.kind != "letters"
     refuse_idle(given, [
         (("data_dir",), task.folder, "a task that is read from files"),
-        (("limit", "steps", "solvers"), not args.sweep, "answers, which --sweep leaves out"),
+        (("limit", "steps", "solvers"), answers, "answers, which --sweep and ARC leave out"),
         (("steps", "solvers"), path, "a method that trains a path"),
         (("steps",), set(args.solvers) & set(FIXED), "a fixed solver"),
         (("dtype",), args.methods != ["full"], "another method than full"),
@@ -147,7 +141,8 @@ def main(argv=None):
             *(["--style=raw"] if task.trained_style == "plain" else []))
     for name, words in trainings.items():
         train_once(out_dir / name, *words)
-    for method in args.methods if not args.sweep else []:
+    # options are compared as texts by the harness alone
+    for method in args.methods if not args.sweep and task.kind != "letters" else []:
         words = ["--temperatures", "0", "1", "--shots=0", f"--style={task.trained_style}",
                  f"--limit={args.limit}"]
         if args.data_dir:
@@ -160,6 +155,9 @@ def main(argv=None):
         # if records exist, eval.py continues them
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
             f"--out={out_dir / f'eval-{method}'}", *words, *precision)
+    if task.kind == "letters":
+        print(f"accuracy: python -m data.experiments.harness --tasks {args.task} "
+              f"--init_from={out_dir}/METHOD --steps 4")
     show_losses(out_dir, list(trainings))
     after = sha256_of(weights)
     print("the base's file is the same before and after:", before == after, before)

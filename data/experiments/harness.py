@@ -98,9 +98,11 @@ class Adapter(HarnessLM):
                         log_p = float(mean_p[token].clamp_min(1e-38).log())
                         found[place] = log_p, int(mean_p.argmax()) == token
                         bar.update()
-            for place, pair in enumerate(pairs):
-                if found[place] is None:
-                    found[place] = self.score(*pair)
+            others = [place for place, result in enumerate(found) if result is None]
+            for at in range(0, len(others), self.size):
+                places = others[at:at + self.size]
+                for place, result in zip(places, self.score([pairs[place] for place in places])):
+                    found[place] = result
                     bar.update()
         return found
 
@@ -115,18 +117,22 @@ class Adapter(HarnessLM):
         return before[-(self.room - 1):], whole[len(before):]
 
     @torch.no_grad()
-    def score(self, context: list, rest: list) -> tuple:
+    def score(self, pairs: list) -> list:
         """(log p, is it the greedy one?) of several tokens, each behind all before it."""
-        ids = (context + rest)[-(self.room + 1):]
-        mask = [0] * (len(ids) - len(rest)) + [1] * len(rest)
-        # one document
-        row = (ids, mask, [1] * len(ids))
-        batch = collate([row]).to(next(self.model.parameters()).device)
-        y = batch.targets.y                                             # (N,)
-        seed = zlib.crc32(repr(ids).encode())
-        log_p, _ = forced_log_p(self.model, batch, self.settings, [seed], self.draws)
-        of_y = log_p.gather(1, y[:, None])
-        return float(of_y.sum()), bool((log_p.argmax(-1) == y).all())
+        texts = [(context + rest)[-(self.room + 1):] for context, rest in pairs]
+        rows = []
+        for ids, (_, rest) in zip(texts, pairs):
+            mask = [0] * (len(ids) - len(rest)) + [1] * len(rest)
+            # one document
+            rows.append((ids, mask, [1] * len(ids)))
+        batch = collate(rows).to(next(self.model.parameters()).device)
+        seeds = [zlib.crc32(repr(ids).encode()) for ids in texts]
+        log_p, _ = forced_log_p(self.model, batch, self.settings, seeds, self.draws)
+        y, (row, _) = batch.targets.y, batch.targets.index              # (N,) each
+        of_y = log_p.gather(1, y[:, None])[:, 0]
+        greedy = log_p.argmax(-1) == y
+        return [(float(of_y[row == number].sum()), bool(greedy[row == number].all()))
+                for number in range(len(rows))]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list:
         """log p of whole texts, in windows of all positions that do not overlap."""
@@ -136,7 +142,7 @@ class Adapter(HarnessLM):
             start = [self.tokens.bos_id if self.tokens.bos_id is not None else self.tokens.eos_id]
             ids = ids if ids[:1] == start else start + ids
             windows = [ids[at:at + self.room + 1] for at in range(0, len(ids) - 1, self.room)]
-            found.append(sum(self.score(window[:1], window[1:])[0] for window in windows))
+            found.append(sum(self.score([(window[:1], window[1:])])[0][0] for window in windows))
         return found
 
     # --- text to ids ------------------------------------------------------------------------------

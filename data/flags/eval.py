@@ -40,7 +40,8 @@ def eval_flags(description, tasks, default, solvers, estimates) -> argparse.Argu
         help="noises whose probabilities are averaged: for the calibration (default: 4), "
              "or for the letters of multiple choice (default: 8)")
     add("--temperatures", type=float, nargs="+",
-        help="temperatures for choosing the token; 0: greedy (default: 0 1, for benchmarks 0)")
+        help="temperatures for choosing the token; 0: greedy, not for text "
+             "(default: 0 1, for benchmarks 0, for text 1)")
     add("--guidance", type=float, nargs="+",
         help="guidance weights to compare; on the embedded topics where the class matters "
              "(default: 0 1 1.5 2 3, for benchmarks 1)")
@@ -93,7 +94,7 @@ def fill_defaults(args):
                     "temperatures": [0.0, 1.0], "guidance": [0, 1, 1.5, 2, 3],
                     "stop_unchanged": 2, "draws": 4, "out": "eval.json"}
     elif args.task == "text":
-        defaults = {"steps": [1, 2, 4, 8], "solvers": ["euler"], "temperatures": [0.0],
+        defaults = {"steps": [1, 2, 4, 8], "solvers": ["euler"], "temperatures": [1.0],
                     "guidance": [1], "stop_unchanged": 0, "draws": 4, "out": "eval-text.json"}
     else:
         # benchmarks take hours: one column
@@ -138,6 +139,8 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     # the frozen model is always shown
     check_range("--steps", min(args.steps), 1 if tiny else 0)
     check_seed(args.seed)
+    if text:
+        check_range("--temperatures", min(args.temperatures), 0.01)
     if tiny:
         for topic in args.topics or []:
             choices(topic, dict(task.groups), "--topics")
@@ -145,7 +148,7 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     given = {"class" if name == "label" else name for name in given}
     generated = not text and (task.kind != "letters" or args.choices == "generate")
     path = adaptive or max(args.steps) > 0
-    random = path or max(args.temperatures) > 0
+    random = path or (not text and max(args.temperatures) > 0)
     refuse_idle(given, [
         (TINY, tiny, "--task tiny"),
         (BENCHMARK, not tiny and not text, "--task with a benchmark"),
@@ -165,8 +168,9 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
          "a fixed solver, --steps of 1 or more"),
         (("choices",), task.kind == "letters", "a task of multiple choice"),
         (("allow_code_execution", "code_seconds"), task.kind == "code", "a task of code"),
-        (("max_new_tokens", "samples", "search", "temperatures"), generated,
+        (("max_new_tokens", "samples", "search"), generated,
          "generated answers, --choices generate"),
+        (("temperatures",), generated or text, "generated answers, --choices generate"),
         (("samples", "search"), random, "--temperatures of more than 0, or --steps of 1 or more"),
         (("seed",), tiny or random, "--temperatures of more than 0, or --steps of 1 or more"),
         (("samples",), args.samples >= max([1, *(parse_search(how)[1] for how in args.search)]),

@@ -51,11 +51,12 @@ def print_text(rows: list):
     first = rows[0]
     print(f"\n{first['tokens']:,} tokens of {first['examples']:,} held-out examples; nats per "
           "token, 95 % interval over examples")
-    print(f"{'':14}{'nats':>26}{'less than frozen':>28}{'NFE/token':>11}{'seconds':>9}")
+    print(f"{'':14}{'T':>5}{'nats':>26}{'less than frozen':>28}{'entropy':>9}{'NFE/token':>11}"
+          f"{'seconds':>9}")
     for row in rows:
         nats, gain = ("{:.4f} [{:.4f}, {:.4f}]".format(*row[key]) for key in ("nats", "gain"))
-        print(f"{row['column']:14}{nats:>26}{gain:>28}{row['nfe_per_token']:11.1f}"
-              f"{row['seconds']:9.1f}")
+        print(f"{row['column']:14}{row['settings']['temperature']:>5.4g}{nats:>26}{gain:>28}"
+              f"{row['entropy']:9.4f}{row['nfe_per_token']:11.1f}{row['seconds']:9.1f}")
 
 
 def column_means(records: list, columns: list, key: str) -> list:

@@ -30,6 +30,7 @@ def answer_letter(row: dict) -> str:
 
 class ARC(Letters):
     folder = "arc"
+    trained_style = "plain"
 
     def __init__(self, name: str, part: str):
         self.name = name
@@ -52,3 +53,8 @@ class ARC(Letters):
 
     def question(self, problem: dict) -> str:
         return f"Question: {problem['question']}\n{self.lines(problem)}\nAnswer:"
+
+    def conversation(self, problem: dict) -> dict:
+        """The right option as a text, in the harness's prompt: small models know no letters."""
+        right = problem["options"][ALPHABET.index(problem["answer"])]
+        return {"prompt": f"Question: {problem['question']}\nAnswer:", "response": f" {right}"}

@@ -9,6 +9,7 @@
     load               the rows of its files as problems, each with an id
     scored, examples   the problems to score, and the shots of one
     question           a problem's question in a plain prompt; chat_question: as a turn
+    conversation       a problem as a row of a finetuning
     grade              {"strict": bool, "flexible": bool, ...} of an answer
     extract            the answer in a text, for a vote; None without any
 """
@@ -59,6 +60,13 @@ class Task:
 
     # the answer of a shot in either style; most tasks give the reference solution
     worked = chat_answer = reference
+
+    def conversation(self, problem: dict) -> dict:
+        """A row of a finetuning: the question and its answer, without worked examples."""
+        prompt = self.prompt(problem, [], self.trained_style)
+        if self.trained_style == "plain":
+            return {"prompt": prompt, "response": self.between + problem["answer"]}
+        return {"messages": [*prompt, {"role": "assistant", "content": problem["answer"]}]}
 
     # --- grading ----------------------------------------------------------------------------------
 
