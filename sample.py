@@ -347,12 +347,13 @@ def forced_log_p(model, batch: Batch, settings: Settings, seeds: list, draws: in
     if not settings.steps:
         log_p = model.lm.logits(states.hidden).float().log_softmax(-1)
         return log_p, torch.zeros_like(targets.y)
-    rows = targets.index[0].cpu()
+    rows, places = (index.cpu() for index in targets.index)             # (N,) each
     noises = RowDraws.of(rows, [torch.Generator().manual_seed(seed) for seed in seeds])
+    # by its place in its row: neither the batch nor other rows change it
+    generators = [row_generator(seeds[i], k) for i, k in zip(rows.tolist(), places.tolist())]
     velocity = VelocityField(
         model, states.alone(), settings.estimate, settings.estimate_temperature,
-        targets.class_ids, settings.guidance,
-        [row_generator(seeds[row], place) for place, row in enumerate(rows.tolist())])
+        targets.class_ids, settings.guidance, generators)
     # of the sum of p over the draws; added one by one, since (N, V) may be large
     log_sum, nfe = torch.tensor(-math.inf), 0
     for _ in range(draws):

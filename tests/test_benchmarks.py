@@ -580,6 +580,11 @@ def test_code_is_run_and_pass_at_k_comes_with_n(models, data_dir, tmp_path, caps
     first = sum(line["strict"] for line in lines) / 10
     assert found["1"]["strict"] == pytest.approx(first) and found["5"]["strict"] >= first
     assert "pass@5" in capsys.readouterr().out
+    # a command that asks for fewer has its own table, whatever the records hold
+    _, rows = run(models, data_dir, tmp_path / "out", "humaneval", "--shots=0",
+                  "--max_new_tokens=2", "--temperatures=1", "--samples=2", "--style=plain",
+                  "--allow_code_execution", path=False)
+    assert set(rows[0]["pass"]) == {"1"}
 
 
 def test_a_machine_that_fails_the_references_reports_nothing(

@@ -13,8 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
+import sample
 from conftest import LLAMA, exit_status, generator, make_ids, make_l2d
 from data.checkpoints.hub import resolve
+from data.parts.draws import row_generator
 from data.results import flops
 from data.results.statistics import calibration, changes, rank_correlation, ratio, wilson
 from data.results.tables import print_changes
@@ -307,6 +309,18 @@ def test_text_refuses_what_would_do_nothing(text_dir, words, message, tmp_path, 
     assert message in capsys.readouterr().err
 
 
+def test_a_token_of_the_topics_stands_behind_the_prompt_and_half_of_the_answer(tiny, monkeypatch):
+    monkeypatch.setattr(evaluation, "flops_per_token", lambda model, nfe, length, settings: length)
+    model, tokenizer = tiny
+    problems = some(4, topic="math", level=2)
+    settings = Settings(steps=1)
+    answers = answer_problems(model, tokenizer, TASK, problems, settings, 0)
+    lengths = [len(TASK.prompt(problem, tokenizer)) + len(answer.nfe) / 2
+               for problem, answer in zip(problems, answers)]
+    cell = evaluation.measure(model, tokenizer, TASK, problems, settings, 0)
+    assert cell["flops_per_token"] == pytest.approx(sum(lengths) / 4, abs=0.5)
+
+
 def test_text_at_a_lower_temperature_is_of_the_sharpened_probabilities(tiny, text_dir, tmp_path):
     out = tmp_path / "a.json"
     measured(text_dir, out, "--steps", "1", "--draws=1", "--temperatures", "1", "0.5")
@@ -341,6 +355,27 @@ def test_the_mean_of_several_noises_is_that_of_each_alone(tiny):
     assert not torch.equal(one, two)
     # the second noise alone
     assert float((2 * two - one).min()) > -1e-6
+
+
+@torch.no_grad()
+def test_sampled_estimates_of_forced_tokens_have_generators_of_their_own(tiny, monkeypatch):
+    """By seed and place: a row's neighbours change nothing, another seed does."""
+    model, tokenizer = tiny
+    rows = [TASK.reference(problem, tokenizer) for problem in some(2, topic="math", level=2)]
+    settings = Settings(steps=3, estimate="sample", estimate_temperature=8.0)
+    both, _ = forced_log_p(model, collate(rows), settings, [5, 5], 1)
+    alone = [forced_log_p(model, collate([row]), settings, [5], 1)[0] for row in rows]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-3)
+    other, _ = forced_log_p(model, collate(rows[1:]), settings, [6], 1)
+    assert not torch.allclose(other, alone[1], atol=1e-3)
+    made = []
+    monkeypatch.setattr(sample, "row_generator",
+                        lambda *of: made.append(of) or row_generator(*of))
+    batch = collate(rows)
+    forced_log_p(model, batch, settings, [5, 6], 1)
+    # each place of a row once
+    assert len(set(made)) == len(made) == len(batch.targets.y)
+    assert [seed for seed, _ in made] == [5 + row for row in batch.targets.index[0].tolist()]
 
 
 @torch.no_grad()
