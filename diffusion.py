@@ -33,7 +33,7 @@ from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
 from data.parts.prediction import Prediction, predict_after
 from data.results.figures import draw_points
-from data.system.sharding import most_evaluations
+from data.system.processes import most_evaluations
 from data.tiny.oracle import LINE, Oracle
 from data.training.batches import Batch, CachedStates, Losses, pick
 from model import LM, FrozenStates, PathBlock, two_layers

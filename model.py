@@ -462,8 +462,11 @@ class LM(nn.Module):
         with torch.device("meta"):      # no memory yet: the weights are read straight into place
             model = cls(config)
         plan = plan_weights(model, files, directory)
-        model = model.to(dtype).to_empty(device=device)
-        model.tie()                     # to_empty gave head and embedding a memory of their own
+        # Module.to_empty would import sympy
+        memory = {name: torch.empty(p.shape, dtype=dtype, device=device)
+                  for name, p in model.named_parameters()}
+        model.load_state_dict(memory, strict=False, assign=True)
+        model.tie()                     # the head has the embedding's memory
         load_weights(model, plan, files)
         # absolute, or the path would lose its base as soon as one works elsewhere
         source = Path(name_or_dir)

@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -131,6 +133,15 @@ def test_a_trace_without_a_prompt_is_of_the_hardest_chain(run):
     hardest = TASKS["tiny"].problem(("chains", 8), 0)
     assert status == 0 and out.startswith(f"{hardest.prompt!r}\n   answer  ")
     assert "prediction at every evaluation:" in out
+
+
+def test_an_answer_imports_no_package_that_takes_seconds():
+    """PyTorch's FSDP, its compiler and sympy: half of the CPU time of a first answer."""
+    program = ("import sys, sample; sample.main(['--steps=1', '--prompt=ab']); "
+               "print([name for name in ('torch.distributed.fsdp', 'torch.distributed.tensor', "
+               "'torch._dynamo', 'sympy') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
 def test_a_model_without_a_path_answers_with_no_steps(run):

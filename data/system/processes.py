@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from data.system.command import visible
 
@@ -74,8 +73,9 @@ def exchange_device() -> str:
 
 def sum_gradients(parameters):
     """Replace every gradient by the sum over all processes."""
-    # those of divided weights are sums already
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    # those of divided weights, DTensors, are sums already
+    gradients = [p.grad for p in parameters
+                 if p.grad is not None and not hasattr(p, "placements")]
     if count() == 1 or not gradients:
         return
     # one long vector: a message per tensor would spend most of its time waiting
@@ -83,6 +83,19 @@ def sum_gradients(parameters):
     parts = total(flat).split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts):
         gradient.copy_(part.view_as(gradient))
+
+
+def most_evaluations(number: int, block) -> int:
+    """The largest number of any process, if the weights of `block` are divided among them.
+
+    Processes gather weights together, so all must use them equally often.
+    """
+    # FSDPModule has this method; to import the class would take a second
+    if not hasattr(block, "unshard"):
+        return number
+    found = torch.tensor(number, device=exchange_device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def any_of(wish: bool) -> bool:

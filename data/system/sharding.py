@@ -7,12 +7,11 @@ small trained path beside a frozen model stays whole. train.py --shard; read pro
 import warnings
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.system.processes import count, exchange_device
+from data.system.processes import count
 
 
 def shard(lm, path_blocks=None, untrained_blocks=None):
@@ -57,18 +56,6 @@ def shard_pair(others, path_block, mesh):
     for block in others:
         block.register_forward_pre_hook(lambda *_: path_block.unshard())
         block.register_forward_hook(lambda *_: path_block.reshard())
-
-
-def most_evaluations(number: int, block) -> int:
-    """The largest number of any process, if its `block` is divided.
-
-    Processes gather weights together, so all must use them equally often.
-    """
-    if not isinstance(block, FSDPModule):
-        return number
-    found = torch.tensor(number, device=exchange_device())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
 
 
 def gather(lm):
