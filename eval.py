@@ -285,8 +285,8 @@ def measure_topics(model, tokenizer, task, args, columns: list):
 # --- held-out text --------------------------------------------------------------------------------
 
 def text_nats(model, rows: list, settings: Settings, draws: int, batch_size: int, seed: int):
-    """(nats, entropy, NFE, number of counted tokens) of every row, four tensors (rows,)."""
-    found = torch.zeros(4, len(rows), dtype=torch.float64)
+    """Sums over the counted tokens of a row: nats, p of the token, entropy, NFE, 1; (5, rows)."""
+    found = torch.zeros(5, len(rows), dtype=torch.float64)
     # short ones first: a batch is as long as its longest row
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
     for at in tqdm(range(0, len(rows), batch_size), disable=None, desc="text"):
@@ -298,8 +298,8 @@ def text_nats(model, rows: list, settings: Settings, draws: int, batch_size: int
         log_p = (log_p / settings.temperature).log_softmax(-1)          # (N, V)
         nats = -log_p.gather(1, batch.targets.y[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p).sum(-1)
-        of_tokens = torch.stack((nats, entropy, nfe, torch.ones_like(nats))).double().cpu()
-        found.index_add_(1, torch.tensor(numbers)[batch.targets.index[0].cpu()], of_tokens)
+        sums = torch.stack((nats, (-nats).exp(), entropy, nfe, torch.ones_like(nats))).double()
+        found.index_add_(1, torch.tensor(numbers)[batch.targets.index[0].cpu()], sums.cpu())
     return found
 
 
@@ -312,14 +312,14 @@ def measure_text(model, tokenizer, task, args, columns: list):
     table, frozen = [], {}
     for column in columns:
         begun = time.perf_counter()
-        nats, entropy, nfe, counts = text_nats(
+        nats, p, entropy, nfe, counts = text_nats(
             model, rows, column.settings, args.draws, args.batch_size, args.seed)
         # of every temperature the frozen model is the first
         gain = frozen.setdefault(column.settings.temperature, nats) - nats
         table.append({"column": column.name, "settings": asdict(column.settings),
                       "examples": len(rows), "tokens": int(counts.sum()),
                       "nats": ratio(nats, counts), "gain": ratio(gain, counts),
-                      "entropy": float(entropy.sum() / counts.sum()),
+                      "p": ratio(p, counts), "entropy": float(entropy.sum() / counts.sum()),
                       "nfe_per_token": float(nfe.sum() / counts.sum()),
                       "seconds": time.perf_counter() - begun})
     print_text(table)

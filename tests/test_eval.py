@@ -328,16 +328,18 @@ def test_text_at_a_lower_temperature_is_of_the_sharpened_probabilities(tiny, tex
     assert [(row["column"], row["settings"]["temperature"]) for row in table] == [
         ("frozen", 1), ("euler 1", 1), ("frozen", 0.5), ("euler 1", 0.5)]
     model, tokenizer = tiny
-    nats = entropy = tokens = 0
+    nats = right = entropy = tokens = 0
     with torch.no_grad():
         for ids, mask, *_ in TASKS["text"].rows(str(text_dir), tokenizer, None):
             p = model.lm(torch.tensor(ids[None])).softmax(-1)[0] ** 2
             p /= p.sum(-1, keepdim=True)
             for k in (k for k in range(1, len(ids)) if mask[k]):
                 nats -= float(p[k - 1, ids[k]].log())
+                right += float(p[k - 1, ids[k]])
                 entropy -= float(torch.xlogy(p[k - 1], p[k - 1]).sum())
                 tokens += 1
     assert table[2]["nats"][0] == pytest.approx(nats / tokens, rel=1e-3)
+    assert table[2]["p"][0] == pytest.approx(right / tokens, rel=1e-3)
     assert table[2]["entropy"] == pytest.approx(entropy / tokens, rel=1e-3)
     assert table[2]["gain"] == [0, 0, 0]
     assert table[2]["entropy"] < table[0]["entropy"]

@@ -50,13 +50,14 @@ def print_text(rows: list):
     """A line for every column of held-out text."""
     first = rows[0]
     print(f"\n{first['tokens']:,} tokens of {first['examples']:,} held-out examples; nats per "
-          "token, 95 % interval over examples")
-    print(f"{'':14}{'T':>5}{'nats':>26}{'less than frozen':>28}{'entropy':>9}{'NFE/token':>11}"
-          f"{'seconds':>9}")
+          "token, 95 % interval over examples; p: of the right token")
+    print(f"{'':14}{'T':>5}{'nats':>26}{'less than frozen':>28}{'p':>8}{'entropy':>9}"
+          f"{'NFE/token':>11}{'seconds':>9}")
     for row in rows:
         nats, gain = ("{:.4f} [{:.4f}, {:.4f}]".format(*row[key]) for key in ("nats", "gain"))
         print(f"{row['column']:14}{row['settings']['temperature']:>5.4g}{nats:>26}{gain:>28}"
-              f"{row['entropy']:9.4f}{row['nfe_per_token']:11.1f}{row['seconds']:9.1f}")
+              f"{row['p'][0]:8.4f}{row['entropy']:9.4f}{row['nfe_per_token']:11.1f}"
+              f"{row['seconds']:9.1f}")
 
 
 def column_means(records: list, columns: list, key: str) -> list:
