@@ -110,8 +110,8 @@ class L2D(nn.Module):
 
     @cached_property
     def untrained(self) -> "L2D":
-        """The path as it begins, beside the same frozen model."""
-        return L2D(self.lm, self.config).requires_grad_(False)
+        """The path as it begins, beside the same frozen model: a LoRA of any rank adds nothing."""
+        return L2D(self.lm, replace(self.config, rank=1)).requires_grad_(False)
 
     def autocast(self):
         """bfloat16 arithmetic where the frozen model is bfloat16; weights of the path: float32."""
