@@ -58,12 +58,14 @@ def show_losses(out_dir: Path, methods: list):
               f"{seconds[-1]:.0f} s; by tenth of t {last.get('by_tenth', '-')}")
 
 
-def check(args, given: dict, task):
-    """Refuse numbers out of range, and flags that would do nothing. Raises ValueError."""
+def check(args, given: dict, task, answers: bool):
+    """Refuse numbers out of range, and flags that would do nothing. Raises ValueError.
+
+    answers  are there any, measured by eval.py?
+    """
     check_range("--limit", args.limit, 1)
     check_range("--steps", min(args.steps), 1)
     path = any("--method=l2d" in METHODS[method] for method in args.methods)
-    answers = not args.sweep and task.kind != "letters"
     refuse_idle(given, [
         (("data_dir",), task.folder, "a task that is read from files"),
         (("limit", "steps", "solvers"), answers, "answers, which --sweep and ARC leave out"),
@@ -102,7 +104,9 @@ def main(argv=None):
         help="folder of all results (default: out-finetune)")
     args = parser.parse_args(argv)
     task = TASKS[args.task]
-    check(args, given_flags(parser, argv), task)
+    # options are compared as texts by the harness alone
+    answers = not args.sweep and task.kind != "letters"
+    check(args, given_flags(parser, argv), task, answers)
 
     out_dir = Path(args.out_dir).absolute()
     rows, data = out_dir / "train.jsonl", out_dir / "data"
@@ -141,8 +145,7 @@ def main(argv=None):
             *(["--style=raw"] if task.trained_style == "plain" else []))
     for name, words in trainings.items():
         train_once(out_dir / name, *words)
-    # options are compared as texts by the harness alone
-    for method in args.methods if not args.sweep and task.kind != "letters" else []:
+    for method in args.methods if answers else []:
         words = ["--temperatures", "0", "1", "--shots=0", f"--style={task.trained_style}",
                  f"--limit={args.limit}"]
         if args.data_dir:

@@ -118,7 +118,7 @@ class Adapter(HarnessLM):
 
     @torch.no_grad()
     def score(self, pairs: list) -> list:
-        """(log p, is it the greedy one?) of several tokens, each behind all before it."""
+        """(log p, is it the greedy one?) of the rest of each pair (context, rest), lists of ids."""
         texts = [(context + rest)[-(self.room + 1):] for context, rest in pairs]
         rows = []
         for ids, (_, rest) in zip(texts, pairs):
