@@ -32,11 +32,12 @@ from data.parts.kv_cache import KVCache
 from data.parts.lora import merge_lora
 from data.parts.modulation import Modulation, TimeTable
 from data.parts.prediction import Prediction, predict_after
+from data.parts.states import FrozenStates
 from data.results.figures import draw_points
 from data.system.processes import most_evaluations
 from data.tiny.oracle import LINE, Oracle
 from data.training.batches import Batch, CachedStates, Losses, pick
-from model import LM, FrozenStates, PathBlock, two_layers
+from model import LM, PathBlock, two_layers
 from solvers import odeint
 
 ESTIMATES = ("argmax", "sample", "average")
@@ -310,11 +311,11 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
     count = (batch.targets.t > 0).sum(1)                                # (N,)
     order = count.argsort(descending=True)
     targets, count = batch.targets.at(order), count[order]
+    frozen, states = frozen.at(targets.index), states.at(targets.index)
     # 2. At t = 0: noise, and the frozen model's prediction.
     x = l2d.config.sigma * targets.noise                                # (N, Z)
     words = l2d.config.prediction_words
-    with torch.no_grad():
-        prediction, _ = predict_after(l2d.lm, states.hidden[targets.index], words)
+    prediction, _ = predict_after(l2d.lm, states.hidden, words)
     t = total = last = torch.zeros_like(x[:, 0])                        # (N,)
     V = l2d.vocabulary() if words is None else None
     evaluations = most_evaluations(int(targets.t.any(0).sum()), l2d.blocks[0])
@@ -332,7 +333,7 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
             new_x = x[:n] + (x_hat - x[:n]) * part[:, None]
             # 4. The next prediction, which reads the one before.
             modulation = l2d.modulation(new_t, some.class_ids)
-            hidden = l2d.last_hidden(new_x, new_t, modulation, states.at(some.index), before)
+            hidden = l2d.last_hidden(new_x, new_t, modulation, states.rows(slice(n)), before)
             # 5. Every evaluation with a gradient has a loss.
             y = some.y if left < backprop else None
             new, loss = predict_after(l2d.lm, hidden, words, y)         # loss (n,)
@@ -344,10 +345,9 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
         last = loss
         if l2d.config.asked_again:
             one = some.again.nonzero()[:, 0]
-            asked = some.at(one)
             logits = new.logits[one] if words is None else l2d.lm.logits(hidden[one]).float()
             loss = loss.index_put((one,), held(
-                l2d, frozen.at(asked.index), asked, x[one], t[one], before.at(one), logits))
+                l2d, frozen.rows(one), some.at(one), x[one], t[one], before.at(one), logits))
         total = total + F.pad(loss, (0, len(x) - n))
     return Losses(total / count.clamp(1, backprop), last, targets.t[:, -1])
 

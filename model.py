@@ -13,7 +13,6 @@ key/value heads, D head width, L layers, V vocabulary, Z width of the diffusion 
     the same with a KV cache: True
 """
 
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from data.parts.kv_cache import KVCache
 from data.parts.log_p import log_p
 from data.parts.lora import adapt
 from data.parts.positions import positions_and_mask, rope_inv_freq, split_heads
+from data.parts.states import FrozenStates
 from data.text.tokenizer import load_tokenizer
 
 
@@ -162,110 +162,6 @@ class Block(nn.Module):
         return x, k, v
 
 
-# --- what the path reads --------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class FrozenStates:
-    """What the frozen model computed for some tokens: all that the diffusion path reads.
-
-    hidden        (B, T, C) last hidden state of these tokens, before the final norm
-    keys, values  L tensors (B, G, S, D) of all tokens so far, keys already rotated
-    positions     (B or 1, T) of these tokens, each document counted from 0
-    mask          (B or 1, 1, T, S) True where a token may attend, or None: plain causal;
-                  or the borders of packed documents
-    cos_sin       (B or 1, 2, T, D/2) of their rotary angles, or None
-    inputs        (B, T, C) their embeddings
-    index         rows and columns, two tensors (N,), if only these N of the tokens are to be
-                  predicted from: then hidden and inputs are (N, C) and positions (N,), or (N, 1, C)
-                  and (N, 1)
-    size          (B, T), where there is an index
-    """
-    hidden: torch.Tensor
-    keys: tuple
-    values: tuple
-    positions: torch.Tensor
-    mask: torch.Tensor | tuple | None
-    cos_sin: torch.Tensor | None
-    inputs: torch.Tensor
-    index: tuple | None = None
-    size: tuple | None = None
-
-    def at(self, index) -> "FrozenStates":
-        """The same for N of the tokens; all of them stay to be attended to."""
-        size = self.hidden.shape[:2]
-        return replace(self, hidden=self.hidden[index], inputs=self.inputs[index],
-                       positions=self.positions.expand(size)[index], index=index, size=size)
-
-    def alone(self) -> "FrozenStates":
-        """The N tokens of an index as N sequences of one token each."""
-        return replace(self, hidden=self.hidden[:, None], inputs=self.inputs[:, None],
-                       positions=self.positions[:, None])
-
-    def last(self) -> "FrozenStates":
-        """The same for the last token of every sequence, from which decoding goes on."""
-        mask, cos_sin = self.mask, self.cos_sin
-        return replace(
-            self,
-            hidden=self.hidden[:, -1:],
-            positions=self.positions[:, -1:],
-            mask=None if mask is None else mask[:, :, -1:],
-            cos_sin=None if cos_sin is None else cos_sin[:, :, -1:],
-            inputs=self.inputs[:, -1:],
-        )
-
-    def rows(self, index) -> "FrozenStates":
-        """The same for some sequences of the batch, index (n,)."""
-        def pick(x):
-            # a single row stands for all of them
-            return x if x is None or len(x) != len(self.hidden) else x[index]
-
-        if self.index:
-            return replace(self, hidden=self.hidden[index], inputs=self.inputs[index],
-                           positions=self.positions[index],
-                           index=tuple(places[index] for places in self.index))
-        return FrozenStates(
-            hidden=self.hidden[index],
-            keys=tuple(k[index] for k in self.keys),
-            values=tuple(v[index] for v in self.values),
-            positions=pick(self.positions),
-            mask=pick(self.mask),
-            cos_sin=pick(self.cos_sin),
-            inputs=self.inputs[index],
-        )
-
-    def copies(self, count: int) -> "FrozenStates":
-        """The tokens `count` times over, (count·B, T), before the same keys: no key is copied."""
-        rows, tokens = self.size or self.hidden.shape[:2]
-        # with an index they are as many as it has places, and of the text there are `rows`
-        n = len(self.hidden)
-
-        def repeat(x, rows):
-            # a single row stands for all of them
-            return x if x is None or len(x) != rows else torch.cat([x] * count)
-
-        index = self.index
-        if index:
-            shifted = [index[0] + copy * rows for copy in range(count)]
-            index = torch.cat(shifted), index[1].repeat(count)
-        mask = self.mask
-        if tokens > 1:
-            # causal in every copy, which attention does not know by itself
-            if mask is None:
-                mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
-                mask = mask.to(self.hidden.device)
-            mask = torch.cat([mask] * count, dim=2)
-        return replace(
-            self,
-            hidden=repeat(self.hidden, n),
-            positions=repeat(self.positions, n),
-            mask=mask,
-            cos_sin=repeat(self.cos_sin, rows),
-            inputs=repeat(self.inputs, n),
-            index=index,
-            size=self.size and (count * rows, tokens),
-        )
-
-
 # --- the same layer in the diffusion path ---------------------------------------------------------
 
 def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) -> nn.Sequential:
@@ -314,7 +210,7 @@ class PathBlock(nn.Module):
         """(h, keys, values): h one layer further, and what its queries attended to.
 
         h       (B, T, C), one vector for every token of the states, or (N, C) or (N, 1, C) for
-                those at their index
+                some of them
         frozen  the same layer of the language model
         kv      keys and values (B, G, S, D) to attend to. None: the layer computes its own from
                 h (B, T, C), and they go into the cache, if there is one, as number `layer`
@@ -332,9 +228,12 @@ class PathBlock(nn.Module):
             # N queries go to their places among B·T and are taken out again. The empty places cost
             # a little attention; a copy of the keys for each query would cost N·S of memory.
             q = q.new_zeros(*states.size, q.shape[-1]).index_put(index, q.flatten(0, -2))
+        elif q.dim() == 2:
+            q = q[:, None]      # N sequences of one token
         out = attention(q, *kv, states.mask, states.cos_sin)
         if index:
-            out = out[index].view(*h.shape[:-1], out.shape[-1])
+            out = out[index]
+        out = out.view(*h.shape[:-1], out.shape[-1])
         # h ← h + g1·O(attention(Q((w + a1)·norm(h) + s1), K, V))
         h = h + g1 * self.o(out)
         # h ← h + g2·MLP((w + a2)·norm(h) + s2)

@@ -21,7 +21,7 @@ from data.parts.lora import LoRA
 from data.parts.positions import Packed, rope_inv_freq
 from data.training.batches import IGNORE
 from data.training.memory import recompute
-from diffusion import L2D, L2DConfig, paper_losses
+from diffusion import L2D, L2DConfig, paper_losses, refined_losses
 from model import LM
 
 
@@ -458,9 +458,9 @@ def test_without_targets_there_are_no_losses():
     losses.sum().backward()
 
 
-def gradients(l2d, batch):
+def gradients(l2d, batch, objective=paper_losses):
     l2d.zero_grad()
-    losses = paper_losses(l2d, batch).values
+    losses = objective(l2d, batch).values
     losses.mean().backward()
     found = {name: p.grad for name, p in l2d.path_parameters().items() if p.grad is not None}
     return losses.detach(), found
@@ -486,6 +486,33 @@ def test_documents_by_their_borders_teach_the_same_as_by_a_mask(family, options)
     for name, gradient in found.items():
         difference = (gradient - expected[name]).abs().max()
         assert difference <= 1e-5 + 1e-4 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize("options", [{}, {"own_kv": True}])
+@pytest.mark.parametrize("objective, unroll", [(paper_losses, 0), (refined_losses, 5)])
+def test_few_tokens_of_documents_are_sequences_before_copies_of_keys(
+    family, options, objective, unroll
+):
+    l2d = make_l2d(family, perturb=0.05, self_conditioning=True, classes=2,
+                   asked_again=[0], **options)
+    ids, targets, numbers = three_documents()
+    # the last tokens of four of the five documents
+    few = torch.full_like(targets, IGNORE)
+    for place in ((0, 6), (0, 11), (1, 5), (1, 7)):
+        few[place] = targets[place]
+    batches = [drawn(l2d, make_batch(ids, few, torch.tensor([0, 1]), documents), generators(2),
+                     unroll=unroll)
+               for documents in (numbers, Packed.of(numbers))]
+    with torch.no_grad():
+        scattered, alone = (l2d.read(batch.ids, batch.documents).at(batch.targets.index)
+                            for batch in batches)
+    assert scattered.keys[0].shape[0] == 2 and scattered.index
+    assert alone.keys[0].shape[0] == 4 and alone.keys[0].shape[2] == 6 and alone.index is None
+    (dense, expected), (found, gradient) = (gradients(l2d, batch, objective) for batch in batches)
+    torch.testing.assert_close(found, dense, atol=1e-4, rtol=1e-4)
+    for name, wanted in expected.items():
+        difference = (gradient[name] - wanted).abs().max()
+        assert difference <= 1e-4 + 1e-3 * wanted.abs().max(), name
 
 
 @pytest.mark.parametrize("options", [{}, {"own_kv": True, "self_conditioning": True}])

@@ -2,6 +2,7 @@
 
     positions    rotary angles, positions and masks of padded and packed rows
     kv_cache     keys and values of all tokens so far
+    states       what the frozen model has computed of tokens: all that the path reads
     layout       the order of matrices in memory, for products with few rows
     lora         low-rank corrections of frozen matrices
     log_p        log p under a large vocabulary in little memory
