@@ -200,6 +200,25 @@ def test_lora_trains_beside_the_base_and_is_merged_when_saved(base, tmp_path):
         "tokenizer.model", "tokenizer_config.json"}
 
 
+def test_a_lora_adds_its_product_unscaled_whatever_its_rank(base, tmp_path):
+    words = [f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags(method="lora", rank=4)]
+    model = train.set_up(train.parse(words)).model
+    adapters = [module for module in model.modules() if isinstance(module, LoRA)]
+    assert {(adapter.A.shape[1], adapter.scale) for adapter in adapters} == {(4, 1.0)}
+
+
+def test_a_class_is_hidden_in_training_and_never_in_the_validation(base, tmp_path):
+    made = train.set_up(train.parse([f"--init_from={base}", f"--out_dir={tmp_path / 'out'}",
+                                     *flags()]))
+    made.model.config.class_dropout = 1.0
+    hidden = made.model.config.classes
+    for batches, all_of_them in ((made.loader.update(0), True),
+                                 (made.loader.validation(made.val, 4), False)):
+        for batch in batches:
+            assert bool((batch.targets.class_ids == hidden).all()) == all_of_them
+            assert bool((batch.targets.class_ids == hidden).any()) == all_of_them
+
+
 @torch.no_grad()
 def test_a_merged_model_equals_the_adapted_one(family):
     lm, ids = make_lm(family), make_ids()

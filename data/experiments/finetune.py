@@ -159,8 +159,10 @@ def main(argv=None):
         run("eval.py", f"--task={args.task}", f"--init_from={out_dir / method}",
             f"--out={out_dir / f'eval-{method}'}", *words, *precision)
     if task.kind == "letters":
-        print(f"accuracy: python -m data.experiments.harness --tasks {args.task} "
-              f"--init_from={out_dir}/METHOD --steps 4")
+        for name, words in trainings.items():
+            steps = " --steps 4" if "--method=l2d" in words else ""
+            print(f"accuracy: python -m data.experiments.harness --tasks {args.task} "
+                  f"--init_from={out_dir / name}{steps}")
     show_losses(out_dir, list(trainings))
     after = sha256_of(weights)
     print("the base's file is the same before and after:", before == after, before)
