@@ -75,9 +75,7 @@ class L2D(nn.Module):
         self.class_embedding = None
         if config.classes:
             self.class_embedding = nn.Embedding(config.classes + 1, s)     # last row: no class
-        self.blocks = nn.ModuleList(
-            PathBlock(block, config.rank, config.alpha, s, config.own_kv, self.frozen_start)
-            for block in lm.blocks)
+        self.blocks = nn.ModuleList(PathBlock(block, config) for block in lm.blocks)
         # g of Eq. 6; it has no last bias, which would cancel in w_d
         self.time_gate = two_layers(s, s, c, bias=False, zero=True)
         self.to(next(lm.parameters()).device)

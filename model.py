@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from data.checkpoints.families import ACTIVATIONS, ModelConfig
 from data.checkpoints.hub import resolve
+from data.checkpoints.path import L2DConfig
 from data.checkpoints.weights import (
     fingerprint, load_weights, pick_device, plan_weights, read_config, save_weights, weight_files)
 from data.parts.kv_cache import KVCache
@@ -76,28 +77,37 @@ class MLP(nn.Module):
         return self.down(h)
 
 
-def attention(q, k, v, mask, cos_sin):
+def attention(q, k, v, mask, cos_sin, own=()):
     """Queries q (B, T, H·D), not yet rotated, over keys and values (B, G, S, D): (B, T, H·D).
 
     The queries may be there several times over, (copies·B, T, H·D), see FrozenStates.copies: as
     further queries of the same sequence, they attend to one and the same keys.
+
+    own  key and value (copies·B, T, G·D), not yet rotated, with which each query attends to its
+         own place, if not with those in k and v
     """
     # the keys were rotated when they were computed, the queries are rotated here
     q = split_heads(q, k.shape[-1], cos_sin)                            # (B, H, T, D)
+    own = [split_heads(x, k.shape[-1], angles) for x, angles in zip(own, (cos_sin, None))]
     if isinstance(mask, tuple):
-        return attend_documents(q, k, v, mask).transpose(1, 2).flatten(2)
+        return attend_documents(q, k, v, mask, own).transpose(1, 2).flatten(2)
+    copies = len(q) // len(k)
+    if copies > 1:
+        # (B, heads, copies·T, D)
+        q, *own = (torch.cat(x.chunk(copies), dim=2) for x in (q, *own))
+    k = k.to(q.dtype)
+    v = v.to(q.dtype)
+    if own:
+        k, v, mask = at_own_place(k, v, mask, own, q.shape[2] // copies)
     # one query is the newest token: it may attend to everything there is
     causal = False
     if mask is None and q.shape[2] > 1:      # a branch: torch.compile wants a bool that it knows
         causal = True
-    copies = len(q) // len(k)
-    if copies > 1:
-        q = torch.cat(q.chunk(copies), dim=2)                           # (B, H, copies·T, D)
     # softmax(q·kᵀ / √D)·v
     out = F.scaled_dot_product_attention(
         q,
-        k.to(q.dtype),
-        v.to(q.dtype),
+        k,
+        v,
         mask,
         is_causal=causal,
         enable_gqa=k.shape[1] != q.shape[1],      # several query heads share one key head
@@ -107,20 +117,42 @@ def attention(q, k, v, mask, cos_sin):
     return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
 
 
-def attend_documents(q, k, v, borders):
+def at_own_place(k, v, mask, own, tokens: int):
+    """(k, v, mask) in which n queries attend to their own places by keys and values of their own.
+
+    k, v    (..., S, D); own: two tensors (..., n, D) for the last `tokens` places, n/tokens times
+    mask    as in `attention`; None: causal
+    """
+    n, size = own[0].shape[-2], k.shape[-2]
+    if n == 1:
+        # the newest token, whose place is the last
+        return *(torch.cat((old[..., :-1, :], new), dim=-2) for old, new in zip((k, v), own)), mask
+    before = torch.ones(tokens, size, dtype=torch.bool, device=k.device).tril(size - tokens - 1)
+    before = before.repeat(n // tokens, 1)                              # (n, S)
+    if mask is not None:
+        before = before & mask                                          # (B, 1, n, S)
+    alone = torch.eye(n, dtype=torch.bool, device=k.device).expand(*before.shape[:-1], n)
+    mask = torch.cat((before, alone), dim=-1)                           # (..., n, S + n)
+    return *(torch.cat((old, new), dim=-2) for old, new in zip((k, v), own)), mask
+
+
+def attend_documents(q, k, v, borders, own=()):
     """Packed rows, (B, heads, T, D) each: every document attends to itself, none to another.
 
     With a mask all pairs of the row would be computed, and most of them thrown away.
     """
     shape = q.shape
     # the rows one behind the other, (heads, B·T, D)
-    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k.to(q.dtype), v.to(q.dtype)))
+    q, k, v, *own = (x.transpose(0, 1).flatten(1, 2)
+                     for x in (q, k.to(q.dtype), v.to(q.dtype), *own))
     out = []
     for start, end in pairwise(borders):
-        document = slice(start, end)
+        queries, keys, values, *ours = (x[:, start:end] for x in (q, k, v, *own))
+        mask = None
+        if ours:
+            keys, values, mask = at_own_place(keys, values, None, ours, end - start)
         out.append(F.scaled_dot_product_attention(
-            q[:, document], k[:, document], v[:, document], is_causal=True,
-            enable_gqa=len(k) != len(q)))
+            queries, keys, values, mask, is_causal=mask is None, enable_gqa=len(k) != len(q)))
     out = torch.cat(out, dim=1)                                         # (H, B·T, D)
     return out.unflatten(1, (shape[0], shape[2])).transpose(0, 1)       # (B, H, T, D)
 
@@ -177,19 +209,19 @@ def two_layers(inside: int, middle: int, outside: int, bias=True, zero=False) ->
 class PathBlock(nn.Module):
     """A layer of the path: its own queries and MLP, the frozen layer's norms, keys and values.
 
-    rank, alpha   as of `adapt`; cond_dim: width of the time embedding that modulates the layer
-    own_kv        it has keys and values of its own too
-    working_copy  it starts as a copy of the frozen layer, not as a layer that adds nothing
+    By its config it has keys and values of its own too (`own_kv`), or those of a token's own place
+    change with the path's hidden state at every evaluation (`self_kv`).
     """
 
-    def __init__(self, frozen: Block, rank: int | None, alpha: float, cond_dim: int,
-                 own_kv: bool = False, working_copy: bool = False):
+    def __init__(self, frozen: Block, config: L2DConfig):
         super().__init__()
         self.head_dim = frozen.head_dim
+        rank, alpha = config.rank, config.alpha
         self.q = adapt(frozen.q, rank, alpha)
         self.o = adapt(frozen.o, rank, alpha)
+        self.self_kv = config.self_kv
         self.k = self.v = None
-        if own_kv:
+        if config.own_kv or config.self_kv:
             self.k = adapt(frozen.k, rank, alpha)
             self.v = adapt(frozen.v, rank, alpha)
         self.mlp = MLP(
@@ -200,8 +232,9 @@ class PathBlock(nn.Module):
         )
         # zero at first: nothing is scaled or shifted, and the gates are closed
         width = frozen.q.in_features
-        self.modulation = two_layers(cond_dim, cond_dim, 6 * width, zero=True)
-        if working_copy:
+        self.modulation = two_layers(config.cond_dim, config.cond_dim, 6 * width, zero=True)
+        if config.start == "frozen":
+            # open: the layer begins as a copy of the frozen one
             gates = self.modulation[-1].bias.view(6, width)
             for gate in (2, 5):
                 nn.init.ones_(gates[gate])
@@ -217,20 +250,25 @@ class PathBlock(nn.Module):
         """
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
         n = frozen.norm_attn(h, a1, s1)                                 # (..., C)
+        own = []
         if kv is None:
             kv = (split_heads(self.k(n), self.head_dim, states.cos_sin),
                   split_heads(self.v(n), self.head_dim))
             if cache is not None:
                 kv = cache.append(layer, *kv)
-        q = self.q(n)                                                   # (..., H·D)
+        elif self.self_kv:
+            own = [self.k(n), self.v(n)]                                # (..., G·D)
+        mine = [self.q(n), *own]                                        # (..., H·D)
         index = states.index
         if index:
             # N queries go to their places among B·T and are taken out again. The empty places cost
             # a little attention; a copy of the keys for each query would cost N·S of memory.
-            q = q.new_zeros(*states.size, q.shape[-1]).index_put(index, q.flatten(0, -2))
-        elif q.dim() == 2:
-            q = q[:, None]      # N sequences of one token
-        out = attention(q, *kv, states.mask, states.cos_sin)
+            mine = [x.new_zeros(*states.size, x.shape[-1]).index_put(index, x.flatten(0, -2))
+                    for x in mine]
+        elif n.dim() == 2:
+            mine = [x[:, None] for x in mine]       # N sequences of one token
+        q, *own = mine
+        out = attention(q, *kv, states.mask, states.cos_sin, own)
         if index:
             out = out[index]
         out = out.view(*h.shape[:-1], out.shape[-1])

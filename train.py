@@ -311,6 +311,7 @@ def build_model(args, config: ModelConfig, classes: tuple, val):
         words = args.prediction_words if args.self_conditioning else None
         shape = L2DConfig(args.width, args.cond_dim, rank=rank, classes=len(classes),
                           class_names=list(classes) or None, own_kv=args.own_kv,
+                          self_kv=args.self_kv,
                           time_distribution=args.time_distribution, start=args.start,
                           self_conditioning=args.self_conditioning, without=args.without,
                           prediction_words=words or None, asked_again=args.asked_again)

@@ -69,8 +69,8 @@ def make_l2d(config=LLAMA, seed=0, perturb=0.2, **options) -> L2D:
     """A path whose every tensor is moved from its start by `perturb`: it changes the logits."""
     torch.manual_seed(seed)
     options = {"width": 16, "cond_dim": 24, "rank": 4, **options}
-    if options.get("own_kv") or options.get("self_conditioning"):
-        # the paper's start has neither
+    if {"own_kv", "self_kv", "self_conditioning"} & set(options):
+        # the paper's start has none of them
         options["start"] = "frozen"
     l2d = L2D(make_lm(config, seed), L2DConfig(**options))
     g = generator(seed + 1)

@@ -16,6 +16,7 @@ from conftest import (
     LLAMA, PROMPTS, drawn, generator, generators, make_batch, make_ids, make_l2d, p_value)
 from data.checkpoints.hub import resolve
 from data.parts.draws import RowDraws, draw_schedule
+from data.parts.positions import Packed
 from data.parts.prediction import Prediction
 from data.text.tokenizer import load_tokenizer
 from data.tiny.topics import Problems
@@ -30,6 +31,7 @@ from solvers import odeint
 PREDICTION = {"self_conditioning": True}
 OWN = {"own_kv": True}
 BOTH = {**PREDICTION, **OWN}
+SELF = {**PREDICTION, "self_kv": True}
 FEW = {"prediction_words": 3}
 ASKED_AGAIN = {"start": "frozen", **BOTH, "classes": 3, "asked_again": [1]}
 
@@ -61,6 +63,53 @@ def test_the_gate_puts_the_prediction_in_place_of_the_current_token(family):
     expected = l2d.last_hidden(x_t, t, closed, other, sure)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, states.hidden, atol=1e-2)
+
+
+def each_alone(lm, ids, predicted, start=0):
+    """Last hidden states (B, T - start, C) of texts whose last token is the predicted one."""
+    ends = []
+    for k in range(start, ids.shape[1]):
+        text = torch.cat((ids[:, start:k], predicted[:, k:k + 1]), dim=1)
+        ends.append(lm.read(text).hidden[:, -1])
+    return torch.stack(ends, dim=1)
+
+
+@pytest.mark.parametrize("layout", ["all", "index", "last", "copies", "few of documents",
+                                    "many of documents", "documents by a mask"])
+@torch.no_grad()
+def test_with_self_kv_it_is_the_frozen_model_that_reads_the_predicted_token(family, layout):
+    l2d = make_l2d(family, perturb=0, asked_again=[0], **SELF)
+    ids, predicted = make_ids(2, 9), make_ids(2, 9, seed=1)
+    expected = each_alone(l2d.lm, ids, predicted)                       # (B, T, C)
+    documents = None
+    if "documents" in layout:
+        expected = torch.cat((each_alone(l2d.lm, ids[:, :3], predicted[:, :3]),
+                              each_alone(l2d.lm, ids, predicted, 3)), dim=1)
+        documents = torch.tensor([[1] * 3 + [2] * 6] * 2)
+        if layout != "documents by a mask":
+            documents = Packed.of(documents)
+    states = l2d.read(ids, documents)
+    if layout in ("all", "documents by a mask"):
+        rows, places = torch.arange(2)[:, None], torch.arange(9)
+    elif layout == "index":
+        rows, places = torch.tensor([0, 1, 1]), torch.tensor([8, 2, 5])
+        states = states.at((rows, places))
+    elif layout in ("last", "copies"):
+        rows, places = torch.tensor([[0], [1]]), torch.tensor([[8], [8]])
+        states = states.last()
+        if layout == "copies":
+            rows, places, states = rows.repeat(2, 1), places.repeat(2, 1), states.copies(2)
+    else:
+        few = layout == "few of documents"
+        rows, places = torch.tensor([[0, 8], [0, 1], [1, 4], [1, 2], [1, 7], [0, 5], [0, 6]]).T
+        if few:
+            rows, places = rows[:3], places[:3]
+        states = states.at((rows, places))
+        assert (states.index is None) == few
+    sure = Prediction(1000 * F.one_hot(predicted[rows, places], 258).float())
+    t = torch.full(sure.logits.shape[:-1], 0.4)
+    found = l2d.last_hidden(torch.randn(*t.shape, 16), t, l2d.modulation(t), states, sure)
+    torch.testing.assert_close(found, expected[rows, places], atol=1e-4, rtol=1e-4)
 
 
 def test_a_path_without_the_options_is_the_papers():
@@ -138,7 +187,7 @@ def by_hand(l2d, batch, backprop):
 
 
 @pytest.mark.parametrize("options", [PREDICTION, BOTH, {}, ASKED_AGAIN, {**BOTH, **FEW},
-                                     {**ASKED_AGAIN, **FEW}])
+                                     {**ASKED_AGAIN, **FEW}, {**ASKED_AGAIN, **SELF}])
 @torch.no_grad()
 def test_refined_losses_are_those_of_a_plain_loop(family, options):
     l2d = make_l2d(family, **options)
@@ -344,7 +393,7 @@ def test_the_ema_follows_the_weights_and_takes_their_place():
 
 # --- while sampling -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH])
+@pytest.mark.parametrize("options", [PREDICTION, OWN, BOTH, SELF, {**BOTH, **SELF}])
 @torch.no_grad()
 def test_cached_and_batched_equals_everything_computed_again(family, options):
     l2d = make_l2d(family, **options)

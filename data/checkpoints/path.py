@@ -31,7 +31,7 @@ RANGES = {
     "sigma": (1e-6, 1e6),
     "alpha": (0, 1e6),
     "class_dropout": (0, 1),
-    **dict.fromkeys(("self_conditioning", "own_kv"), (False, True, bool)),
+    **dict.fromkeys(("self_conditioning", "own_kv", "self_kv"), (False, True, bool)),
 }
 
 
@@ -50,6 +50,7 @@ class L2DConfig:
     self_conditioning: bool = False       # the path reads its own previous prediction
     prediction_words: int | None = None   # the likeliest, of which it reads; None: of all
     own_kv: bool = False                  # the path has keys and values of its own
+    self_kv: bool = False                 # and of its own place anew at every evaluation
     start: str = "paper"                  # one of STARTS
     without: str | None = None            # one of PARTS, for an ablation
     asked_again: list | None = None       # ids of the classes that profit from it, see L2D
@@ -63,7 +64,7 @@ class L2DConfig:
             value = getattr(self, name)
             if value is not None or name not in ("sigma", "rank", "prediction_words"):
                 check_range(name, value, *limits)
-        for name in ("self_conditioning", "own_kv"):
+        for name in ("self_conditioning", "own_kv", "self_kv"):
             if getattr(self, name) and self.start != "frozen":
                 raise ValueError(f"{name} with start = {self.start!r} is not supported; "
                                  "allowed: start = 'frozen'")

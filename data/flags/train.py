@@ -18,8 +18,8 @@ from data.system.command import check_range, flag_parser, given_flags, refuse_id
 # our own objective: at most `unroll` evaluations, the last `backprop` of them with a gradient
 REFINEMENT = {"unroll": 12, "backprop": 3, "prediction_words": 32}
 # the path of the paper, and the one from which a real model learns
-PAPER = {"start": "paper", "new_lr": 1.0, "objective": "paper", "own_kv": False, "ema": 0.0,
-         **REFINEMENT}
+PAPER = {"start": "paper", "new_lr": 1.0, "objective": "paper", "own_kv": False,
+         "self_kv": False, "ema": 0.0, **REFINEMENT}
 FROZEN = {**PAPER, "start": "frozen", "new_lr": 0.1, "own_kv": True}
 
 # the embedded model is small and learns with large steps
@@ -79,8 +79,8 @@ def fitting_preset(args) -> str:
 
 # flags that a resumed run cannot change
 OF_A_RUN = ("method", "preset", "width", "cond_dim", "rank", "full_copies", "time_distribution",
-            "own_kv", "self_conditioning", "prediction_words", "start", "without", "new_lr",
-            "objective", "seed")
+            "own_kv", "self_kv", "self_conditioning", "prediction_words", "start", "without",
+            "new_lr", "objective", "seed")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -110,6 +110,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="distribution of the training times (default: uniform)")
     add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
+    add("--self_kv", action=switch,
+        help="key and value of the own place from the path, anew at every evaluation")
     add("--self_conditioning", action=switch,
         help="the path reads its own previous prediction (default: with our own objective)")
     add("--prediction_words", type=int,
@@ -265,9 +267,9 @@ def check(args, given: dict):
     # --report 0 is allowed everywhere: it asks for no report
     given = {name for name, value in given.items() if (name, value) != ("report", 0)}
     refuse_idle(given, [
-        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "self_conditioning",
-          "prediction_words", "start", "without", "new_lr", "objective", "unroll", "backprop",
-          "keep"), l2d, "--method=l2d"),
+        (("width", "cond_dim", "full_copies", "time_distribution", "own_kv", "self_kv",
+          "self_conditioning", "prediction_words", "start", "without", "new_lr", "objective",
+          "unroll", "backprop", "keep"), l2d, "--method=l2d"),
         (("prediction_words",), args.self_conditioning, "--self_conditioning"),
         (("self_conditioning",), args.objective == "paper" or args.self_conditioning,
          "--objective=paper: our own has it always"),

@@ -47,15 +47,15 @@ class FrozenStates:
         """Few tokens at the index of packed documents, each behind a copy of its document's keys.
 
         With an index every place of every document attends. Of many tokens the copies would be
-        larger than the keys, and the index stays.
+        more than twice the keys, and the index stays.
         """
         longest = int(self.positions.max()) + 1
-        if len(self.positions) * longest > self.size.numel():
+        if len(self.positions) * longest > 2 * self.size.numel():
             return self
         rows, columns = (places[:, None] for places in self.index)      # (N, 1)
-        steps = torch.arange(longest, device=rows.device)               # (S,)
-        # from the start of the document, but not past the end of the row
-        columns = (columns - self.positions[:, None] + steps).clamp_max(self.size[1] - 1)
+        # the token itself is the last: this many places before it, 0 at the end
+        back = torch.arange(longest, device=rows.device).flip(0)        # (S,)
+        columns = (columns - back).clamp_min(0)                         # (N, S)
 
         def copied(x):
             # (B, G, T, D) -> (N, G, S, D)
@@ -69,7 +69,7 @@ class FrozenStates:
             self,
             keys=tuple(map(copied, self.keys)),
             values=tuple(map(copied, self.values)),
-            mask=(steps <= self.positions[:, None])[:, None, None],     # (N, 1, 1, S)
+            mask=(back <= self.positions[:, None])[:, None, None],      # (N, 1, 1, S)
             cos_sin=cos_sin,
             index=None,
             size=None,

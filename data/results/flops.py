@@ -38,8 +38,9 @@ def evaluation_flops(model, length: int, settings) -> int:
     config = lm.config
     total = attention_flops(config, length) + matrix_flops(model.from_z, lm.head)
     for block in model.blocks:
-        # keys and values are cached: the path multiplies by neither K nor V
-        total += path_flops(block.q, block.o, block.mlp)
+        # keys and values are cached, but with self_kv those of the own place
+        own = (block.k, block.v) if model.config.self_kv else ()
+        total += path_flops(block.q, block.o, block.mlp, *own)
     if model.config.self_conditioning:
         total += matrix_flops(model.from_prediction)
         # p @ E of the previous prediction; of a few words it is a look-up
