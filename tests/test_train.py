@@ -207,6 +207,24 @@ def test_a_lora_adds_its_product_unscaled_whatever_its_rank(base, tmp_path):
     assert {(adapter.A.shape[1], adapter.scale) for adapter in adapters} == {(4, 1.0)}
 
 
+def test_no_row_of_any_update_has_the_times_of_another(base, tmp_path):
+    made = train.set_up(train.parse([f"--init_from={base}", f"--out_dir={tmp_path / 'out'}",
+                                     *flags()]))
+    times = torch.cat([batch.targets.t for update in range(4)
+                       for batch in made.loader.update(update)])
+    assert len(times.unique()) == len(times) > 20
+
+
+@pytest.mark.parametrize("method, dtype", [("full", torch.float32), ("lora", torch.bfloat16)])
+def test_weights_that_are_trained_themselves_are_float32(
+    method, dtype, base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "pick_device",
+                        lambda device, dtype: ("cpu", dtype or torch.bfloat16))
+    words = [f"--init_from={base}", f"--out_dir={tmp_path / 'out'}", *flags(method=method)]
+    assert train.set_up(train.parse(words)).model.embed.weight.dtype == dtype
+
+
 def test_a_class_is_hidden_in_training_and_never_in_the_validation(base, tmp_path):
     made = train.set_up(train.parse([f"--init_from={base}", f"--out_dir={tmp_path / 'out'}",
                                      *flags()]))
