@@ -34,6 +34,22 @@ def test_the_frozen_model_called_again_goes_one_hop_further_each_time(frozen):
         assert all(share == 0 for call, share in found.items() if call < calls)
 
 
+def test_chains_of_names_are_walked_as_those_of_letters(monkeypatch):
+    def hop(lm, tokenizer, prompts, most):
+        texts = []
+        for told, start in (prompt.rsplit(" ", 1) for prompt in prompts):
+            pairs = [sentence.split(" tells ") for sentence in told.split(". ")[:-1]]
+            texts.append(" " + dict(pairs).get(start, "Nobody"))
+        return texts
+
+    monkeypatch.setattr(untrained, "answer", hop)
+    some = [TASKS["chains"].make("test", 3, i) for i in range(8)]
+    *shares, by_rule = untrained.repeated_calls(None, None, some)
+    assert [shares[call] for call in range(4)] == [0, 0, 1, 0] and by_rule == 1
+    # every question has three chains
+    assert [untrained.shortcut(problem) for problem in some] == [1 / 3] * 8
+
+
 def test_the_shortcut_is_one_of_the_places_that_no_pair_begins_with():
     # b leads to the end a, c over e to the end d
     text = "ba ed ce;b"
