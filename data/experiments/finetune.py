@@ -33,6 +33,9 @@ METHODS = {
     "paper": ["--method=l2d", "--start=paper", "--objective=paper", "--lr=1e-3"],
     "frozen": FROZEN,
     "refine": [*FROZEN, "--objective=refine", "--unroll=8"],
+    # for answers that the model finds when it is asked again, such as the ends of chains
+    "self_kv": [*FROZEN, "--objective=refine", "--unroll=8", "--no-own_kv", "--self_kv",
+                "--lr=7e-4"],
     # the frozen start without one of its parts
     "no_difference": [*FROZEN, "--without=difference"],
     "no_estimate": [*FROZEN, "--without=estimate"],
