@@ -91,17 +91,17 @@ def attention(q, k, v, mask, cos_sin, own=()):
     own = [split_heads(x, k.shape[-1], angles) for x, angles in zip(own, (cos_sin, None))]
     if isinstance(mask, tuple):
         return attend_documents(q, k, v, mask, own).transpose(1, 2).flatten(2)
-    copies = len(q) // len(k)
+    copies, tokens = len(q) // len(k), q.shape[2]
     if copies > 1:
         # (B, heads, copies·T, D)
         q, *own = (torch.cat(x.chunk(copies), dim=2) for x in (q, *own))
     k = k.to(q.dtype)
     v = v.to(q.dtype)
     if own:
-        k, v, mask = at_own_place(k, v, mask, own, q.shape[2] // copies)
+        k, v, mask = at_own_place(k, v, mask, own, tokens)
     # one query is the newest token: it may attend to everything there is
     causal = False
-    if mask is None and q.shape[2] > 1:      # a branch: torch.compile wants a bool that it knows
+    if mask is None and tokens > 1:          # a branch: torch.compile wants a bool that it knows
         causal = True
     # softmax(q·kᵀ / √D)·v
     out = F.scaled_dot_product_attention(

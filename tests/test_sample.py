@@ -148,6 +148,7 @@ def test_same_seeds_same_answers(options):
     dict(),
     dict(self_conditioning=True),
     dict(self_conditioning=True, own_kv=True),
+    dict(self_conditioning=True, self_kv=True),
 ])
 def test_a_sequence_alone_equals_the_same_sequence_in_a_batch(family, path, way):
     """Tokens and costs, not bits: products of batched matrices are rounded differently."""
