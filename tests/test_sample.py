@@ -148,7 +148,8 @@ def test_same_seeds_same_answers(options):
     dict(),
     dict(self_conditioning=True),
     dict(self_conditioning=True, own_kv=True),
-    dict(self_conditioning=True, self_kv=True),
+    # by larger weights its predictions are chaotic: they change the keys that make the next ones
+    dict(self_conditioning=True, self_kv=True, perturb=0.1),
 ])
 def test_a_sequence_alone_equals_the_same_sequence_in_a_batch(family, path, way):
     """Tokens and costs, not bits: products of batched matrices are rounded differently."""
