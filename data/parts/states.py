@@ -35,16 +35,19 @@ class FrozenStates:
     size: tuple | None = None
 
     def at(self, index) -> "FrozenStates":
-        """The same for N of the tokens; all of them stay to be attended to."""
+        """The same for N of the tokens; all of them stay to be attended to.
+
+        Few tokens of packed documents are N sequences of one token, without an index.
+        """
         size = self.hidden.shape[:2]
         some = replace(self, hidden=self.hidden[index], inputs=self.inputs[index],
                        positions=self.positions.expand(size)[index], index=index, size=size)
         if isinstance(self.mask, tuple) and len(some.hidden):
-            return some.by_themselves()
+            return some.gathered()
         return some
 
-    def by_themselves(self) -> "FrozenStates":
-        """Few tokens at the index of packed documents, each behind a copy of its document's keys.
+    def gathered(self) -> "FrozenStates":
+        """The tokens at the index of packed documents, each behind a copy of its document's keys.
 
         With an index every place of every document attends. Of many tokens the copies would be
         more than twice the keys, and the index stays.
