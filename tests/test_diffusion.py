@@ -409,6 +409,12 @@ def test_token_losses_are_those_of_the_whole_forward(family, options):
     assert len(times.unique()) == len(times)
 
 
+def test_rows_of_neighbouring_seeds_do_not_share_their_noise():
+    first = [float(torch.rand(1, generator=row_generator(seed, number)))
+             for seed in range(8) for number in range(8)]
+    assert len(set(first)) == 64
+
+
 @pytest.mark.parametrize("unroll", [0, 4])
 def test_the_draws_of_a_row_depend_on_the_row_alone(unroll):
     """So times, noise and hidden classes are the same in any batch and process."""
