@@ -74,8 +74,9 @@ def each_alone(lm, ids, predicted, start=0):
     return torch.stack(ends, dim=1)
 
 
-@pytest.mark.parametrize("layout", ["all", "index", "last", "copies", "few of documents",
-                                    "many of documents", "documents by a mask"])
+@pytest.mark.parametrize("layout", ["all", "index", "last", "copies", "copies of an index",
+                                    "few of documents", "many of documents",
+                                    "documents by a mask"])
 @torch.no_grad()
 def test_with_self_kv_it_is_the_frozen_model_that_reads_the_predicted_token(family, layout):
     l2d = make_l2d(family, perturb=0, asked_again=[0], **SELF)
@@ -94,6 +95,13 @@ def test_with_self_kv_it_is_the_frozen_model_that_reads_the_predicted_token(fami
     elif layout == "index":
         rows, places = torch.tensor([0, 1, 1]), torch.tensor([8, 2, 5])
         states = states.at((rows, places))
+    elif layout == "copies of an index":
+        rows, places = torch.tensor([[0], [1], [0], [1]]), torch.tensor([[8], [2], [8], [2]])
+        states = states.at((rows[:2, 0], places[:2, 0])).alone().copies(2)
+        # each copy with a prediction of its own
+        predicted = torch.cat((predicted, make_ids(2, 9, seed=2)))
+        expected = torch.cat((expected, each_alone(l2d.lm, ids, predicted[2:])))
+        rows = torch.arange(4)[:, None] % 2 + torch.tensor([[0], [0], [2], [2]])
     elif layout in ("last", "copies"):
         rows, places = torch.tensor([[0], [1]]), torch.tensor([[8], [8]])
         states = states.last()

@@ -255,6 +255,13 @@ def test_a_merged_model_equals_the_adapted_one(family):
     assert float((lm(ids) - adapted).abs().max()) <= 1e-5 * float(adapted.abs().max())
 
 
+def test_a_correction_is_merged_in_float32():
+    lm = make_lm().to(torch.bfloat16)
+    train.replace_linears(lm, nn.Linear, lambda linear: LoRA(linear, 4, alpha=4.0))
+    train.replace_linears(lm, LoRA, train.merge_linear)
+    assert lm.blocks[0].q.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("method", ["full", "pretrain"])
 def test_full_training_changes_every_weight(method, base, tmp_path):
     run(base, tmp_path / "out", method=method)
