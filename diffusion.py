@@ -309,7 +309,9 @@ def refined_losses(l2d: L2D, batch: Batch, backprop: int = 3) -> Losses:
     count = (batch.targets.t > 0).sum(1)                                # (N,)
     order = count.argsort(descending=True)
     targets, count = batch.targets.at(order), count[order]
-    frozen, states = frozen.at(targets.index), states.at(targets.index)
+    states = states.at(targets.index)
+    # `held` reads the frozen keys and values: without own ones they are those of the path
+    frozen = frozen.at(targets.index) if l2d.config.own_kv else states
     # 2. At t = 0: noise, and the frozen model's prediction.
     x = l2d.config.sigma * targets.noise                                # (N, Z)
     words = l2d.config.prediction_words

@@ -25,6 +25,7 @@ from solvers import FIXED, SOLVERS
 # of two values of a flag the later one counts
 FROZEN = ["--method=l2d", "--start=frozen", "--objective=paper", "--own_kv", "--new_lr=0.1",
           "--lr=1e-3"]
+REFINE = [*FROZEN, "--objective=refine", "--unroll=8"]
 # A rank of LoRA is 305,280 parameters of SmolLM2-135M: 128 are as many as the path's 39.1 M. The
 # rates of lora and frozen are the best of --sweep on sums; those of full and paper were not swept.
 METHODS = {
@@ -32,10 +33,9 @@ METHODS = {
     "full": ["--method=full", "--lr=1e-4"],
     "paper": ["--method=l2d", "--start=paper", "--objective=paper", "--lr=1e-3"],
     "frozen": FROZEN,
-    "refine": [*FROZEN, "--objective=refine", "--unroll=8"],
+    "refine": REFINE,
     # for answers that the model finds when it is asked again, such as the ends of chains
-    "self_kv": [*FROZEN, "--objective=refine", "--unroll=8", "--no-own_kv", "--self_kv",
-                "--lr=7e-4"],
+    "self_kv": [*REFINE, "--no-own_kv", "--self_kv", "--lr=7e-4"],
     # the frozen start without one of its parts
     "no_difference": [*FROZEN, "--without=difference"],
     "no_estimate": [*FROZEN, "--without=estimate"],

@@ -51,6 +51,7 @@ def repeated_calls(lm, tokenizer, problems: list) -> list:
     That is of a walk which a rule stops: at the first place from which no pair leads on.
     """
     maps, places, pairs, ends = zip(*map(read_chain, problems))
+    hops = [dict(some) for some in pairs]
     stopped = [None] * len(problems)
     reached = []
     for call in range(1, max(CALLS) + 1):
@@ -59,7 +60,7 @@ def repeated_calls(lm, tokenizer, problems: list) -> list:
         places = [text.strip() for text in answers]
         if call in CALLS:
             reached.append(mean(p == end for p, end in zip(places, ends)))
-        stopped = [s if s or p in dict(some) else p for s, p, some in zip(stopped, places, pairs)]
+        stopped = [s if s or p in begun else p for s, p, begun in zip(stopped, places, hops)]
     return [*reached, mean(s == end for s, end in zip(stopped, ends))]
 
 
