@@ -9,7 +9,7 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT, exit_status
-from data.results import records
+from data.results import records, scores
 from data.tasks import TASKS
 from data.tasks.sums import HARD_KINDS, KINDS, MOST, of_all_kinds, of_kind
 from data.tasks.task import of_split
@@ -112,7 +112,7 @@ def walk(question: str, place: str) -> list:
 
 def test_an_answer_lies_as_many_hops_away_as_its_level_says():
     chains, hops = TASKS["chains"].load(), TASKS["hops"].load()
-    assert len(chains) == 700 + 8000 and len(hops) == 300 + 4800
+    assert len(chains) == 1300 + 8000 and len(hops) == 300 + 4800
     assert TASKS["chains"].load() == chains
     assert chains[0] == {"id": "chains/test/1/0", "question": FIRST[0], "answer": FIRST[1]}
     for one in chains + hops:
@@ -175,4 +175,18 @@ def test_eval_needs_no_file(tmp_path, capsys):
     expected = sorted(one["id"] for one in PROBLEMS[:5])
     for column in ("frozen", "euler 2"):
         assert sorted(line["id"] for line in lines if line["column"] == column) == expected
-    assert "sums, 5 problems, chat prompts, 0 shots" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sums, 5 problems, chat prompts, 0 shots" in said
+    # the kinds of the five, and the evaluations of their tokens
+    kinds = [kind for kind in KINDS if any(f"/{kind}/" in one["id"] for one in PROBLEMS[:5])]
+    *_, head, _, zero, _, two = said.split("\nby kind")[1].strip().splitlines()[:6]
+    assert head.split() == kinds
+    assert zero.split() == ["0.0"] * len(kinds) and two.split() == ["3.0"] * len(kinds)
+
+
+def test_every_kind_has_its_own_share_and_its_own_cost():
+    lines = [{"id": f"chains/test/{level}/{number}", "strict": right, "tokens": 2, "nfe": nfe}
+             for level, number, right, nfe in ((1, 0, True, 6), (1, 1, False, 8), (12, 0, True, 40))]
+    assert scores.kind_table(TASKS["chains"].kinds, lines) == {
+        "1": {"n": 2, "strict": 0.5, "nfe_per_token": 3.5},
+        "12": {"n": 1, "strict": 1.0, "nfe_per_token": 20.0}}

@@ -22,7 +22,7 @@ from data.tiny.topics import LEVELS, Problem
 from model import LM
 from sample import Settings, generate
 
-CALLS = (*range(1, 13), 17)      # n Euler steps are n + 1 evaluations
+CALLS = (*range(1, 13), 17, 25)  # n Euler steps are n + 1 evaluations
 BATCH = 128                      # prompts at a time
 
 
@@ -53,11 +53,14 @@ def repeated_calls(lm, tokenizer, problems: list) -> list:
     maps, places, pairs, ends = zip(*map(read_chain, problems))
     hops = [dict(some) for some in pairs]
     stopped = [None] * len(problems)
-    reached = []
+    reached, known = [], {}
     for call in range(1, max(CALLS) + 1):
+        prompts = [f"{m}{place}" for m, place in zip(maps, places)]
+        # a walk comes back to places of which the answer is known
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        known.update(zip(new, answer(lm, tokenizer, new, most=1)))
         # the answer, one token, is one hop further: the next call starts there
-        answers = answer(lm, tokenizer, [f"{m}{place}" for m, place in zip(maps, places)], most=1)
-        places = [text.strip() for text in answers]
+        places = [known[prompt].strip() for prompt in prompts]
         if call in CALLS:
             reached.append(mean(p == end for p, end in zip(places, ends)))
         stopped = [s if s or p in begun else p for s, p, begun in zip(stopped, places, hops)]

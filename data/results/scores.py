@@ -120,6 +120,19 @@ def pass_table(column: dict) -> dict:
     return table
 
 
+def kind_table(kinds, records: list) -> dict:
+    """kind of problem -> its number of problems, accuracy and NFE a token."""
+    table = {}
+    for kind in kinds:
+        # of "chains/test/3/17", three hops
+        some = [record for record in records if record["id"].split("/")[2] == kind]
+        if some:
+            tokens = sum(record["tokens"] for record in some)
+            table[kind] = {"n": len(some), "strict": mean(record["strict"] for record in some),
+                           "nfe_per_token": sum(record["nfe"] for record in some) / max(1, tokens)}
+    return table
+
+
 def rows(task, problems: dict, records: list, searches: list) -> list:
     """The table: every column alone, by its first sample, then the result of each search.
 
@@ -134,7 +147,8 @@ def rows(task, problems: dict, records: list, searches: list) -> list:
     for (name, temperature), column in columns.items():
         where = {"column": name, "temperature": temperature}
         first = [some[0] for some in column.values()]
-        alone = {**where, **summary(first, first), "search": ""}
+        alone = {**where, **summary(first, first), "search": "",
+                 "kinds": kind_table(task.kinds, first)}
         if task.kind == "code":
             alone["pass"] = pass_table(column)
         table.append(alone)
@@ -147,6 +161,11 @@ def rows(task, problems: dict, records: list, searches: list) -> list:
 
 # --- printed --------------------------------------------------------------------------------------
 
+def title(row: dict) -> str:
+    temperature = f" T={row['temperature']:g}" if row["temperature"] else ""
+    return f"{row['column']}{temperature} {row['search']}"
+
+
 def print_scores(table: list, about: dict):
     """A line for every row; above them what all rows share. about: as in records.jsonl."""
     print(f"\n{about['benchmark']}, {table[0]['n']} problems, {about['style']} prompts, "
@@ -156,8 +175,7 @@ def print_scores(table: list, about: dict):
     print(f"{indent}{'strict':>18}{'flexible':>18}{'cut':>8}{'tokens':>9}{'NFE/tok':>9}"
           f"{'GFLOP/tok':>11}{'tok/s':>8}")
     for row in table:
-        temperature = f" T={row['temperature']:g}" if row["temperature"] else ""
-        name = f"{row['column']}{temperature} {row['search']}"
+        name = title(row)
         strict, flexible = (percent(row[rule], *row[f"{rule}_interval"]) for rule in RULES)
         print(f"{name:26}{strict:>19}{flexible:>19}"
               f"{row['cut']:8.1%}{row['tokens']:9.1f}{row['nfe_per_token']:9.1f}"
@@ -176,3 +194,18 @@ def print_scores(table: list, about: dict):
     fewer, shortened = (max(row[name] for row in table) for name in ("fewer_shots", "shortened"))
     if fewer or shortened:
         print(f"{fewer} prompts had fewer shots to fit, {shortened} of them were cut as well")
+    print_kinds([row for row in table if row.get("kinds")])
+
+
+def print_kinds(table: list):
+    """Two lines for every column: what it has, and what it spends, on each kind of problem."""
+    if not table:
+        return
+    width = max(7, *(len(kind) + 2 for kind in table[0]["kinds"]))
+    print("\nby kind: strict in %, below it NFE a token\n" + " " * 26
+          + "".join(f"{kind:>{width}}" for kind in table[0]["kinds"]))
+    for row in table:
+        cells = row["kinds"].values()
+        print(f"{title(row):26}"
+              + "".join(f"{100 * cell['strict']:{width}.1f}" for cell in cells))
+        print(" " * 26 + "".join(f"{cell['nfe_per_token']:{width}.1f}" for cell in cells))

@@ -23,7 +23,7 @@ NAMES = ("Adam Alice Anna Ben Bob Carl Clara Dan David Emma Eric Frank Fred Grac
 PEOPLE = 10                 # in a question, unless its level needs more
 CHAINS = 3                  # in a question; each has at least two names
 LEVELS = (1, 2, 3, 4, 5)
-UNSEEN = (6, 7)             # in no training question
+UNSEEN = (6, 7, 8, 10, 12, 16, 20, 24)      # in no training question
 MOST = {"test": 100, "train": 1600}     # questions of a level
 
 
@@ -31,6 +31,7 @@ class Chains(Sums):
     """Prompts are texts that end with a name; the answer is a name."""
     name = "chains"
     levels = {"test": LEVELS + UNSEEN, "train": LEVELS}
+    kinds = tuple(map(str, LEVELS + UNSEEN))
     shots = {"chat": 0, "plain": 0}
     trained_style = "plain"     # nothing may stand behind the name
     max_new_tokens = 1      # a name
@@ -84,6 +85,7 @@ class Hops(Chains):
     """The next three names of a chain, which may end with them or go on."""
     name = "hops"
     levels = {"test": (3, 4, 5), "train": (3, 4, 5)}
+    kinds = ("3", "4", "5")
     max_new_tokens = 3
 
     def answer(self, following: list) -> str:

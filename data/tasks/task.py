@@ -25,6 +25,7 @@ class Task:
     trained_style = "chat"
     solution = "answer"     # key of a problem's reference solution
     between = " "           # the text between a question and its answer in a plain prompt
+    kinds = ()              # each with a score of its own; third in the ids of its problems
 
     def scored(self, problems: list, shots: int, style: str) -> list:
         return of_split(problems, "test")
