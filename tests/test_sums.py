@@ -177,16 +177,22 @@ def test_eval_needs_no_file(tmp_path, capsys):
         assert sorted(line["id"] for line in lines if line["column"] == column) == expected
     said = capsys.readouterr().out
     assert "sums, 5 problems, chat prompts, 0 shots" in said
-    # the kinds of the five, and the evaluations of their tokens
+    # the kinds of the five; every one takes three evaluations a token, which are not repeated
     kinds = [kind for kind in KINDS if any(f"/{kind}/" in one["id"] for one in PROBLEMS[:5])]
-    *_, head, _, zero, _, two = said.split("\nby kind")[1].strip().splitlines()[:6]
+    _, head, *columns = said.split("\nby kind")[1].split("\n\n")[0].splitlines()
     assert head.split() == kinds
-    assert zero.split() == ["0.0"] * len(kinds) and two.split() == ["3.0"] * len(kinds)
+    assert [line.split() for line in columns] == [
+        [*name, *["0.0"] * len(kinds)] for name in (["frozen"], ["euler", "2"])]
 
 
-def test_every_kind_has_its_own_share_and_its_own_cost():
+def test_every_kind_has_its_own_share_and_its_own_cost(capsys):
     lines = [{"id": f"chains/test/{level}/{number}", "strict": right, "tokens": 2, "nfe": nfe}
              for level, number, right, nfe in ((1, 0, True, 6), (1, 1, False, 8), (12, 0, True, 40))]
     assert scores.kind_table(TASKS["chains"].kinds, lines) == {
         "1": {"n": 2, "strict": 0.5, "nfe_per_token": 3.5},
         "12": {"n": 1, "strict": 1.0, "nfe_per_token": 20.0}}
+    scores.print_kinds([{"column": "euler 8 stop 2", "temperature": 0, "search": "",
+                         "kinds": scores.kind_table(("1", "12"), lines)}])
+    *_, right, nfe = capsys.readouterr().out.splitlines()
+    assert right.split() == ["euler", "8", "stop", "2", "50.0", "100.0"]
+    assert nfe.split() == ["(3.5)", "(20.0)"]

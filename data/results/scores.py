@@ -198,14 +198,16 @@ def print_scores(table: list, about: dict):
 
 
 def print_kinds(table: list):
-    """Two lines for every column: what it has, and what it spends, on each kind of problem."""
+    """For every column its accuracy on each kind of problem, and its NFE where they differ."""
     if not table:
         return
     width = max(7, *(len(kind) + 2 for kind in table[0]["kinds"]))
-    print("\nby kind: strict in %, below it NFE a token\n" + " " * 26
+    print("\nby kind: strict in %, in brackets NFE a token where kinds differ\n" + " " * 26
           + "".join(f"{kind:>{width}}" for kind in table[0]["kinds"]))
     for row in table:
         cells = row["kinds"].values()
         print(f"{title(row):26}"
               + "".join(f"{100 * cell['strict']:{width}.1f}" for cell in cells))
-        print(" " * 26 + "".join(f"{cell['nfe_per_token']:{width}.1f}" for cell in cells))
+        spent = [f"({cell['nfe_per_token']:.1f})" for cell in cells]
+        if len(set(spent)) > 1:
+            print(" " * 26 + "".join(f"{nfe:>{width}}" for nfe in spent))
