@@ -186,8 +186,9 @@ def test_eval_needs_no_file(tmp_path, capsys):
 
 
 def test_every_kind_has_its_own_share_and_its_own_cost(capsys):
+    answers = [(1, 0, True, 6), (1, 1, False, 8), (12, 0, True, 40)]
     lines = [{"id": f"chains/test/{level}/{number}", "strict": right, "tokens": 2, "nfe": nfe}
-             for level, number, right, nfe in ((1, 0, True, 6), (1, 1, False, 8), (12, 0, True, 40))]
+             for level, number, right, nfe in answers]
     assert scores.kind_table(TASKS["chains"].kinds, lines) == {
         "1": {"n": 2, "strict": 0.5, "nfe_per_token": 3.5},
         "12": {"n": 1, "strict": 1.0, "nfe_per_token": 20.0}}
