@@ -25,9 +25,8 @@ def summary(records: list, grades: list) -> dict:
         row[name] = mean(record[name] for record in records)
     for name in ("fewer_shots", "shortened", "seconds"):
         row[name] = sum(record[name] for record in records)
+    row["nfe_per_token"] = nfe_per_token(records)
     tokens = sum(record["tokens"] for record in records)
-    evaluations = sum(record["nfe"] for record in records)
-    row["nfe_per_token"] = evaluations / max(1, tokens)
     row["tokens_per_second"] = tokens / max(row["seconds"], 1e-9)
     # multiple choice by probability
     if "first_letter" in records[0]:
@@ -35,6 +34,11 @@ def summary(records: list, grades: list) -> dict:
         row["mass"] = mean(r["mass"] for r in records)
         row["agreement"] = mean(r["agreement"] for r in records)
     return row
+
+
+def nfe_per_token(records: list) -> float:
+    tokens = sum(record["tokens"] for record in records)
+    return sum(record["nfe"] for record in records) / max(1, tokens)
 
 
 def read_letters(names: list, p) -> dict:
@@ -127,9 +131,8 @@ def kind_table(kinds, records: list) -> dict:
         # of "chains/test/3/17", three hops
         some = [record for record in records if record["id"].split("/")[2] == kind]
         if some:
-            tokens = sum(record["tokens"] for record in some)
             table[kind] = {"n": len(some), "strict": mean(record["strict"] for record in some),
-                           "nfe_per_token": sum(record["nfe"] for record in some) / max(1, tokens)}
+                           "nfe_per_token": nfe_per_token(some)}
     return table
 
 
@@ -175,9 +178,8 @@ def print_scores(table: list, about: dict):
     print(f"{indent}{'strict':>18}{'flexible':>18}{'cut':>8}{'tokens':>9}{'NFE/tok':>9}"
           f"{'GFLOP/tok':>11}{'tok/s':>8}")
     for row in table:
-        name = title(row)
         strict, flexible = (percent(row[rule], *row[f"{rule}_interval"]) for rule in RULES)
-        print(f"{name:26}{strict:>19}{flexible:>19}"
+        print(f"{title(row):26}{strict:>19}{flexible:>19}"
               f"{row['cut']:8.1%}{row['tokens']:9.1f}{row['nfe_per_token']:9.1f}"
               f"{row['flops_per_token'] / 1e9:11.3f}{row['tokens_per_second']:8.1f}")
         # further accuracies of both rules

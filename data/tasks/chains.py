@@ -31,7 +31,7 @@ class Chains(Sums):
     """Prompts are texts that end with a name; the answer is a name."""
     name = "chains"
     levels = {"test": LEVELS + UNSEEN, "train": LEVELS}
-    kinds = tuple(map(str, LEVELS + UNSEEN))
+    kinds = tuple(map(str, levels["test"]))
     shots = {"chat": 0, "plain": 0}
     trained_style = "plain"     # nothing may stand behind the name
     max_new_tokens = 1      # a name
@@ -85,7 +85,7 @@ class Hops(Chains):
     """The next three names of a chain, which may end with them or go on."""
     name = "hops"
     levels = {"test": (3, 4, 5), "train": (3, 4, 5)}
-    kinds = ("3", "4", "5")
+    kinds = tuple(map(str, levels["test"]))
     max_new_tokens = 3
 
     def answer(self, following: list) -> str:
