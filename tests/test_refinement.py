@@ -233,27 +233,39 @@ def test_the_papers_objective_lets_half_of_the_positions_read_their_own_predicti
     assert not torch.allclose(once, twice, atol=1e-2)
 
 
-@pytest.mark.parametrize("backprop", [1, 3])
-def test_the_gradient_goes_through_the_last_evaluations_only(backprop, monkeypatch):
-    l2d = make_l2d(**BOTH).train()
+@pytest.fixture
+def gradients(monkeypatch):
+    """Of every evaluation: has its prediction before a gradient (None: there is none), and it?"""
     original, recorded = L2D.last_hidden, []
 
-    def last_hidden(self, x, t, modulation, states, before):
+    def last_hidden(self, x, t, modulation, states, before=None):
         hidden = original(self, x, t, modulation, states, before)
-        recorded.append((before.logits.requires_grad, hidden.requires_grad))
+        recorded.append((before and before.logits.requires_grad, hidden.requires_grad))
         return hidden
 
     monkeypatch.setattr(L2D, "last_hidden", last_hidden)
+    return recorded
+
+
+@pytest.mark.parametrize("backprop", [1, 3])
+def test_the_gradient_goes_through_the_last_evaluations_only(backprop, gradients):
+    l2d = make_l2d(**BOTH).train()
     ids = make_ids()
     batch = drawn(l2d, make_batch(ids, make_ids(seed=1)), generators(3), unroll=6)
     losses = refined_losses(l2d, batch, backprop)
     losses.values.mean().backward()
-    assert [new for _, new in recorded] == [False] * (6 - backprop) + [True] * backprop
+    assert [new for _, new in gradients] == [False] * (6 - backprop) + [True] * backprop
     # the prediction before the first of them has no gradient
-    assert not recorded[6 - backprop][0]
+    assert not gradients[6 - backprop][0]
     reached = [name for name, p in l2d.path_parameters().items() if p.grad is not None]
     assert {"from_prediction.weight", "to_z.weight"} <= set(reached)
     assert not any(p.requires_grad for p in l2d.lm.parameters())
+
+
+def test_the_papers_objective_does_not_learn_through_the_prediction_that_it_reads(gradients):
+    l2d = make_l2d(**PREDICTION).train()
+    paper_losses(l2d, drawn(l2d, make_batch(make_ids(), make_ids(seed=1)), generators(3)))
+    assert gradients == [(None, False), (False, True)]
 
 
 def test_who_is_asked_again_has_more_evaluations_and_all_a_uniform_last_time():
