@@ -412,9 +412,8 @@ class VelocityField:
 
     def many(self, t, x):
         """The same for one sequence at K times (K,) and states (K, T, Z), without a prediction."""
-        same = torch.zeros(len(t), dtype=torch.long, device=x.device)
-        return replace(self, states=self.states.copies(len(t)),
-                       class_ids=pick(self.class_ids, same))(t, x)
+        # its one class stands for all of them
+        return replace(self, states=self.states.copies(len(t)))(t, x)
 
     def final_logits(self, x, before=None):
         """Logits (B, T, V) from which the token is chosen: the final evaluation, at t = 1."""

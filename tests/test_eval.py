@@ -65,10 +65,11 @@ def test_rank_correlation_against_published_values(x, y, rho):
 
 
 def test_calibration_is_the_distance_of_confidence_and_accuracy():
-    # four tokens predicted with probability 0.75, three of them right; one with 0.2, right
-    found = calibration([0.75] * 4 + [0.2], [1, 1, 1, 0, 1])
-    assert found == {"tokens": 5, "accuracy": 0.8, "confidence": pytest.approx(0.64),
-                     "ece": pytest.approx(0.8 / 5)}
+    # four tokens predicted with probability 0.75, three of them right; one with 0.2, right; and one
+    # with 0.9, wrong, which does not make up for it
+    found = calibration([0.75] * 4 + [0.2, 0.9], [1, 1, 1, 0, 1, 0])
+    assert found == {"tokens": 6, "accuracy": 4 / 6, "confidence": pytest.approx(4.1 / 6),
+                     "ece": pytest.approx((0.8 + 0.9) / 6)}
     assert calibration([1.0], [1])["ece"] == 0
 
 
@@ -234,6 +235,21 @@ def test_the_seed_of_eval_reaches_problems_and_noise(tiny):
         for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert TASK.problem(("math", 1), 0, 0) != TASK.problem(("math", 1), 0, 1)
+
+
+def test_every_problem_has_a_noise_of_its_own_wherever_it_stands(tiny, monkeypatch):
+    seeds, original = [], sample.generate
+
+    def generate(*args):
+        seeds.extend(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    problems = some(5, topic="strings", level=1)
+    for order in (problems, problems[::-1]):
+        answer_problems(*tiny, TASK, order, Settings(steps=1), 0, batch_size=3)
+    assert len(set(seeds)) == 5
+    assert seeds[5:] == seeds[4::-1]
 
 
 def test_ratio_is_that_of_all_tokens_with_the_spread_of_examples():
