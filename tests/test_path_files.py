@@ -1,10 +1,11 @@
 """A diffusion path on disk, and the default values of its training and use."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import make_ids, make_l2d, make_lm, path_logits
+from conftest import LLAMA, make_ids, make_l2d, make_lm, path_logits
 from safetensors.torch import load_file, save_file
 
 import train
@@ -15,7 +16,7 @@ from data.tiny.topics import CLASSES
 from data.training.optimizer import BETAS
 from diffusion import L2D, L2DConfig
 from model import LM
-from sample import Settings
+from sample import Settings, load_model
 
 VARIANTS = [
     dict(rank=4),
@@ -147,6 +148,21 @@ def test_another_base_is_refused(saved):
     refused(directory, other,
             r"belongs to the base None \(sha256 \w+\), not to 'elsewhere' .*"
             r"train.py --init_from=elsewhere")
+
+
+def test_the_same_weights_under_another_config_are_refused(saved):
+    _, directory = saved
+    refused(directory, make_lm({**LLAMA, "rms_norm_eps": 1e-3}),
+            r"belongs to the base None, whose config.json has changed since \(norm_eps\); restore")
+
+
+def test_another_tokenizer_than_that_of_the_training_is_refused(tmp_path):
+    directory = tmp_path / "tiny"
+    shutil.copytree(resolve("tiny"), directory)
+    load_model(directory)
+    edit_json(directory, lambda content: content.update(tokenizer="another"))
+    with pytest.raises(ValueError, match="was trained with another tokenizer than .* restore the"):
+        load_model(directory)
 
 
 def config_with(**changes):
