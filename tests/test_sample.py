@@ -258,6 +258,7 @@ PIECES = ["a", "\n\n", "Que", "stion", ":", "x\n", "\nQ", "é", "b"]
     ([0, 5, 6, 8], ["\n\n"], 2, "ax"),                # begins and ends inside tokens
     ([8, 7, 0], ["é"], 1, "b"),                       # two bytes, one token
     ([0, 8, 0], ["zz", "b"], 1, "a"),                 # any of several
+    ([0, 5], ["\n", "x"], 1, "a"),                    # of two in one token the earlier
     ([0, 8, 0], ["zz"], None, "aba"),
 ])
 def test_a_stop_string_is_found_at_the_token_that_completes_it(ids, strings, at, text):
