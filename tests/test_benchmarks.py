@@ -26,7 +26,7 @@ from data.tasks import TASKS, code, files
 from data.tasks.gsm8k import GSM8K
 from data.tasks.letters import find_letter
 from data.tasks.mmlu import MMLU, MMLUPro, MMLUProSteps
-from data.tasks.prompting import choose_style, letter_tokens
+from data.tasks.prompting import choose_style, letter_tokens, write_prompts
 from data.text.answer import Score
 from data.text.formats import render_llama3
 from data.text.tokenizer import load_tokenizer
@@ -259,6 +259,16 @@ def test_prompts_too_long_have_fewer_shots_and_no_problem_is_dropped(
     assert rows[0]["fewer_shots"] == rows[0]["n"] == 2 and rows[0]["shortened"] == 0
     assert "2 prompts had fewer shots to fit" in capsys.readouterr().out
     assert all(line["prompt_tokens"] + 350 - 1 <= 512 for line in lines)
+
+
+def test_of_a_question_without_room_the_end_is_read(models, data_dir):
+    _, tokenizer = load_model(str(models[0]), device="cpu")
+    task = TASKS["gsm8k"]
+    prompts = write_prompts(task, tokenizer, 30, str(data_dir), "plain", 2, 10, 1, 0)
+    question, = prompts.questions
+    whole = tokenizer.encode_start(task.prompt(question.problem, [], "plain"))
+    assert question.ids == whole[-21:] != whole
+    assert question.facts["shortened"] and question.facts["fewer_shots"]
 
 
 # --- letters --------------------------------------------------------------------------------------
@@ -604,8 +614,15 @@ def test_records_graded_again_are_the_same(models, data_dir, tmp_path):
     run(models, data_dir, tmp_path / "out", "gsm8k", *GENERATE)
     source, again = tmp_path / "out" / "records.jsonl", tmp_path / "again.jsonl"
     # without files: a record has all that its grading needs
-    assert exit_status(evaluation.main, [f"--regrade={source}", f"--out={again}"]) == 0
+    words = [f"--regrade={source}", f"--out={again}"]
+    assert exit_status(evaluation.main, words) == 0
     assert again.read_bytes() == source.read_bytes()
+    # with other verdicts it has another digest
+    about, line, *_ = records.read_lines(source)
+    write_jsonl(source, [about, {**line, "output": "#### " + line["reference"].split("#### ")[-1]}])
+    assert exit_status(evaluation.main, [*words, "--overwrite"]) == 0
+    line = records.read_lines(again)[1]
+    assert line["strict"] and line["digest"] == records.digest_of(line)
 
 
 def test_lines_of_another_program_are_graded(data_dir, tmp_path):

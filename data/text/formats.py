@@ -143,7 +143,7 @@ def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> l
     The special pieces "bos" and "eos" stand for the tokenizer's bos_id and eos_id.
     """
     pieces = [Piece("bos", special=True)]
-    for number, message in enumerate(messages):
+    for message in messages:
         content = message["content"]
         if message["role"] == "assistant":
             # these vocabularies hold " word", so a prompt that ends in " " leads to unusual tokens
@@ -152,7 +152,7 @@ def render_plain(messages: list[dict], add_generation_prompt: bool = False) -> l
                 Piece(" " + content, response=True),
                 Piece("eos", special=True, response=True),
             ]
-        elif message["role"] == "user" or number > 0:
+        elif message["role"] == "user":
             pieces.append(Piece(f"Question: {content}\n"))
         elif content:
             pieces.append(Piece(content + "\n\n"))
