@@ -444,10 +444,6 @@ def test_data_without_classes_leave_none_of_earlier_data(tmp_path, run):
     assert TokenFiles(out, "val").classes == ("word", "7")
     run([{"text": "abc"}], out, "--val_fraction=0")
     assert not list(out.glob("*.classes.npy"))
-    # files of earlier versions do not mention them
-    meta = json.loads((out / "meta.json").read_text())
-    assert meta.pop("classes") == []
-    (out / "meta.json").write_text(json.dumps(meta))
     files = TokenFiles(out, "train")
     assert files.classes == () and len(files[0]) == 3
 

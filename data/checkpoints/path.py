@@ -12,16 +12,12 @@ from pathlib import Path
 from data.checkpoints.weights import check_finite, digest_of
 from data.system.command import check_range, choices
 from data.system.disk import open_safetensors, parse_json, read_json, write_json, write_safetensors
-from data.tiny.topics import CLASSES
 
 TIME_DISTRIBUTIONS = ("uniform", "cosmap")
 # What the path computes before training: nothing, as in the paper; or what the frozen model does.
 STARTS = ("paper", "frozen")
 # Parts of the frozen start that an ablation may leave out.
 PARTS = ("difference", "estimate")
-# Earlier names of fields of path.json, and of modules.
-OLD_FIELDS = {"conditioning": "cond_dim", "schedule": "time_distribution", "own_reading": "own_kv"}
-OLD_TENSORS = {"merge": "time_gate", "from_guess": "from_prediction"}
 
 LARGEST = 1 << 16          # a larger width is a mistake and would take all memory
 # (low, high, kind) of check_range
@@ -126,31 +122,21 @@ def base_facts(lm, sha256: str) -> dict:
 def read_path(directory: Path) -> dict:
     """path.json, its config as an L2DConfig. Raises ValueError for a file of another form.
 
-    base_config, tokenizer, updates and digest are None in the oldest files.
+    tokenizer and updates are None where it was not saved by train.py.
     """
     path = directory / "path.json"
-    older = dict.fromkeys(("base_config", "tokenizer", "updates", "digest"))
-    meta = {**older, **read_json(path)}
+    meta = {"tokenizer": None, "updates": None, **read_json(path)}
     # a base that was never on disk has no name
-    kinds = {"config": dict, "base": (str, type(None)), "base_sha256": str,
-             "base_config": (dict, type(None)), "tokenizer": (str, type(None)),
-             "updates": (int, type(None)), "digest": (str, type(None))}
+    kinds = {"config": dict, "base": (str, type(None)), "base_sha256": str, "base_config": dict,
+             "digest": str, "tokenizer": (str, type(None)), "updates": (int, type(None))}
     try:
         for name, kind in kinds.items():
             if name not in meta or not isinstance(meta[name], kind):
                 raise TypeError(f"it has no valid {name!r}")
-        return {**meta, "config": L2DConfig(**renamed(meta["config"]))}
+        return {**meta, "config": L2DConfig(**meta["config"])}
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} was not written by this version ({error}); "
                          "train the path again with train.py") from None
-
-
-def renamed(config: dict) -> dict:
-    """The fields of a config under their present names."""
-    # paths of earlier versions do not name their classes: five are the embedded topics
-    names = list(CLASSES) if config.get("classes") == len(CLASSES) else None
-    present = {OLD_FIELDS.get(name, name): value for name, value in config.items()}
-    return {"class_names": names, **present}
 
 
 def check_base(meta: dict, lm, directory: Path):
@@ -163,8 +149,7 @@ def check_base(meta: dict, lm, directory: Path):
             f"(sha256 {found['base_sha256'][:12]}); "
             f"train one for this base with train.py --init_from={lm.directory}")
     # the same weights compute something else with another config.json
-    ours = found["base_config"]
-    theirs = meta["base_config"] or ours
+    ours, theirs = found["base_config"], meta["base_config"]
     changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if changed:
         raise ValueError(f"{known}, whose config.json has changed since ({', '.join(changed)}); "
@@ -193,27 +178,21 @@ def fill(ours: dict, meta: dict, directory: Path):
     """
     path = directory / "path.safetensors"
     file = open_safetensors(path)
-    # present name -> name in the file
-    theirs = {}
-    for name in file.keys():
-        module, _, rest = name.partition(".")
-        theirs[f"{OLD_TENSORS.get(module, module)}.{rest}"] = name
-    shapes = {(name, tuple(file.get_slice(old).get_shape())) for name, old in theirs.items()}
+    shapes = {(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
     wrong = {(name, tuple(p.shape)) for name, p in ours.items()} ^ shapes
     if wrong:
         names = sorted({name for name, _ in wrong})
         raise ValueError(f"{path} does not fit path.json: {len(names)} tensors differ, "
                          f"first {names[0]}; copy both files of the same training")
-    # older files lack it
-    stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
-    if stated is not None and L2DConfig(**renamed(stated)) != meta["config"]:
-        raise ValueError(f"{path} was trained with another config than path.json says; "
-                         "copy both files of the same training")
-    tensors = {name: file.get_tensor(old) for name, old in theirs.items()}
-    # older files lack it too
-    found = digest_of({old: tensors[name] for name, old in theirs.items()})
-    if meta["digest"] not in (None, found):
+    tensors = {name: file.get_tensor(name) for name in ours}
+    if meta["digest"] != digest_of(tensors):
         raise ValueError(f"{path} is damaged, or of another training than path.json; "
+                         "copy both files of the same training")
+    stated = parse_json((file.metadata() or {}).get("config", "null"), f"the metadata of {path}")
+    # fields that are younger than the file have their default
+    theirs = isinstance(stated, dict) and {**asdict(L2DConfig()), **stated}
+    if theirs != asdict(meta["config"]):
+        raise ValueError(f"{path} was trained with another config than path.json says; "
                          "copy both files of the same training")
     for name, p in ours.items():
         tensor = tensors[name]

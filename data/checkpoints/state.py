@@ -24,7 +24,8 @@ RESULTS = ("state.safetensors", "path.json", "path.safetensors", "config.json",
 BEST = "best-"          # a directory with one of the best paths: best-UPDATE
 # The metadata of a state and their types.
 FACTS = {"args": dict, "update": int, "position": int, "frozen": (str, type(None)),
-         "facts": dict, "history": list}
+         "facts": dict, "history": list, "kept": list, "asked_again": (list, type(None)),
+         "digest": str}
 
 
 # --- a directory of one run -----------------------------------------------------------------------
@@ -138,7 +139,7 @@ def write_state(out_dir, trainable: dict, optimizer, meta: dict, ema: dict):
         path = Path(out_dir) / "state.safetensors"
         digest = digest_of(tensors, meta)
         # nothing is new before the first update of a resumed run, unless a flag is
-        if present(path) and read_state_meta(out_dir).get("digest") == digest:
+        if present(path) and read_state_meta(out_dir)["digest"] == digest:
             return
         write_safetensors(tensors, path, {"state": json.dumps({**meta, "digest": digest})})
 
@@ -159,10 +160,8 @@ def read_state_meta(out_dir) -> dict:
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, float]:
             raise ValueError(f"{path} holds an invalid history ({str(entry)[:40]}); "
                              "start anew with another --out_dir")
-    # absent in states of earlier versions
-    kept = meta.setdefault("kept", [])
-    if not isinstance(kept, list) or any(type(update) is not int for update in kept):
-        raise ValueError(f"{path} holds an invalid list of kept paths ({str(kept)[:40]}); "
+    if any(type(update) is not int for update in meta["kept"]):
+        raise ValueError(f"{path} holds an invalid list of kept paths ({str(meta['kept'])[:40]}); "
                          "start anew with another --out_dir")
     return meta
 
@@ -207,9 +206,7 @@ def restore_state(out_dir, trainable: dict, optimizer, facts: dict, ema: dict) -
             raise ValueError(f"{path} does not fit: {name} is of type {tensor.dtype}; "
                              "start anew with another --out_dir")
         check_finite(name, tensor, path, "start anew with another --out_dir")
-    # absent in states of earlier versions
-    digest = meta.pop("digest", None)
-    if digest is not None and digest != digest_of(tensors, meta):
+    if meta.pop("digest") != digest_of(tensors, meta):
         raise ValueError(f"{path} is damaged: it holds something else than was saved; "
                          "copy it again, or start anew with another --out_dir")
     for name, tensor in tensors.items():

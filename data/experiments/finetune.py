@@ -86,7 +86,7 @@ def main(argv=None):
     add("--data_dir", help="folder of the benchmark's files; sums has none")
     add("--task", default="sums",
         choices=["sums", "hard_sums", "chains", "hops", "arc_easy", "arc_challenge", "gsm8k"])
-    add("--methods", "--ways", nargs="+", default=["lora", "paper", "frozen", "refine"],
+    add("--methods", nargs="+", default=["lora", "paper", "frozen", "refine"],
         choices=list(METHODS), help="training methods (default: lora paper frozen refine)")
     add("--sweep", nargs="+", default=[], metavar="RATE",
         help="learning rates to try instead: held-out losses alone, no answers")

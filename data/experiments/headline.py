@@ -54,8 +54,7 @@ def train_once(out_dir: Path, *words):
     done = out_dir / "done"
     flags = "\n".join(map(str, words))
     if done.exists():
-        # empty in folders of earlier versions
-        if done.read_text(encoding="utf-8") not in ("", flags):
+        if done.read_text(encoding="utf-8") != flags:
             raise ValueError(f"{out_dir} was trained with other flags, which are in {done}; "
                              "choose another --out_dir, or remove it")
         return
@@ -121,7 +120,7 @@ def main(argv=None):
     parser = flag_parser("python -m data.experiments.headline", __doc__)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", help="seeds of the training (default: 42 43 44)")
-    add("--methods", "--ways", nargs="+", choices=list(METHODS),
+    add("--methods", nargs="+", choices=list(METHODS),
         help="training methods (default: all)")
     add("--out_dir", default="headline", help="folder of all results (default: headline)")
     add("--print", action="store_true", help="the table of the results so far, nothing else")

@@ -102,14 +102,14 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="set of all values without a default here (default: by model and data)")
     # diffusion path
     add("--width", type=int, help="Z, width of the diffusion space")
-    add("--cond_dim", "--conditioning", type=int, help="S, width of the time embedding")
+    add("--cond_dim", type=int, help="S, width of the time embedding")
     add("--rank", type=int, default=32,
         help="rank of the LoRA, in the path and in --method=lora (default: 32)")
     add("--full_copies", action=switch, default=False,
         help="full copies of the matrices in the path, instead of LoRA")
     add("--time_distribution", default="uniform", choices=TIME_DISTRIBUTIONS,
         help="distribution of the training times (default: uniform)")
-    add("--own_kv", "--own_reading", action=switch, help="own keys and values of the path")
+    add("--own_kv", action=switch, help="own keys and values of the path")
     add("--self_kv", action=switch,
         help="key and value of the own place from the path, anew at every evaluation")
     add("--self_conditioning", action=switch,
@@ -191,8 +191,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
             raise ValueError(f"--updates {args.updates} are fewer than the {meta['update']} that "
                              f"the run in {args.out_dir} has made; allowed: as many or more")
     args.resume = resume
-    # what the untrained path has shown; absent in states of earlier versions
-    args.asked_again = meta.get("asked_again") if resume else None
+    # what the untrained path has shown
+    args.asked_again = meta["asked_again"] if resume else None
     args.preset = args.preset or fitting_preset(args)
     for name, value in PRESETS[args.preset].items():
         # None: not chosen; 0 is a choice

@@ -42,10 +42,7 @@ def check_record(record: dict, where: str):
         if not good or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{where} has {name} = {str(value)[:40]!r}, which eval.py does not "
                              "write; remove the line, or choose another --out")
-
-
-    # absent in records of earlier versions
-    if record.get("digest") not in (None, digest_of(record)):
+    if record.get("digest") != digest_of(record):
         raise ValueError(f"{where} was changed since it was written; remove the line, or choose "
                          "another --out")
 

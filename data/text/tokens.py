@@ -167,14 +167,12 @@ class TokenFiles:
             self.meta = parse_json(content, "meta.json")
             arrays = [map_array(folder / f"{split}.{kind}.npy") for kind in ARRAYS]
             self.ids, self.mask, self.examples, self.rows = arrays
-            # older files lack it
-            names = self.meta.get("classes", [])
+            names = self.meta["classes"]
             check_class_names(names, len(names))
             self.classes = tuple(names)
             self.class_ids = map_array(folder / f"{split}.classes.npy") if names else None
             self.check(split, tokenizer)
-            # older files lack them
-            for name, digest in self.meta.get("digests", {}).items():
+            for name, digest in self.meta["digests"].items():
                 if name.startswith(f"{split}.") and sha256_of(folder / name) != digest:
                     raise ValueError(f"{name} is damaged, or of another preparation")
         except (FileNotFoundError, NotADirectoryError) as error:
