@@ -271,6 +271,17 @@ def test_of_a_question_without_room_the_end_is_read(models, data_dir):
     assert question.facts["shortened"] and question.facts["fewer_shots"]
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "mmlu", "arc_easy", "math500"])
+def test_no_problem_that_is_scored_is_a_worked_example(name, data_dir):
+    task = TASKS[name]
+    problems = task.load(data_dir / task.folder)
+    scored = task.scored(problems, 3, "plain")
+    for problem in scored:
+        shots = task.examples(problems, problem, 3, "plain")
+        assert len(shots) == 3
+        assert not {shot.get("id") for shot in shots} & {one["id"] for one in scored}
+
+
 # --- letters --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task, count", [("mmlu", 6), ("arc_easy", 4), ("mmlu_pro", 3)])
