@@ -131,12 +131,16 @@ def test_the_same_weights_under_another_config_are_refused(saved):
             r"belongs to the base None, whose config.json has changed since \(norm_eps\); restore")
 
 
-def test_another_tokenizer_than_that_of_the_training_is_refused(tmp_path):
+@pytest.mark.parametrize("fact, message", [
+    ({"tokenizer": "another"}, "was trained with another tokenizer than .* restore the right one"),
+    ({"updates": 0}, r"was not trained yet \(0 updates\); go on with train.py --init_from=resume"),
+])
+def test_a_path_that_cannot_answer_is_refused(fact, message, tmp_path):
     directory = tmp_path / "tiny"
     shutil.copytree(resolve("tiny"), directory)
     load_model(directory)
-    edit_json(directory, lambda content: content.update(tokenizer="another"))
-    with pytest.raises(ValueError, match="was trained with another tokenizer than .* restore the"):
+    edit_json(directory, lambda content: content.update(fact))
+    with pytest.raises(ValueError, match=message):
         load_model(directory)
 
 
