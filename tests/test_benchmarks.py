@@ -417,6 +417,7 @@ def test_a_fair_reading_is_right_where_the_strict_one_is(text):
     ("#### 17\n#### 18", False, True), ("#### 18 of 20", True, False), ("", False, False),
     ("#### 18\nQuestion: 3", True, True), ("eighteen", False, False), ("####18", False, True),
     ("so <think>it is 18</think>", False, False), ("18 <think>or 17", False, True),
+    ("so\nQuestion: #### 18", False, False),
 ])
 def test_both_rules_of_gsm8k(text, strict, flexible):
     problem = {"answer": "9 * 2 = 18\n#### 18"}
