@@ -352,6 +352,24 @@ def test_damaged_weights_are_refused(change, tmp_path):
     refused(tmp_path, "is truncated or not a safetensors file", "download it again")
 
 
+def test_weights_of_whole_numbers_are_refused(tmp_path):
+    saved(tmp_path)
+    change_file(tmp_path, lambda tensors: {name: x.to(torch.int8) for name, x in tensors.items()})
+    refused(tmp_path, "is of type I8: is it quantised? allowed: F64, F32, F16, BF16")
+
+
+def test_an_index_does_not_lead_out_of_its_directory(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    saved(inside)
+    place = shard(inside)
+    outside.mkdir()
+    for file in set(place.values()):
+        (inside / file).rename(outside / file)
+    index = inside / "model.safetensors.index.json"
+    write_json({"weight_map": {name: f"../outside/{file}" for name, file in place.items()}}, index)
+    refused(inside, "is missing although model.safetensors.index.json names it")
+
+
 def test_damaged_shards_are_refused(tmp_path):
     saved(tmp_path)
     place = shard(tmp_path)

@@ -229,7 +229,9 @@ def test_one_model_is_one_commit_even_if_the_branch_moves(fake, tmp_path):
 def test_a_file_that_was_deleted_is_fetched_again_and_the_rest_kept(fake, tmp_path):
     folder = succeeds(tmp_path)
     (folder / "tokenizer.json").unlink()
-    succeeds(tmp_path)
+    # the user's own, which was never fetched
+    (folder / "notes.txt").write_text("mine")
+    succeeds(tmp_path, {**SMALL, "model.safetensors": WEIGHTS, "notes.txt": b"mine"})
     assert len(fake.gets("model.safetensors")) == 1
     assert len(fake.gets("tokenizer.json")) == 2
 
