@@ -168,6 +168,29 @@ def test_two_runs_cannot_have_one_directory(tmp_path):
         pass
 
 
+def test_a_folder_of_the_users_own_stays_whatever_its_name(tmp_path):
+    (tmp_path / "notes.part").mkdir()
+    (tmp_path / "notes.part" / "mine.txt").write_text("mine")
+    with disk.claimed(tmp_path):
+        pass
+    assert (tmp_path / "notes.part" / "mine.txt").read_text() == "mine"
+
+
+@POSIX
+def test_a_lock_that_its_last_holder_has_removed_protects_nothing(tmp_path, monkeypatch):
+    original = disk.try_lock
+
+    def late(handle):
+        """Between opening and locking another process writes its file, and goes."""
+        os.unlink(handle.name)
+        return original(handle)
+
+    monkeypatch.setattr(disk, "try_lock", late)
+    with pytest.raises(ValueError, match="another process has just written"):
+        with disk.claimed_file(tmp_path / "eval.json", overwrite=True):
+            pass
+
+
 def test_two_commands_cannot_have_one_file(tmp_path):
     path = tmp_path / "eval.json"
     with disk.claimed_file(path, overwrite=True):
