@@ -7,6 +7,7 @@ and rendered prompts are compared too.
 import itertools
 import json
 import re
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -280,6 +281,18 @@ def test_no_problem_that_is_scored_is_a_worked_example(name, data_dir):
         shots = task.examples(problems, problem, 3, "plain")
         assert len(shots) == 3
         assert not {shot.get("id") for shot in shots} & {one["id"] for one in scored}
+        assert all(shot.get("subject") == problem.get("subject") for shot in shots)
+
+
+def test_shots_of_mmlu_pro_are_its_validation_rows_where_they_are(data_dir, tmp_path):
+    for split in ("test", "validation"):
+        shutil.copy(data_dir / "mmlu_pro" / "test.jsonl", tmp_path / f"{split}.jsonl")
+    task = MMLUPro()
+    problems = task.load(tmp_path)
+    assert task.note(problems) is None
+    assert len(task.scored(problems, 5, "plain")) == ROWS
+    shots = task.examples(problems, problems[0], 5, "plain")
+    assert [shot["id"] for shot in shots] == [f"mmlu_pro/validation/{70 + i}" for i in range(5)]
 
 
 # --- letters --------------------------------------------------------------------------------------

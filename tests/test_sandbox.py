@@ -1,6 +1,8 @@
 """Untrusted programs: what they may do, what is refused, and that nothing of them is left."""
 
 import os
+import select
+import subprocess
 import sys
 import tempfile
 import threading
@@ -330,6 +332,23 @@ def test_ctrl_c_ends_the_child_and_removes_its_folder(temp, monkeypatch):
     # it has been waited for, so it is gone
     assert children[0].returncode is not None
     assert list(temp.iterdir()) == []
+
+
+@pytest.mark.skipif(not POSIX, reason="process groups of POSIX")
+def test_what_a_process_has_started_ends_with_it():
+    """Should a program start one all the same: the guard refuses it first."""
+    program = ("import subprocess, sys, time\n"
+               "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+               "print('started', flush=True)\ntime.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                             start_new_session=True)
+    assert child.stdout.readline() == b"started\n"
+    sandbox.kill(child)
+    child.wait()
+    # the other one has the pipe too, which ends only when both have ended
+    ended, _, _ = select.select([child.stdout], [], [], 30)
+    assert ended
+    child.stdout.close()
 
 
 @pytest.mark.skipif(not POSIX, reason="limits of POSIX")
