@@ -1,5 +1,7 @@
 """What the embedded problems are worth without training: the rows that stand beside every result."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import train
 from data.checkpoints.hub import resolve
 from conftest import exit_status
 from data.experiments import finetune, forms, harness, headline, untrained
+from data.flags.train import PRESETS
 from data.results import figures
 from data.tasks import TASKS
 from data.text.tokenizer import load_tokenizer
@@ -114,6 +117,47 @@ def test_what_would_do_nothing_is_refused_before_anything_is_written(
     assert words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_finetuning_asks_the_training_questions_of_one_task(tmp_path, capsys):
+    for split in ("train", "test"):
+        row = {"question": f"of {split}", "answer": "#### 1"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    text = finetune.conversations(TASKS["gsm8k"], tmp_path)
+    assert "of train" in text and "of test" not in text
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "made_of.json").write_text('{"task": "sums"}')
+    flags = [f"--init_from={resolve('tiny')}", "--task=chains", f"--out_dir={out}"]
+    assert exit_status(finetune.main, flags) == 2
+    assert "holds results of another task or model" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["made_of.json"]
+
+
+def test_a_path_beside_a_finetuned_model_begins_with_its_finetuning(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(headline, "run", lambda *words: None)
+    monkeypatch.setattr(headline, "train_once", lambda *words: trained.append(words))
+    headline.train_and_measure("lora_refine", 7, tmp_path, [])
+    (base, *base_flags), (path, *path_flags) = trained
+    assert base == tmp_path / "lora-7" and "--method=lora" in base_flags
+    assert path == tmp_path / "lora_refine-7" and f"--init_from={base}" in path_flags
+    # as the embedded model itself learns
+    args = train.parse([*path_flags, f"--out_dir={path}"])
+    assert {name: getattr(args, name) for name in PRESETS["tiny"]} == PRESETS["tiny"]
+
+
+def test_levels_without_training_have_a_row_of_their_own(tmp_path, capsys):
+    for seed, right in ((1, 0.5), (2, 0.7)):
+        rows = [{"temperature": 0, "topic": "chains", "column": "euler 8", "unseen": unseen,
+                 "accuracy": accuracy}
+                for unseen, accuracy in ((False, right), (False, right + 0.1), (True, 0.2))]
+        (tmp_path / f"refine-{seed}.json").write_text(json.dumps({"accuracy": rows}))
+    headline.main(["--print", f"--out_dir={tmp_path}"])
+    found = capsys.readouterr().out
+    assert "chains, temperature 0: euler 8 65.0 [55.0, 75.0]\n" in found
+    assert "chains unseen, temperature 0: euler 8 20.0 [20.0, 20.0]\n" in found
+
+
 def test_a_training_goes_on_with_its_own_flags_alone(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="3"):
         headline.run("-c", "raise SystemExit(3)")
@@ -125,6 +169,10 @@ def test_a_training_goes_on_with_its_own_flags_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(headline, "run", lambda *words: commands.append(words[:2]))
     with pytest.raises(ValueError, match="was begun with another --lr"):
         headline.train_once(out, *words, "--lr=0.5")
+    (out / "done").write_text("--lr=0.5")
+    with pytest.raises(ValueError, match="was trained with other flags"):
+        headline.train_once(out, *words)
+    (out / "done").unlink()
     # of a training before this one
     (tmp_path / "lora-1.json").write_text("{}")
     headline.train_and_measure("lora", 1, tmp_path, more)

@@ -9,9 +9,10 @@ import pytest
 
 from data.checkpoints.hub import resolve
 from data.text.tokenizer import load_tokenizer
+from data.tiny import topics
 from data.tiny.topics import (
-    CLASSES, LEVELS, OPERATIONS, PLACES, ROW, UNSEEN, Documents, Problems, final_answer,
-    make_document, make_problem, split_of, step_fact, steps_fact)
+    CLASSES, LEVELS, OPERATIONS, PLACES, ROW, UNSEEN, Documents, Problems, chains_problem,
+    final_answer, make_document, make_problem, split_of, step_fact, steps_fact)
 
 PAIRS = [(topic, level) for topic in LEVELS for level in LEVELS[topic]]
 SPLITS = ("train", "val", "test")
@@ -162,6 +163,20 @@ def test_document_rows_are_full_and_every_document_has_its_segment(tokenizer):
         starts = ids == tokenizer.bos_id
         assert np.array_equal(starts, np.diff(segments, prepend=0) == 1)
         assert np.array_equal(mask == 0, starts)
+
+
+def test_the_same_map_in_another_order_is_the_same_question():
+    chosen, *_, prompt, _ = chains_problem(random.Random(1), 4)
+    pairs, place = prompt.split(";")
+    assert chosen == " ".join(sorted(pairs.split())) + place
+
+
+def test_the_base_reads_composed_problems_of_the_training_split_alone(monkeypatch):
+    monkeypatch.setattr(topics, "COMPOSED", 1)
+    for seed in range(60):
+        prompt = make_document(random.Random(seed)).split("?")[0]
+        # a word is the key of its problem, a sum with its question mark
+        assert split_of(prompt if prompt.isalpha() else f"{prompt}?") == "train"
 
 
 def test_composed_problems_are_rare_in_the_text(tokenizer):

@@ -14,7 +14,7 @@ from pathlib import Path
 from data.checkpoints.state import read_state_meta
 from data.flags.train import PRESETS, parse
 from data.results.statistics import mean, unique
-from data.system.command import command, flag_parser
+from data.system.command import command, flag_parser, flag_words
 from data.system.disk import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def train_and_measure(method: str, seed: int, out_dir: Path, more: list):
         words.append(f"--init_from={out_dir / BASES[method]}-{seed}")
         # for any base but the embedded one train.py has other defaults
         for name, value in PRESETS["tiny"].items():
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
+            words += flag_words(name, value)
     if not (trained / "done").exists():
         # of an earlier training
         result.unlink(missing_ok=True)

@@ -11,7 +11,8 @@ from data.checkpoints.path import LARGEST, PARTS, STARTS, TIME_DISTRIBUTIONS
 from data.checkpoints.state import read_state_meta
 from data.parts.draws import check_seed
 from data.system import processes
-from data.system.command import check_range, flag_parser, given_flags, refuse_idle
+from data.system.command import (
+    check_range, flag_parser, flag_words, given_flags, refuse_idle)
 
 # --- presets: a flag always wins over them --------------------------------------------------------
 
@@ -206,12 +207,8 @@ def parse(argv=None, description: str | None = None) -> argparse.Namespace:
 
 def check_saved(saved: dict, out_dir):
     """Raise ValueError unless a command line could have given the flags of a state."""
-    words = []
-    for name, value in saved.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            words.append(f"--{name}={value}")
+    words = [word for name, value in saved.items() if value is not None
+             for word in flag_words(name, value)]
     parser = build_parser()
     parser.exit_on_error = False
     try:

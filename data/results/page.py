@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from string import Template
 
+from data.system.command import flag_words
 from data.system.disk import appearing
 
 FORM = Path(__file__).with_name("trace.html")
@@ -162,24 +163,13 @@ def again(args, given: dict, prompt: str, typed=None) -> str:
     words = ["python", "sample.py"]
     for name, value in given.items():
         if name not in LEFT_OUT:
-            words += flag(name, short(value) if name in PATHS else value)
+            words += flag_words(name, short(value) if name in PATHS else value)
     if typed:
         lines = [*typed, f"/trace {Path(args.html).name}"]
         return f"printf '%s\\n' {' '.join(map(quoted, lines))} | {' '.join(map(quoted, words))}"
     # the page shows the first of several prompts; its seed is the first too
-    words += flag("html", Path(args.html).name) + flag("prompt", prompt)
+    words += flag_words("html", Path(args.html).name) + flag_words("prompt", prompt)
     return " ".join(map(quoted, words))
-
-
-def flag(name: str, value) -> list:
-    """The words of a flag on the command line."""
-    name = "class" if name == "label" else name
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, list):
-        return [part for one in value for part in flag(name, one)]
-    # a value that begins with a dash would be read as a flag
-    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
 
 
 def quoted(text: str) -> str:

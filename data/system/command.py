@@ -198,6 +198,18 @@ def given_flags(parser, argv) -> dict:
     return {name: value for name, value in args.items() if value is not None}
 
 
+def flag_words(name: str, value) -> list:
+    """The words of a flag on the command line."""
+    # the dest of --class
+    name = "class" if name == "label" else name
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [word for one in value for word in flag_words(name, one)]
+    # a value that begins with a dash would be read as a flag
+    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+
+
 def refuse_idle(given, rules):
     """Raise ValueError for a flag without effect.
 
