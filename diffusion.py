@@ -186,7 +186,8 @@ class L2D(nn.Module):
             for block, m, frozen in zip(self.blocks, modulation.blocks, self.lm.blocks):
                 # behind the frozen model's in the cache
                 number = len(self.blocks) + len(keys)
-                h, k, v = block(h, m, frozen, states, cache=cache, layer=number)
+                h, k, v = block(h, m, frozen, states, cache=cache, layer=number,
+                                last=block is self.blocks[-1])
                 keys.append(k)
                 values.append(v)
         return replace(states, keys=tuple(keys), values=tuple(values))

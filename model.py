@@ -239,7 +239,8 @@ class PathBlock(nn.Module):
             for gate in (2, 5):
                 nn.init.ones_(gates[gate])
 
-    def forward(self, h, modulation, frozen, states: FrozenStates, kv=None, cache=None, layer=0):
+    def forward(self, h, modulation, frozen, states: FrozenStates, kv=None, cache=None, layer=0,
+                last=False):
         """(h, keys, values): h one layer further, and what its queries attended to.
 
         h       (B, T, C), one vector for every token of the states, or (N, C) or (N, 1, C) for
@@ -247,6 +248,7 @@ class PathBlock(nn.Module):
         frozen  the same layer of the language model
         kv      keys and values (B, G, S, D) to attend to. None: the layer computes its own from
                 h (B, T, C), and they go into the cache, if there is one, as number `layer`
+        last    of the layers that compute their own: no layer reads its h, which stays
         """
         a1, s1, g1, a2, s2, g2 = modulation.chunk(6, dim=-1)
         n = frozen.norm_attn(h, a1, s1)                                 # (..., C)
@@ -256,6 +258,8 @@ class PathBlock(nn.Module):
                   split_heads(self.v(n), self.head_dim))
             if cache is not None:
                 kv = cache.append(layer, *kv)
+            if last:
+                return h, *kv
         elif self.self_kv:
             own = [self.k(n), self.v(n)]                                # (..., G·D)
         mine = [self.q(n), *own]                                        # (..., H·D)

@@ -151,10 +151,14 @@ def test_a_pipe_is_refused_before_it_is_read_or_written(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
-def test_a_prompt_ends_at_a_line_feed_and_nowhere_else(separator, tmp_path):
+def test_a_prompt_ends_at_a_line_feed_and_nowhere_else(separator, tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_bytes(f"a{separator}b\r\n\nc\n".encode("utf-8-sig"))
     assert read_prompts([], str(path)) == [f"a{separator}b", "c"]
+    # all of standard input is one prompt
+    with open(path, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert read_prompts(["-"], None) == [f"a{separator}b\n\nc"]
 
 
 # --- a directory of one run -----------------------------------------------------------------------

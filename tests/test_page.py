@@ -165,6 +165,8 @@ def test_a_page_shows_every_token_with_its_cost_and_holds_its_predictions():
     texts = Reader(build()).texts
     assert texts["prompt"] == texts["answer"] == "ab"
     assert [texts[f"token-{n}"] for n in range(3)] == ["a5", "b5", "<stop>9"]
+    # coloured from the cheapest to the dearest
+    assert re.findall(r"--cost: (\d+)%", build()) == ["0", "0", "100"]
     first, _, stop = json.loads(texts["data"])["tokens"]
     assert first["predictions"] == [[0.0, "b", 0.0, "frozen"], [0.25, "b", 0.2, "evaluation"],
                                     [0.5, "a", 0.4, "rejected"], [0.75, "a", 0.6, "evaluation"],

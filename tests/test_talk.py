@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from data.flags.sample import check_flags
 from data.results.page import again
 from data.system.command import each_line, given_flags
 from data.text import chat, talk
+from data.text.answer import Answer, Live, Stop, messages_of
 from solvers import ADAPTIVE
 from test_chat import QWEN, ByteTokenizer
 
@@ -221,6 +223,22 @@ def test_a_saved_conversation_can_be_trained_on(tmp_path):
     messages, *_ = chat.parse_row((tmp_path / "c.jsonl").read_bytes())
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert messages[2]["content"] == "two"
+
+
+def test_turns_become_messages_that_a_format_can_write():
+    stop = Stop(tokenizer=Bytes(QWEN))
+    turns = [("2+2?", Answer(stop, list(b" 4"))), ("?", Answer(stop, list(b" \n")))]
+    assert messages_of(turns) == [{"role": "user", "content": "2+2?"},
+                                  {"role": "assistant", "content": "4"}]
+
+
+def test_half_a_character_at_the_end_of_an_answer_is_shown(capsys):
+    live = Live("> ", Bytes(QWEN))
+    batch = SimpleNamespace(answers=[Answer(Stop({258}))])
+    for token in (ord("a"), 0xC3, 258):
+        live(batch, [0], 1.0, None, [token])
+    live.end()
+    assert capsys.readouterr().out == "> a\ufffd\n"
 
 
 def test_the_command_of_a_page_types_the_lines_once_more():

@@ -56,10 +56,12 @@ def own_kv_flops(model, length: int) -> int:
     """One token through the path's layers for its own keys and values; 0 without own_kv."""
     if not model.config.own_kv:
         return 0
-    # without the modulation, a table look-up
-    products = sum(path_flops(block.q, block.k, block.v, block.o, block.mlp)
-                   for block in model.blocks)
-    return products + attention_flops(model.lm.config, length)
+    # without the modulation, a table look-up; of the last layer, keys and values alone
+    *others, last = model.blocks
+    products = path_flops(last.k, last.v) + sum(
+        path_flops(block.q, block.k, block.v, block.o, block.mlp) for block in others)
+    config = model.lm.config
+    return products + attention_flops(config, length) * len(others) // config.layers
 
 
 def flops_per_token(model, nfe: float, length: int, settings) -> float:

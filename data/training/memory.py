@@ -21,7 +21,8 @@ def saved_bytes(forward) -> tuple:
     sizes = {}
 
     def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
+        # a matrix product keeps a transposed view of its weight
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
