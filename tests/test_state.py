@@ -13,6 +13,7 @@ import train
 from conftest import exit_status
 from data.checkpoints import state
 from data.checkpoints.state import read_state
+from data.flags.train import check_saved
 from data.text import chat
 from test_train import flags, log, refused, run
 
@@ -123,6 +124,14 @@ def test_a_state_with_missing_or_damaged_parts_is_refused(change, word, out, cap
 def test_metadata_of_another_form_is_refused(change, out, capsys):
     change_state(out, change_meta=change)
     resume_refused(capsys, out)
+
+
+def test_a_flag_that_a_state_lacks_is_not_chosen_in_silence(out):
+    saved = read_state(out)[1]["args"]
+    check_saved(saved, out)
+    del saved["unroll"]
+    with pytest.raises(ValueError, match=r"not written by this version \(unroll\)"):
+        check_saved(saved, out)
 
 
 def test_data_that_was_replaced_is_refused(base, tmp_path, capsys):
