@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import train
 from conftest import exit_status
 from data.checkpoints import hub, state
 from data.results.records import Records, read_lines
@@ -236,7 +237,9 @@ def test_a_run_does_not_take_the_name_of_a_model(tmp_path, monkeypatch):
     for name in ("gpt2", "tiny"):
         with pytest.raises(ValueError, match="is the name of a model; choose another one"):
             hub.check_not_a_model(name)
+        assert exit_status(train.main, [f"--out_dir={name}"]) == 2
     hub.check_not_a_model("out/gpt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_are_not_replaced_without_being_asked(tmp_path, capsys):

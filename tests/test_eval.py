@@ -16,6 +16,7 @@ import eval as evaluation
 import sample
 from conftest import LLAMA, exit_status, generator, make_ids, make_l2d
 from data.checkpoints.hub import resolve
+from data.flags.eval import fill_defaults
 from data.parts.draws import row_generator
 from data.results import flops
 from data.results.statistics import calibration, changes, rank_correlation, ratio, wilson
@@ -492,9 +493,17 @@ def test_a_model_without_a_path_is_scored_alone(tmp_path, capsys):
     ("--steps=0", "--steps = 0 is out of range"),
     ("--draws=0", "--draws = 0 is out of range; allowed: 1 or more"),
     ("--init_from=nowhere", "unknown model 'nowhere'"),
+    ("--task=sums --samples=100000", "--samples = 100000 is out of range; allowed: 1 to 10000"),
 ])
 def test_bad_input_is_one_line_and_exit_status_2(flag, message, capsys):
-    assert exit_status(evaluation.main, [flag]) == 2
+    assert exit_status(evaluation.main, flag.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_a_column_asked_for_twice_is_measured_once():
+    args = evaluation.build_parser().parse_args(["--steps", "2", "1", "2", "--topics", "math",
+                                                 "math"])
+    fill_defaults(args)
+    assert (args.steps, args.topics, args.solvers) == ([2, 1], ["math"], ["euler", "dopri5"])

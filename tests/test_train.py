@@ -624,6 +624,7 @@ def refused(capsys, *argv):
     (["--batch_size=1000", "--accumulate=1000"],
      "--batch_size times --accumulate = 1000000 is out of range; allowed: 1 to 65536"),
     (["--unroll=9999"], "--unroll = 9999 is out of range; allowed: 0 to 1000"),
+    (["--clip=1e-9"], "--clip = 1e-09 would leave nothing of the gradient"),
     (["--device=gpu"], "gpu"),
 ])
 def test_bad_flags_are_refused_in_one_line(argv, message, capsys, tmp_path):
