@@ -84,15 +84,17 @@ def test_options_of_a_request_choose_the_tokens(models):
     ours = adapter(models, steps=0)
     # longer than the model's 512 positions
     context = "the in 123 " * 120
-    how = {"until": [], "max_gen_toks": 8, "temperature": 5.0, "top_k": 9, "top_p": 0.1}
-    texts = ours.generate_until(requests((context, {**how, "do_sample": True}), (context, how)),
-                                disable_tqdm=True)
     prompt = ours.encode(context)[-(512 - 8):]
-    sampled = Settings(steps=0, max_new_tokens=8, temperature=5.0, top_k=9, top_p=0.1)
-    for text, settings in zip(texts, (sampled, Settings(steps=0, max_new_tokens=8))):
-        answer, = generate(ours.model, [prompt], settings, seeds=[zlib.crc32(context.encode())])
-        assert ours.tokens.decode(answer.ids) == text
-    assert texts[0] != texts[1]
+    greedy = {"until": [], "max_gen_toks": 8, "temperature": 5.0}
+    for more in ({}, {"top_k": 9}, {"top_p": 0.1}):
+        sampled = {**greedy, **more, "do_sample": True}
+        texts = ours.generate_until(requests((context, sampled), (context, greedy)),
+                                    disable_tqdm=True)
+        for text, options in zip(texts, ({"temperature": 5.0, **more}, {})):
+            settings = Settings(steps=0, max_new_tokens=8, **options)
+            answer, = generate(ours.model, [prompt], settings, seeds=[zlib.crc32(context.encode())])
+            assert ours.tokens.decode(answer.ids) == text
+        assert texts[0] != texts[1]
 
 
 def test_a_blank_between_context_and_rest_belongs_to_the_rest(models):
