@@ -117,7 +117,7 @@ def test_what_would_do_nothing_is_refused_before_anything_is_written(
     assert words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_finetuning_asks_the_training_questions_of_one_task(tmp_path, capsys):
+def test_a_finetuning_asks_the_training_questions_of_one_task(tmp_path, capsys, monkeypatch):
     for split in ("train", "test"):
         row = {"question": f"of {split}", "answer": "#### 1"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
@@ -127,6 +127,7 @@ def test_a_finetuning_asks_the_training_questions_of_one_task(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "made_of.json").write_text('{"task": "sums"}')
+    monkeypatch.setattr(finetune, "run", pytest.fail)
     flags = [f"--init_from={resolve('tiny')}", "--task=chains", f"--out_dir={out}"]
     assert exit_status(finetune.main, flags) == 2
     assert "holds results of another task or model" in capsys.readouterr().err
