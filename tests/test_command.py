@@ -23,6 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.mark.parametrize("error, status, line", [
     (ValueError("this is wrong"), 2, "it: this is wrong"),
+    (ValueError("named\nby \x1b[2J"), 2, "it: named\\nby \\x1b[2J"),
     (OSError("no room"), 2, "it: no room"),
     (UnicodeEncodeError("utf-8", "a\ud83db", 1, 2, "surrogates not allowed"), 2,
      "it: the text 'a\\ud83db' holds half a character, which has no UTF-8; remove it"),
