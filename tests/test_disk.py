@@ -237,7 +237,7 @@ def test_a_run_does_not_take_the_name_of_a_model(tmp_path, monkeypatch):
     for name in ("gpt2", "tiny"):
         with pytest.raises(ValueError, match="is the name of a model; choose another one"):
             hub.check_not_a_model(name)
-        assert exit_status(train.main, [f"--out_dir={name}"]) == 2
+        assert exit_status(train.main, [f"--out_dir={name}", "--updates=0"]) == 2
     hub.check_not_a_model("out/gpt2")
     assert not list(tmp_path.iterdir())
 
