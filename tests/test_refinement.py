@@ -373,6 +373,14 @@ def test_few_words_keep_little_for_the_backward_pass(monkeypatch):
     assert sizes[1] < sizes[0] - 3 * 3 * logits
 
 
+def test_the_memory_of_the_backward_pass_is_without_the_weights():
+    matrix = torch.nn.Linear(64, 32).requires_grad_(False)
+    x = torch.ones(2, 64, requires_grad=True)
+    # the product keeps its matrix alone, exp its own result
+    assert saved_bytes(lambda: matrix(x))[0] == 0
+    assert saved_bytes(lambda: matrix(x).exp())[0] == 4 * 2 * 32
+
+
 def test_without_targets_there_are_no_refined_losses():
     for words in (None, 3):
         l2d = make_l2d(**BOTH, prediction_words=words)
