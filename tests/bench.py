@@ -513,8 +513,8 @@ def main(argv=None):
             for context in args.context:
                 evaluation_table(model, batch, context, timed)
     if "llama" in args.parts:
-        for batch in (1, 8):
-            llama_table(args.words, batch, 128, args.repeats)
+        for batch, context in ((1, 128), (8, 128), (8, 2048)):
+            llama_table(args.words, batch, context, args.repeats)
         llama_updates(args.words, min(args.repeats, 5))
     if "options" in args.parts:
         options_table(lm, model.config, 8, 64, timed)
