@@ -242,6 +242,20 @@ def test_ctrl_c_in_any_process_ends_all_after_the_same_update(base, tmp_path):
     assert len(updates(out)) == done and not said(out, 1, 1)
 
 
+@pytest.mark.parametrize("count, kills", [(1, True), (2, False)])
+def test_a_second_ctrl_c_kills_a_process_that_is_alone(count, kills, monkeypatch):
+    """Under torchrun, which repeats the signal, all of them are one."""
+    monkeypatch.setattr(processes, "count", lambda: count)
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = processes.Interrupt()
+    try:
+        interrupt(signal.SIGINT, None)
+        assert interrupt.asked
+        assert signal.getsignal(signal.SIGINT) is (before if kills else interrupt)
+    finally:
+        interrupt.restore()
+
+
 @pytest.mark.parametrize("words, message", [
     (["--batch_size=3"], "allowed with 2 processes: a multiple"),
     (["--lr=-1"], "--lr = -1.0 is out of range"),
