@@ -242,7 +242,7 @@ def test_the_shell_reads_the_prompt_as_it_was(text):
     # a NUL cannot be passed to a program
     text = text.replace("\x00", "")
     flags = Namespace(html="trace.html")
-    command = page.again(flags, {"trace": True, "stop": ["a b", "-"], "label": "math"}, text)
+    command = page.again(flags, {"trace": True, "stop": ["a b", "-"], "class": "math"}, text)
     assert command.replace("\n", "").replace("\t", "").isprintable()
     rest = command.removeprefix("python sample.py ")
     done = subprocess.run(["bash", "-c", f"printf '%s\\0' {rest}"], capture_output=True,

@@ -113,9 +113,8 @@ def check_regrade(args, given: dict):
     """Refuse what grading again would ignore. Raises ValueError with one line."""
     if not args.out:
         raise ValueError("--regrade needs --out, the file to write")
-    given = {"class" if name == "label" else name for name in given}
     acts = {"regrade", "out", "overwrite", "data_dir", "allow_code_execution", "code_seconds"}
-    refuse_idle(given, [(sorted(given - acts), False, "a model, without --regrade")])
+    refuse_idle(given, [(sorted(given.keys() - acts), False, "a model, without --regrade")])
     check_range("--code_seconds", args.code_seconds, *CODE_SECONDS)
 
 
@@ -144,8 +143,6 @@ def check_flags(args, given: dict, task, adaptive: bool, fixed: bool):
     if tiny:
         for topic in args.topics or []:
             choices(topic, dict(task.groups), "--topics")
-    # the dest of --class
-    given = {"class" if name == "label" else name for name in given}
     generated = not text and (task.kind != "letters" or args.choices == "generate")
     path = adaptive or max(args.steps) > 0
     random = path or (not text and max(args.temperatures) > 0)

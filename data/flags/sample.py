@@ -75,8 +75,6 @@ def check_flags(args, given: dict, adaptive):
     # --chat without a prompt is a conversation
     args.talk = args.talk or (args.chat is not None and not prompted)
     adapts = args.solver in adaptive
-    # the dest of --class
-    given = {"class" if name == "label" else name for name in given}
     random = args.steps > 0 or args.temperature > 0
     refuse_idle(given, [
         (("talk",), not prompted, "to ask for the prompts: no --prompt or --prompt_file"),

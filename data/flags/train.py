@@ -11,8 +11,7 @@ from data.checkpoints.path import LARGEST, PARTS, STARTS, TIME_DISTRIBUTIONS
 from data.checkpoints.state import read_state_meta
 from data.parts.draws import check_seed
 from data.system import processes
-from data.system.command import (
-    check_range, flag_parser, flag_words, given_flags, refuse_idle)
+from data.system.command import check_range, flag_parser, flag_words, given_flags, refuse_idle
 
 # --- presets: a flag always wins over them --------------------------------------------------------
 

@@ -190,18 +190,21 @@ def estimate_temperature(text: str):
 
 
 def given_flags(parser, argv) -> dict:
-    """The flags that stand on the command line; afterwards the parser has no default values."""
+    """The flags that stand on the command line, by their names there.
+
+    Afterwards the parser has no default values.
+    """
     names = vars(parser.parse_args(argv))
     # no value on a command line is None
     parser.set_defaults(**dict.fromkeys(names))
     args = vars(parser.parse_args(argv))
-    return {name: value for name, value in args.items() if value is not None}
+    # the dest of --class: Python has the word for itself
+    return {"class" if name == "label" else name: value
+            for name, value in args.items() if value is not None}
 
 
 def flag_words(name: str, value) -> list:
     """The words of a flag on the command line."""
-    # the dest of --class
-    name = "class" if name == "label" else name
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list):

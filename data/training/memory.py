@@ -22,7 +22,7 @@ def saved_bytes(forward) -> tuple:
 
     def pack(tensor):
         # a matrix product keeps a transposed view of its weight
-        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+        if not any(isinstance(one, nn.Parameter) for one in (tensor, tensor._base)):
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
