@@ -69,13 +69,9 @@ def accuracy_table(model, tokenizer, task, problems: dict, columns: list, seed: 
             for column in columns if column.settings.temperature == temperature]
     for group, column in tqdm(jobs, disable=None, desc="accuracy"):
         records.append({
-            "group": task.title(group),
-            "topic": group[0],
-            "level": group[1],
-            "unseen": group in task.unseen,
-            "temperature": column.settings.temperature,
-            "column": column.name,
-            "kind": column.kind,
+            "group": task.title(group), "topic": group[0], "level": group[1],
+            "unseen": group in task.unseen, "temperature": column.settings.temperature,
+            "column": column.name, "kind": column.kind,
             "settings": asdict(column.settings),
             **measure(model, tokenizer, task, problems[group], column.settings, seed),
         })
@@ -166,15 +162,9 @@ def measure(model, tokenizer, task, problems: list, settings: Settings, seed: in
     prompts = sum(len(task.prompt(problem, tokenizer)) for problem in problems)
     length = round(prompts / n + tokens / n / 2)
     return {
-        "right": right,
-        "n": n,
-        "accuracy": right / n,
-        "low": low,
-        "high": high,
-        "nfe_per_token": nfe,
-        "nfe_first": mean(answer.nfe[0] for answer in answers),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "right": right, "n": n, "accuracy": right / n, "low": low, "high": high,
+        "nfe_per_token": nfe, "nfe_first": mean(answer.nfe[0] for answer in answers),
+        "seconds": seconds, "tokens_per_second": tokens / seconds,
         "flops_per_token": flops_per_token(model, nfe, length, settings),
     }
 
@@ -284,9 +274,13 @@ def measure_topics(model, tokenizer, task, args, columns: list):
 
 # --- held-out text --------------------------------------------------------------------------------
 
-def text_nats(model, rows: list, settings: Settings, draws: int, batch_size: int, seed: int):
-    """Sums over the counted tokens of a row: nats, p of the token, entropy, NFE, 1; (5, rows)."""
-    found = torch.zeros(5, len(rows), dtype=torch.float64)
+def text_nats(model, rows: list, settings: Settings, temperatures: list, draws: int,
+              batch_size: int, seed: int):
+    """Sums over the counted tokens of a row: nats, p of the token, entropy, NFE, 1.
+
+    (temperatures, 5, rows): the ODEs do not depend on the temperature, and are solved once.
+    """
+    found = torch.zeros(len(temperatures), 5, len(rows), dtype=torch.float64)
     # short ones first: a batch is as long as its longest row
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
     for at in tqdm(range(0, len(rows), batch_size), disable=None, desc="text"):
@@ -294,12 +288,14 @@ def text_nats(model, rows: list, settings: Settings, draws: int, batch_size: int
         batch = collate([rows[number] for number in numbers]).to(next(model.parameters()).device)
         # from the row's number: neither its batch nor its neighbours change its noise
         seeds = [seed + number for number in numbers]
-        log_p, nfe = forced_log_p(model, batch, settings, seeds, draws)
-        log_p = (log_p / settings.temperature).log_softmax(-1)          # (N, V)
-        nats = -log_p.gather(1, batch.targets.y[:, None])[:, 0]
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        sums = torch.stack((nats, (-nats).exp(), entropy, nfe, torch.ones_like(nats))).double()
-        found.index_add_(1, torch.tensor(numbers)[batch.targets.index[0].cpu()], sums.cpu())
+        logits, nfe = forced_log_p(model, batch, settings, seeds, draws)
+        of_row = torch.tensor(numbers)[batch.targets.index[0].cpu()]    # (N,)
+        for sums, temperature in zip(found, temperatures):
+            log_p = (logits / temperature).log_softmax(-1)              # (N, V)
+            nats = -log_p.gather(1, batch.targets.y[:, None])[:, 0]
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            some = torch.stack((nats, (-nats).exp(), entropy, nfe, torch.ones_like(nats)))
+            sums.index_add_(1, of_row, some.double().cpu())
     return found
 
 
@@ -309,13 +305,17 @@ def measure_text(model, tokenizer, task, args, columns: list):
     rows = task.rows(args.data, tokenizer, args.limit)
     if not knows_classes(model, task):
         rows = [row[:3] for row in rows]
-    table, frozen = [], {}
+    table, solved, frozen = [], {}, {}
     for column in columns:
         begun = time.perf_counter()
-        nats, p, entropy, nfe, counts = text_nats(
-            model, rows, column.settings, args.draws, args.batch_size, args.seed)
+        temperature = column.settings.temperature
+        if column.name not in solved:
+            found = text_nats(model, rows, column.settings, args.temperatures, args.draws,
+                              args.batch_size, args.seed)
+            solved[column.name] = dict(zip(args.temperatures, found))
+        nats, p, entropy, nfe, counts = solved[column.name][temperature]
         # of every temperature the frozen model is the first
-        gain = frozen.setdefault(column.settings.temperature, nats) - nats
+        gain = frozen.setdefault(temperature, nats) - nats
         table.append({"column": column.name, "settings": asdict(column.settings),
                       "examples": len(rows), "tokens": int(counts.sum()),
                       "nats": ratio(nats, counts), "gain": ratio(gain, counts),

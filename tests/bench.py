@@ -10,6 +10,7 @@ The part `llama` stands beside the transformers package where that is installed.
 import argparse
 import copy
 import dataclasses
+import functools
 import platform
 import statistics
 import sys
@@ -21,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import sample  # noqa: E402
 from data.checkpoints.families import ModelConfig  # noqa: E402
@@ -43,33 +43,33 @@ except ImportError:
     transformers = None
 
 
-def median_ms(work, repeats: int, device) -> float:
-    """Median wall time of work() in milliseconds, after two runs that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
+def print_times(repeats: int, device, title: str, works: dict, notes: dict | None = None) -> dict:
+    """A table of works, all by turns, so that what slows one slows all; returns their medians.
 
-
-def paired_ms(works: dict, repeats: int) -> dict:
-    """Median CPU time of every work in milliseconds, all by turns: what slows one slows all."""
+    A line has the median time in milliseconds, and the time's ratio to the first work's in the same
+    round: median, least and largest. The time is that of the CPU on a single thread, which other
+    processes hardly change, else that of the wall.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    # on Windows the clock of the CPU ticks 64 times a second
+    clock = time.process_time if alone and sys.platform != "win32" else time.perf_counter
     times = {name: [] for name in works}
     for _ in range(repeats + 1):
         for name, work in works.items():
-            start = time.process_time()
+            start = clock()
             work()
-            times[name].append(1000 * (time.process_time() - start))
-    # the first round does not count
-    return {name: statistics.median(some[1:]) for name, some in times.items()}
-
-
-def print_time(name: str, ms: float, first: float, more: str = ""):
-    """A line of a table: milliseconds, and their ratio to the first line's."""
-    print(f"  {name:38} {ms:8.2f} ms  {ms / first:6.2f}{more}")
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(1000 * (clock() - start))
+    print(f"{title}: ms, ratio to the first")
+    medians = {}
+    for name, some in times.items():
+        # the first round does not count
+        ratios = [ms / base for ms, base in zip(some[1:], next(iter(times.values()))[1:])]
+        medians[name] = statistics.median(some[1:])
+        print(f"  {name:38} {medians[name]:9.2f}  {statistics.median(ratios):5.2f} "
+              f"[{min(ratios):.2f}, {max(ratios):.2f}]{(notes or {}).get(name, '')}")
+    return medians
 
 
 def random_ids(model, *size):
@@ -100,9 +100,11 @@ class Newest:
         VelocityField(self.model, self.states, **options)(t, self.x, self.prediction)
 
 
-def evaluation_table(model, batch: int, context: int, timed):
+def evaluation_table(model, batch: int, context: int, compare):
     """One evaluation of the path, and its time without each saving."""
     newest = Newest(model, batch, context)
+    unmerged = L2D(model.lm, model.config).eval()
+    unmerged.load_state_dict(model.state_dict())
 
     def decode():
         model.lm.logits(newest.read(model.lm).hidden)
@@ -120,23 +122,18 @@ def evaluation_table(model, batch: int, context: int, timed):
         newest.evaluate()
 
     works = {
+        "an evaluation of the path": newest.evaluate,
         "the frozen model's own next token": decode,
         "with V computed again": fresh_vocabulary,
         "with the modulation computed again": fresh_modulation,
+        "with the LoRA not merged": Newest(unmerged, batch, context).evaluate,
     }
     if model.config.classes:
         classes = torch.zeros(batch, dtype=torch.long, device=newest.ids.device)
         works["guided, two copies in one batch"] = lambda: newest.evaluate(
             class_ids=classes, guidance=2.0)
         works["guided, one copy after the other"] = apart
-    first = timed(newest.evaluate)
-    print(f"batch {batch}, context {context}: one evaluation of the path {first:.3f} ms; "
-          "below: other times, and their ratio to it")
-    for name, work in works.items():
-        print_time(name, timed(work), first)
-    model.merge_lora(False)
-    print_time("with the LoRA not merged", timed(newest.evaluate), first)
-    model.merge_lora(True)
+    compare(f"batch {batch}, context {context}", works)
 
 
 def drawn(model, ids, targets, unroll=0, documents=None):
@@ -163,45 +160,43 @@ OPTIONS = {
 }
 
 
-def options_table(lm, config, batch: int, context: int, timed):
+def options_table(lm, config, batch: int, context: int, compare):
     """The cost of our departures beside the paper's path: in sampling and in training."""
     ids, targets = random_ids(lm, 2, batch, context + 1)
     # as in a graded answer, the last tokens count
     targets[:, :-8] = IGNORE
-    first = None
-    print(f"batch {batch}, context {context}, 8 tokens of a row counted: ms, ratio to the first")
-    print(" " * 24 + "".join(f"{name:>20}" for name in
-                             ("an evaluation", "a token read", "update, paper", "update, refined")))
-    for name, options in OPTIONS.items():
-        model = L2D(lm, dataclasses.replace(config, **options)).eval()
+    models = {name: L2D(lm, dataclasses.replace(config, **options)).eval()
+              for name, options in OPTIONS.items()}
+    newest = {}
+    for name, model in models.items():
         model.merge_lora()
-        newest = Newest(model, batch, context)
+        newest[name] = Newest(model, batch, context)
+    shape = f"batch {batch}, context {context}"
+    compare(f"an evaluation, {shape}", {name: one.evaluate for name, one in newest.items()})
+    compare(f"a token read, {shape}",
+            {name: lambda one=one: one.read(one.model) for name, one in newest.items()})
 
-        @torch.enable_grad()
-        def update(objective, unroll=0):
-            batch = drawn(model, ids, targets, unroll)
-            objective(model, batch).values.mean().backward()
+    @torch.enable_grad()
+    def update(model, objective, unroll):
+        objective(model, drawn(model, ids, targets, unroll)).values.mean().backward()
 
-        found = [timed(newest.evaluate), timed(lambda: newest.read(model))]
-        model.train()
-        found.append(timed(lambda: update(paper_losses)))
-        found.append(timed(lambda: update(refined_losses, unroll=8)))
-        first = first or found
-        print(f"  {name:22}" + "".join(f"{ms:12.2f} {ms / base:6.2f}×"
-                                       for ms, base in zip(found, first)))
+    for title, objective, unroll in (("paper", paper_losses, 0), ("refined", refined_losses, 8)):
+        compare(f"an update, {title}, {shape}, 8 tokens of a row counted", {
+            name: lambda model=model: update(model.train(), objective, unroll)
+            for name, model in models.items()})
 
 
 @torch.enable_grad()
-def training_table(model, rows: int, length: int, timed):
-    """One update of the path, its time without each saving, its parts, its share of the peak."""
+def training_table(model, rows: int, length: int, compare):
+    """One update of the path, its time without each saving, its parts."""
     ids, targets = random_ids(model, 2, rows, length)
     # as in chat data, where only the answers count
     half = targets.clone()
     half[:, ::2] = IGNORE
     trained = list(model.path_parameters().values())
-    fused, plain = (torch.optim.AdamW(trained, lr=1e-9, fused=on) for on in (True, False))
+    optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)
 
-    def update(targets=targets, optimizer=fused):
+    def update(targets=targets):
         mean_loss(model, ids, targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -226,32 +221,18 @@ def training_table(model, rows: int, length: int, timed):
         model.zero_grad(set_to_none=True)
 
     model.train()
-    whole = timed(update)
-    print(f"one update of the path on {rows} rows of {length} tokens: {whole:.1f} ms, "
-          f"{1000 * rows * length / whole:.0f} tokens/s; below: other times, and their ratio to it")
-    works = {
+    medians = compare(f"an update of the path on {rows} rows of {length} tokens", {
+        "the update": update,
         "half of the tokens counted": lambda: update(half),
-        "AdamW not fused": lambda: update(optimizer=plain),
         "logits saved by autograd": with_plain_head,
         "the frozen model's loss, no gradient": frozen,
         "full finetuning of the same model": full_update(model.lm, ids, targets),
-    }
-    for name, work in works.items():
-        print_time(name, timed(work), whole)
-    # each of these contains the one before
-    states, objective, gradient = map(timed, (
-        read, lambda: mean_loss(model, ids, targets), backward))
-    parts = {"the frozen model's states": states, "the path and its loss": objective - states,
-             "backward": gradient - objective, "the optimizer": whole - gradient}
-    for name, ms in parts.items():
-        print(f"    of it, {name:30} {ms:8.1f} ms  {100 * ms / whole:5.0f} %")
-    with FlopCounterMode(display=False) as counter:
-        update()
-    rate = counter.get_total_flops() / whole / 1e6
-    a = torch.randn(1536, 1536, device=ids.device)
-    best = 2 * 1536 ** 3 / timed(lambda: a @ a) / 1e6
-    print(f"    {rate:.1f} GFLOP/s, {100 * rate / best:.0f} % of the {best:.1f} of a large matrix "
-          "product here")
+        # each of these contains the one before
+        "of it, the frozen model's states": read,
+        "states, the path and its loss": lambda: mean_loss(model, ids, targets),
+        "all but the optimizer": backward,
+    })
+    print(f"  {1000 * rows * length / medians['the update']:.0f} tokens/s")
     # training has dropped the caches of sampling
     model.eval()
     model.merge_lora(True)
@@ -271,7 +252,7 @@ def full_update(lm, ids, targets):
 
 
 @torch.enable_grad()
-def savings_table(model, rows: int, length: int, timed):
+def savings_table(model, rows: int, length: int, compare):
     """Packed rows, cached states, recomputing, compiling: time and memory."""
     ids, targets = random_ids(model, 2, rows, length)
     # as in chat data, where only the answers count
@@ -302,76 +283,70 @@ def savings_table(model, rows: int, length: int, timed):
         "--checkpointing": (recomputed, plain),
         "--compile": (torch.compile(paper_losses, dynamic=True), plain),
     }
-    print(f"forward and backward on {rows} rows of {length} tokens; memory for backward:")
-    first = None
+    learn, notes = {}, {}
     for name, (objective, batch) in works.items():
-        def learn():
-            objective(model, batch.to(ids.device)).values.mean().backward()
-            model.zero_grad(set_to_none=True)
-
         try:
-            ms = timed(learn)
+            size, _ = saved_bytes(lambda: objective(model, batch.to(ids.device)))
         except RuntimeError as error:
             # torch.compile without a compiler
             print(f"  {name:38} not here: {str(error).strip().splitlines()[0]}")
             continue
-        first = first or ms
-        size, _ = saved_bytes(lambda: objective(model, batch.to(ids.device)))
-        print_time(name, ms, first, f"  {size / 1e6:8.1f} MB")
-    print_time("times and noise, drawn an update ahead",
-               timed(lambda: drawn(model, ids, targets)), first)
+        notes[name] = f"  {size / 1e6:8.1f} MB"
+
+        def forward_backward(objective=objective, batch=batch):
+            objective(model, batch.to(ids.device)).values.mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        learn[name] = forward_backward
+    compare(f"forward and backward on {rows} rows of {length} tokens, and memory for backward",
+            learn, notes)
     model.eval()
     model.merge_lora(True)
 
 
-def texts_table(model, rows: int, timed):
+def nfe_of(texts: list) -> float:
+    """NFE a token of several Answers."""
+    return sum(sum(text.nfe) for text in texts) / sum(len(text.nfe) for text in texts)
+
+
+def texts_table(model, rows: int, compare):
     """Whole texts by several solvers, against the frozen model's."""
     prompts = random_ids(model, rows, 8).tolist()
-    frozen = None
+    works, notes = {}, {}
     for steps, solver in ((0, "euler"), (1, "euler"), (8, "euler"), (32, "euler"), (1, "dopri5")):
         # on random prompts the predictions may change at every evaluation, and no step be accepted
         settings = Settings(steps=steps, solver=solver, max_new_tokens=16, max_nfe=100)
-        answers = generate(model, prompts, settings)
-        nfe = sum(sum(a.nfe) for a in answers) / sum(len(a.nfe) for a in answers)
-        ms = timed(lambda: generate(model, prompts, settings))
-        frozen = frozen or ms
         name = f"{solver} {steps}" if steps else "frozen"
-        print_time(f"generate 16 tokens, {name}", ms, frozen, f"  NFE {nfe:6.1f}")
+        works[name] = functools.partial(generate, model, prompts, settings)
+        notes[name] = f"  NFE {nfe_of(works[name]()):6.1f}"
+    compare(f"generate 16 tokens, batch {rows}", works, notes)
 
 
-def ahead_table(device, timed):
+def ahead_table(device, compare):
     """Many evaluations in one call, on the embedded path by the paper's objective, one by one."""
     model, tokenizer = load_model("data/tiny/paper", device=device)
     task = TASKS["tiny"]
     problems = [task.problem(group, 0) for group in task.groups]
     prompts = [tokenizer.encode_start(problem.prompt) for problem in problems]
-    calls = [0]
-    predict = model.predict
-
-    def counted(*args):
-        calls[0] += 1
-        return predict(*args)
-
-    model.predict = counted
     ahead = sample.Ahead
+    # without times it is never ahead
+    kinds = {"one by one": lambda f, times: ahead(f, []), "ahead": ahead}
+
+    def answer(kind, settings):
+        sample.Ahead = kinds[kind]
+        return [generate(model, [ids], settings)[0] for ids in prompts]
+
     for solver, steps in (("euler", 8), ("midpoint", 7), ("midpoint", 63), ("dopri5", 8)):
         settings = Settings(steps=steps, solver=solver, max_new_tokens=8)
-        first = alone = None
-        for name, times_of in (("evaluations one by one", None), ("ahead", sample.times_of)):
-            # without times it is never ahead
-            sample.Ahead = ahead if times_of else lambda f, times: ahead(f, [])
-            calls[0] = 0
-            texts = [generate(model, [ids], settings)[0] for ids in prompts]
-            tokens = sum(len(text.nfe) for text in texts)
-            each = calls[0] / tokens
-            nfe = sum(sum(text.nfe) for text in texts) / tokens
-            ms = timed(lambda: [generate(model, [ids], settings) for ids in prompts])
-            first, alone = first or ms, alone or texts
-            same = sum(a == b for one, other in zip(texts, alone)
-                       for a, b in zip(one.ids, other.ids))
-            print_time(f"{solver} {steps}, {name}", ms, first,
-                       f"  NFE {nfe:6.1f}  calls {each:6.1f}  same tokens {same}")
-        sample.Ahead = ahead
+        works = {kind: functools.partial(answer, kind, settings) for kind in kinds}
+        found = {kind: work() for kind, work in works.items()}
+        notes = {}
+        for kind, texts in found.items():
+            calls = sum(text.calls for text in texts) / sum(len(text.nfe) for text in texts)
+            same = [text.ids for text in texts] == [text.ids for text in found["one by one"]]
+            notes[kind] = f"  NFE {nfe_of(texts):6.1f}  calls {calls:6.1f}  same tokens: {same}"
+        compare(f"{solver} {steps}", works, notes)
+    sample.Ahead = ahead
 
 
 LLAMA = {
@@ -399,7 +374,7 @@ def transformers_llama(words: int):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def llama_table(words: int, batch: int, context: int, repeats: int):
+def llama_table(words: int, batch: int, context: int, compare):
     """Sampling from a random Llama: each saving, against a decode step by another package."""
     stored = random_llama(words)
     lm = lay_out(copy.deepcopy(stored))
@@ -436,24 +411,16 @@ def llama_table(words: int, batch: int, context: int, repeats: int):
             theirs(ids[:, -1:], past_key_values=cache, use_cache=True)
 
         works = {"a decode step of transformers": step, **works}
-    print(f"random Llama, {words} words, batch {batch}, context {context}: "
-          "CPU ms, ratio to the first")
-    print_paired(works, repeats)
-
-
-def print_paired(works: dict, repeats: int):
-    found = paired_ms(works, repeats)
-    for name, ms in found.items():
-        print_time(name, ms, next(iter(found.values())))
+    compare(f"random Llama, {words} words, batch {batch}, context {context}", works)
 
 
 @torch.enable_grad()
-def llama_updates(words: int, repeats: int):
+def llama_updates(words: int, compare):
     """Updates of a path beside it, and of all its weights: time, and memory for backward."""
     lm = random_llama(words)
     ids, targets = torch.randint(words, (2, 4, 256), generator=torch.Generator().manual_seed(0))
     targets[:, :128] = IGNORE
-    works, sizes = {}, {}
+    works, notes = {}, {}
     for name, options, objective, unroll in (
             ("update, paper", {}, paper_losses, 0),
             ("update, refined, all words", BOTH, refined_losses, 8),
@@ -464,10 +431,9 @@ def llama_updates(words: int, repeats: int):
             return objective(model, drawn(model, ids, targets, unroll)).values.mean()
 
         works[name] = lambda forward=forward: forward().backward()
-        sizes[name], _ = saved_bytes(forward)
-    print(f"random Llama, {words} words, 4 rows of 256 tokens, half counted: CPU ms, ratio; "
-          + ", ".join(f"{size / 1e6:.0f}" for size in sizes.values()) + " MB for backward")
-    print_paired(works, repeats)
+        notes[name] = f"  {saved_bytes(forward)[0] / 1e6:8.1f} MB"
+    compare(f"random Llama, {words} words, 4 rows of 256 tokens, half counted, memory for backward",
+            works, notes)
     works = {"all weights": full_update(lm, ids[:, :64], ids[:, 1:65])}
     theirs = transformers_llama(words)
     if theirs:
@@ -479,7 +445,7 @@ def llama_updates(words: int, repeats: int):
 
         optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-9, fused=True)
         works = {"all weights, transformers": update, **works}
-    print_paired(works, repeats)
+    compare("the same, 4 rows of 64 tokens", works)
 
 
 PARTS = ("evaluations", "llama", "options", "updates", "savings", "texts", "ahead")
@@ -505,31 +471,29 @@ def main(argv=None):
     print(f"{platform.platform()}, {device}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, medians of {args.repeats}")
 
-    def timed(work):
-        return median_ms(work, args.repeats, device)
-
+    compare = functools.partial(print_times, args.repeats, device)
     if "evaluations" in args.parts:
         for batch in args.batch_size:
             for context in args.context:
-                evaluation_table(model, batch, context, timed)
+                evaluation_table(model, batch, context, compare)
     if "llama" in args.parts:
         for batch, context in ((1, 128), (8, 128), (8, 2048)):
-            llama_table(args.words, batch, context, args.repeats)
-        llama_updates(args.words, min(args.repeats, 5))
+            llama_table(args.words, batch, context, compare)
+        llama_updates(args.words, functools.partial(print_times, min(args.repeats, 5), device))
     if "options" in args.parts:
-        options_table(lm, model.config, 8, 64, timed)
+        options_table(lm, model.config, 8, 64, compare)
     # these two are of the paper's objective, without a prediction to read
     config = dataclasses.replace(model.config, self_conditioning=False, asked_again=None,
                                  prediction_words=None)
     without = L2D(lm, config).eval()
     if "updates" in args.parts:
-        training_table(without, *args.train, timed)
+        training_table(without, *args.train, compare)
     if "savings" in args.parts:
-        savings_table(without, *args.train, timed)
+        savings_table(without, *args.train, compare)
     if "texts" in args.parts:
-        texts_table(model, args.batch_size[0], timed)
+        texts_table(model, args.batch_size[0], compare)
     if "ahead" in args.parts:
-        ahead_table(args.device, timed)
+        ahead_table(args.device, compare)
 
 
 if __name__ == "__main__":

@@ -340,12 +340,18 @@ def test_a_token_of_the_topics_stands_behind_the_prompt_and_half_of_the_answer(t
     assert cell["flops_per_token"] == pytest.approx(sum(lengths) / 4, abs=0.5)
 
 
-def test_text_at_a_lower_temperature_is_of_the_sharpened_probabilities(tiny, text_dir, tmp_path):
-    out = tmp_path / "a.json"
+def test_text_at_a_lower_temperature_is_of_the_sharpened_probabilities(
+        tiny, text_dir, tmp_path, monkeypatch):
+    out, solved = tmp_path / "a.json", []
+    forced = evaluation.forced_log_p
+    monkeypatch.setattr(evaluation, "forced_log_p", lambda model, batch, settings, *others:
+                        solved.append(settings.steps) or forced(model, batch, settings, *others))
     measured(text_dir, out, "--steps", "1", "--draws=1", "--temperatures", "1", "0.5")
     table = json.loads(out.read_text())["text"]
     assert [(row["column"], row["settings"]["temperature"]) for row in table] == [
         ("frozen", 1), ("euler 1", 1), ("frozen", 0.5), ("euler 1", 0.5)]
+    # the temperature changes no ODE
+    assert solved == [0, 1]
     model, tokenizer = tiny
     nats = right = entropy = tokens = 0
     with torch.no_grad():

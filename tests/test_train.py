@@ -949,7 +949,7 @@ def test_a_class_of_ones_own_says_which_answer_is_right(tmp_path, capsys):
     model, tokenizer = sample.load_model(str(out), device="cpu")
     rows = TASKS["text"].rows(str(data), tokenizer, None)
     known, unknown = (
-        evaluation.text_nats(model, some, sample.Settings(steps=2, temperature=1.0), 1, 16, 0)
+        evaluation.text_nats(model, some, sample.Settings(steps=2), [1.0], 1, 16, 0)[0]
         for some in (rows, [row[:3] for row in rows]))
     assert path["nats"][0] == pytest.approx(float(known[0].sum() / known[-1].sum()))
     assert known[0].sum() < unknown[0].sum()
