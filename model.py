@@ -103,6 +103,10 @@ def attention(q, k, v, mask, cos_sin, own=()):
     causal = False
     if mask is None and tokens > 1:          # a branch: torch.compile wants a bool that it knows
         causal = True
+    shape = q.shape
+    if tokens == 1 and (mask is None or mask.shape[-2] == 1):
+        # heads that share a key head become further queries of it: each key is read once
+        q = q.reshape(len(k), k.shape[1], -1, k.shape[-1])              # (B, G, copies·H/G, D)
     # softmax(q·kᵀ / √D)·v
     out = F.scaled_dot_product_attention(
         q,
@@ -111,7 +115,7 @@ def attention(q, k, v, mask, cos_sin, own=()):
         mask,
         is_causal=causal,
         enable_gqa=k.shape[1] != q.shape[1],      # several query heads share one key head
-    )
+    ).reshape(shape)
     if copies > 1:
         out = torch.cat(out.chunk(copies, dim=2))                       # (copies·B, H, T, D)
     return out.transpose(1, 2).flatten(2)                               # (B, T, H·D)
