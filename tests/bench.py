@@ -11,8 +11,10 @@ import argparse
 import copy
 import dataclasses
 import functools
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -201,17 +203,6 @@ def training_table(model, rows: int, length: int, compare):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def with_plain_head():
-        model.lm.log_p = lambda hidden, y: -F.cross_entropy(
-            model.lm.logits(hidden).float(), y, reduction="none")
-        update()
-        # the method of the class again
-        del model.lm.log_p
-
-    def frozen():
-        with torch.no_grad():
-            model.lm.log_p(model.lm.read(ids).hidden.flatten(0, 1), targets.flatten())
-
     def read():
         with torch.no_grad():
             model.read(ids)
@@ -224,8 +215,6 @@ def training_table(model, rows: int, length: int, compare):
     medians = compare(f"an update of the path on {rows} rows of {length} tokens", {
         "the update": update,
         "half of the tokens counted": lambda: update(half),
-        "logits saved by autograd": with_plain_head,
-        "the frozen model's loss, no gradient": frozen,
         "full finetuning of the same model": full_update(model.lm, ids, targets),
         # each of these contains the one before
         "of it, the frozen model's states": read,
@@ -418,16 +407,19 @@ def llama_table(words: int, batch: int, context: int, compare):
 def llama_updates(words: int, compare):
     """Updates of a path beside it, and of all its weights: time, and memory for backward."""
     lm = random_llama(words)
-    ids, targets = torch.randint(words, (2, 4, 256), generator=torch.Generator().manual_seed(0))
-    targets[:, :128] = IGNORE
+    ids, every = torch.randint(words, (2, 4, 256), generator=torch.Generator().manual_seed(0))
+    half = every.clone()
+    half[:, :128] = IGNORE
     works, notes = {}, {}
-    for name, options, objective, unroll in (
-            ("update, paper", {}, paper_losses, 0),
-            ("update, refined, all words", BOTH, refined_losses, 8),
-            ("update, refined, 32 words", {**BOTH, "prediction_words": 32}, refined_losses, 8)):
+    for name, options, objective, unroll, targets in (
+            ("update, paper", {}, paper_losses, 0, half),
+            ("update, paper, all counted", {}, paper_losses, 0, every),
+            ("update, refined, all words", BOTH, refined_losses, 8, half),
+            ("update, refined, 32 words", {**BOTH, "prediction_words": 32}, refined_losses, 8,
+             half)):
         model = L2D(lm, L2DConfig(**options)).train()
 
-        def forward(model=model, objective=objective, unroll=unroll):
+        def forward(model=model, objective=objective, unroll=unroll, targets=targets):
             return objective(model, drawn(model, ids, targets, unroll)).values.mean()
 
         works[name] = lambda forward=forward: forward().backward()
@@ -448,7 +440,23 @@ def llama_updates(words: int, compare):
     compare("the same, 4 rows of 64 tokens", works)
 
 
-PARTS = ("evaluations", "llama", "options", "updates", "savings", "texts", "ahead")
+def start_table(repeats: int):
+    """CPU time of a first answer without steps, a process each; no such clock on Windows."""
+    sample_py = Path(sample.__file__)
+    for name, words in (("import torch", ["-c", "import torch"]),
+                        ("sample.py --steps 0", [sample_py, "--steps", "0", "--prompt", "1+1?"])):
+        seconds = []
+        for _ in range(repeats + 1):
+            before = os.times()
+            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+            after = os.times()
+            seconds.append(after.children_user - before.children_user
+                           + after.children_system - before.children_system)
+        print(f"  {name:38} {statistics.median(seconds[1:]):9.2f} s  "
+              f"[{min(seconds[1:]):.2f}, {max(seconds[1:]):.2f}]")
+
+
+PARTS = ("start", "evaluations", "llama", "options", "updates", "savings", "texts", "ahead")
 
 
 @torch.no_grad()
@@ -472,6 +480,8 @@ def main(argv=None):
           f"{torch.get_num_threads()} threads, medians of {args.repeats}")
 
     compare = functools.partial(print_times, args.repeats, device)
+    if "start" in args.parts:
+        start_table(min(args.repeats, 5))
     if "evaluations" in args.parts:
         for batch in args.batch_size:
             for context in args.context:
