@@ -307,21 +307,21 @@ def measure_text(model, tokenizer, task, args, columns: list):
         rows = [row[:3] for row in rows]
     table, solved, frozen = [], {}, {}
     for column in columns:
-        begun = time.perf_counter()
         temperature = column.settings.temperature
         if column.name not in solved:
+            begun = time.perf_counter()
             found = text_nats(model, rows, column.settings, args.temperatures, args.draws,
                               args.batch_size, args.seed)
-            solved[column.name] = dict(zip(args.temperatures, found))
-        nats, p, entropy, nfe, counts = solved[column.name][temperature]
+            solved[column.name] = time.perf_counter() - begun, dict(zip(args.temperatures, found))
+        seconds, sums = solved[column.name]     # of all temperatures together
+        nats, p, entropy, nfe, counts = sums[temperature]
         # of every temperature the frozen model is the first
         gain = frozen.setdefault(temperature, nats) - nats
         table.append({"column": column.name, "settings": asdict(column.settings),
                       "examples": len(rows), "tokens": int(counts.sum()),
                       "nats": ratio(nats, counts), "gain": ratio(gain, counts),
                       "p": ratio(p, counts), "entropy": float(entropy.sum() / counts.sum()),
-                      "nfe_per_token": float(nfe.sum() / counts.sum()),
-                      "seconds": time.perf_counter() - begun})
+                      "nfe_per_token": float(nfe.sum() / counts.sum()), "seconds": seconds})
     print_text(table)
     write_json({**provenance(model, args, start), "text": table}, Path(args.out))
     print(f"\nwritten to {args.out} after {time.time() - start:.0f} s")

@@ -65,10 +65,12 @@ def print_times(repeats: int, device, title: str, works: dict, notes: dict | Non
             times[name].append(1000 * (clock() - start))
     print(f"{title}: ms, ratio to the first")
     medians = {}
+    # the first round does not count
+    times = {name: some[1:] for name, some in times.items()}
+    first, *_ = times.values()
     for name, some in times.items():
-        # the first round does not count
-        ratios = [ms / base for ms, base in zip(some[1:], next(iter(times.values()))[1:])]
-        medians[name] = statistics.median(some[1:])
+        ratios = [ms / base for ms, base in zip(some, first)]
+        medians[name] = statistics.median(some)
         print(f"  {name:38} {medians[name]:9.2f}  {statistics.median(ratios):5.2f} "
               f"[{min(ratios):.2f}, {max(ratios):.2f}]{(notes or {}).get(name, '')}")
     return medians

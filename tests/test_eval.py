@@ -352,6 +352,7 @@ def test_text_at_a_lower_temperature_is_of_the_sharpened_probabilities(
         ("frozen", 1), ("euler 1", 1), ("frozen", 0.5), ("euler 1", 0.5)]
     # the temperature changes no ODE
     assert solved == [0, 1]
+    assert table[1]["seconds"] == table[3]["seconds"] > 0
     model, tokenizer = tiny
     nats = right = entropy = tokens = 0
     with torch.no_grad():
